@@ -1,0 +1,165 @@
+"""Checkpoints: a thin layer over orbax. Asynchronous, atomic, the newest good one wins.
+
+A checkpoint is a training state and its history (a JSON list). Kept are the last two, so that a
+damaged one loses little, and the best by a metric if one is named.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import Array
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    LatestN,
+    PreservationPolicy,
+)
+
+from distill_jax.errors import UserError
+
+History = list[dict[str, Any]]
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: int
+    state: Any
+    history: History
+
+
+def open_dir(
+    directory: str | os.PathLike[str], best_metric: str | None = None
+) -> ocp.CheckpointManager:
+    """Opens (and makes) a folder of checkpoints; close it to wait for the last write.
+
+    Args:
+        directory: one run's own.
+        best_metric: the checkpoint with the lowest value of this entry of `metrics` is kept too.
+    """
+    policies: list[PreservationPolicy] = [LatestN(2)]
+    if best_metric is not None:
+        policies.append(
+            BestN(get_metric_fn=lambda metrics: metrics[best_metric], reverse=True, n=1)
+        )
+    return ocp.CheckpointManager(
+        Path(directory).absolute(),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,  # what a killed run left half written
+        ),
+    )
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    history: History,
+    metrics: dict[str, float] | None = None,
+) -> None:
+    """Starts writing a checkpoint and returns; the state may be donated at once.
+
+    Raises:
+        UserError: if there is no room for it, or the write before this one failed. Earlier
+            checkpoints stay.
+    """
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(manager.directory).free
+    if free < size:
+        raise UserError(
+            f"no space left for a checkpoint in {manager.directory}: it takes {size / 1e6:.1f} MB and "
+            f"{free / 1e6:.1f} MB are free; earlier checkpoints are kept, free some space and go on"
+        )
+    notes = {"history": history, "checksum": int(checksum(state))}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+    try:
+        manager.save(step, args=items, metrics=metrics, force=True)
+    except (OSError, ValueError) as error:
+        raise _write_error(manager, error) from error
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Waits until everything is on disk; raises a UserError if it couldn't be written."""
+    try:
+        manager.wait_until_finished()
+    except (OSError, ValueError) as error:
+        raise _write_error(manager, error) from error
+
+
+def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None:
+    """The newest checkpoint that can be read, or None if there is none.
+
+    A damaged one is skipped with a warning that names it, and deleted so that the run can write it
+    again.
+
+    Args:
+        manager: from `open_dir`.
+        like: a state of the same structure; its arrays (or ShapeDtypeStructs) give the shapes,
+            dtypes and shardings to restore onto.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            return _restore(manager, step, abstract)
+        except Exception as error:  # orbax raises whatever its storage layers do
+            logging.warning(
+                "checkpoint %s is damaged and skipped: %s", manager.directory / str(step), error
+            )
+            manager.delete(step)
+    return None
+
+
+def restore_best(manager: ocp.CheckpointManager, like: Any, metric: str) -> Restored | None:
+    """The kept checkpoint with the lowest `metric`, or None if none has it; else as above."""
+    values = {step: manager.metrics(step) or {} for step in manager.all_steps()}
+    steps = [step for step in values if metric in values[step]]
+    if not steps:
+        return None
+    best = min(steps, key=lambda step: values[step][metric])
+    return _restore(manager, best, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+
+
+@jax.jit
+def checksum(tree: Any) -> Array:
+    """A uint32 that any single changed bit of a tree's arrays changes.
+
+    Bit patterns times odd numbers that depend on the position, summed modulo 2^32: exact in any order,
+    so it is the same on every mesh.
+    """
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}"))
+        weights = jnp.uint32(1)
+        for axis in range(bits.ndim):
+            places = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            weights = weights + places * jnp.uint32(2 * 2654435761 * (axis + 1) % 2**32)
+        total = total * jnp.uint32(31) + jnp.sum(
+            bits.astype(jnp.uint32) * weights, dtype=jnp.uint32
+        )
+    return total
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Restored:
+    items = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()
+        ),
+    )
+    # The storage below detects missing and cut files, but not a changed bit in an array's data.
+    if int(checksum(items["state"])) != items["notes"]["checksum"]:
+        raise ValueError("the arrays' checksum is not the one that was saved with them")
+    return Restored(step, items["state"], items["notes"]["history"])
+
+
+def _write_error(manager: ocp.CheckpointManager, error: Exception) -> UserError:
+    return UserError(
+        f"could not write a checkpoint in {manager.directory} (earlier ones are kept): {error}"
+    )

@@ -1,0 +1,1 @@
+"""Data: sources, transfer sets, and epochs that run on the device."""

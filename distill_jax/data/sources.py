@@ -1,0 +1,287 @@
+"""Image classification sets as whole NumPy arrays: the embedded MNIST, or one that TFDS prepared.
+
+`load("embedded")` reads the four canonical idx files of this package, checked by their SHA-256.
+`load("tfds:NAME")` reads what TensorFlow Datasets (TFDS) prepared on disk; neither TensorFlow nor a
+network is used. All mistakes that a user can put right are `UserError`s.
+"""
+
+import gzip
+import hashlib
+import re
+import shlex
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distill_jax.errors import UserError
+
+# All arrays share the leading axis N:
+#   "id"     int32 [N], names one example of its source;
+#   "image"  uint8 [N, H, W] or [N, H, W, channels] (no trailing axis of 1);
+#   "label"  int32 [N].
+Examples = dict[str, np.ndarray]
+
+EMBEDDED_DIR = Path(__file__).parent / "mnist"
+
+# SHA-256 of the uncompressed bytes, which are canonical; how they were compressed is not.
+_MNIST_SHA256 = {
+    "train-images-idx3-ubyte.gz": (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
+    ),
+    "train-labels-idx1-ubyte.gz": (
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"
+    ),
+    "t10k-images-idx3-ubyte.gz": (
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"
+    ),
+    "t10k-labels-idx1-ubyte.gz": (
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
+    ),
+}
+_MNIST_CLASSES = 10
+
+# NAME[/CONFIG][:VERSION]. TFDS also takes namespaces and builder arguments: the first may go to the
+# network, the second are never prepared data.
+_TFDS_NAME = re.compile(r"(?P<set>\w+)(/[\w.-]+)?(:[\d.*]+)?")
+_TFDS_CHUNK = 1000
+
+
+class Source(NamedTuple):
+    """A data set. Train ids are 0..N-1, test ids N..N+M-1, so an id names one example of it."""
+
+    name: str
+    num_classes: int
+    train: Examples
+    test: Examples
+
+
+def load(name: str, data_dir: str | None = None) -> Source:
+    """Reads a whole data set into memory and validates it.
+
+    Args:
+        name: "embedded" for the MNIST of this package (60,000 and 10,000 examples in file order),
+            or "tfds:NAME[/CONFIG][:VERSION]" for a prepared TFDS set with the features `image` and
+            `label`, the split "train", and "test" or else "validation" as the test set. Ids follow
+            the order on disk, which TFDS hashes from its keys: they are not the embedded ones.
+        data_dir: for "embedded", another folder with the four files (still checked); for "tfds:",
+            TFDS's data_dir, None for its default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+
+    Raises:
+        UserError: unknown name; a missing or damaged file; a TFDS set that is missing, not
+            prepared, or prepared without random access (the message has the command that prepares
+            it), or damaged, or without the splits, features or images of one size; see `validate`.
+    """
+    kind, _, set_name = name.partition(":")
+    if name == "embedded":
+        source = _load_embedded(EMBEDDED_DIR if data_dir is None else Path(data_dir))
+    elif kind == "tfds" and _TFDS_NAME.fullmatch(set_name):
+        source = _load_tfds(name, set_name, data_dir)
+    else:
+        raise UserError(
+            f"unknown data source {name!r}: expected 'embedded' (the MNIST of this package) or "
+            "'tfds:NAME[/CONFIG][:VERSION]' (a prepared TFDS set, such as 'tfds:mnist')"
+        )
+    validate(source.train, source.num_classes, f"{name}, train")
+    validate(source.test, source.num_classes, f"{name}, test")
+    return source
+
+
+def validate(examples: Examples, num_classes: int, what: str) -> None:
+    """Checks that examples can be trained on.
+
+    Args:
+        examples: needs "id", "image" and "label"; any further arrays are checked too.
+        num_classes: labels must be integers in 0..num_classes-1.
+        what: what the examples are, begins each message.
+
+    Raises:
+        UserError: an array is missing; lengths differ; no examples; the image is neither uint8 nor
+            floating point; a NaN or infinity; labels that aren't integers or are out of range.
+    """
+    missing = [key for key in ("id", "image", "label") if key not in examples]
+    if missing:
+        raise UserError(f"{what}: array {', '.join(missing)} is missing; found {sorted(examples)}")
+    lengths = {key: array.shape[:1] for key, array in examples.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{key} {list(length)}" for key, length in lengths.items())
+        raise UserError(f"{what}: arrays must have one length, found {listed}")
+
+    ids, images, labels = examples["id"], examples["image"], examples["label"]
+    if not len(ids):
+        raise UserError(f"{what}: no examples")
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise UserError(f"{what}: image must be uint8 or floating point, found {images.dtype}")
+    for key, array in examples.items():
+        if np.issubdtype(array.dtype, np.floating):
+            broken = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
+            if broken.any():
+                raise UserError(
+                    f"{what}: {key} has NaN or infinity in {broken.sum()} of {len(ids)} examples, "
+                    f"the first has id {ids[broken.argmax()]}"
+                )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{what}: label must be an integer, found {labels.dtype}")
+    bad = np.logical_or(labels < 0, labels >= num_classes)
+    if bad.any():
+        first = bad.argmax()
+        raise UserError(
+            f"{what}: {bad.sum()} of {len(bad)} labels are outside 0..{num_classes - 1}, "
+            f"the first is {labels[first]} at id {ids[first]}"
+        )
+
+
+def fingerprint(examples: Examples) -> str:
+    """SHA-256 (hex) of all arrays: names, dtypes, shapes and bytes, in sorted order of names.
+
+    Ties cached soft targets to the data that they were made from.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(examples):
+        array = np.ascontiguousarray(examples[key])
+        digest.update(f"{key} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _load_embedded(folder: Path) -> Source:
+    train = _mnist_examples(folder, "train", first_id=0)
+    test = _mnist_examples(folder, "t10k", first_id=len(train["id"]))
+    return Source("embedded", _MNIST_CLASSES, train, test)
+
+
+def _mnist_examples(folder: Path, prefix: str, first_id: int) -> Examples:
+    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
+    labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
+    return _examples(images, labels, first_id)
+
+
+def _examples(images: np.ndarray, labels: np.ndarray, first_id: int) -> Examples:
+    if images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
+    ids = np.arange(first_id, first_id + len(images), dtype=np.int32)
+    return {"id": ids, "image": images, "label": labels.astype(np.int32)}
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """The uint8 array of one of the four MNIST files, checked."""
+    sha256 = _MNIST_SHA256[path.name]
+    expected = (
+        f"{path}: expected the gzipped MNIST file with SHA-256 {sha256} (uncompressed), found "
+    )
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except FileNotFoundError:
+        raise UserError(expected + "no file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{expected}one that cannot be read: {error}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise UserError(f"{expected}{len(content)} bytes with {found}")
+    # Big-endian: two zero bytes, type code 8 (uint8), the number of axes, their sizes, the data.
+    axes = content[3]
+    shape = np.frombuffer(content, ">u4", count=axes, offset=4)
+    # Copied, because an array over `bytes` can't be written to.
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+
+
+def _load_tfds(source_name: str, set_name: str, data_dir: str | None) -> Source:
+    # Imported here because it can take seconds and the embedded set doesn't need it.
+    import tensorflow_datasets as tfds
+
+    builder = _prepared_builder(tfds, set_name, data_dir)
+    # Sorted for the message: TFDS keeps them in an order that changes from run to run.
+    found = dict(sorted(builder.info.features.items()))
+    has_images = "image" in found and found["image"].np_dtype == np.uint8
+    if not has_images or not isinstance(found.get("label"), tfds.features.ClassLabel):
+        raise UserError(
+            f"{source_name}: an image classification set has the features image (uint8) and label "
+            f"(ClassLabel), this one has {found}"
+        )
+    splits = sorted(builder.info.splits)
+    test_split = "test" if "test" in splits else "validation"
+    if not {"train", test_split} <= set(splits):
+        raise UserError(
+            f"{source_name}: splits 'train' and 'test' (or 'validation') are needed, "
+            f"this set has {', '.join(splits)}"
+        )
+    train = _read_tfds_split(builder, source_name, "train", first_id=0)
+    test = _read_tfds_split(builder, source_name, test_split, first_id=len(train["id"]))
+    return Source(source_name, found["label"].num_classes, train, test)
+
+
+def _prepared_builder(tfds: Any, set_name: str, data_dir: str | None) -> Any:
+    """TFDS's builder of a set that lies on disk in a format with random access.
+
+    This is `tfds.data_source(..., download=False)` in its two steps, so that the three ways in
+    which a set can be absent are told apart. Nothing in it asks the network.
+    """
+    where = "TFDS's default data_dir" if data_dir is None else data_dir
+    command = _prepare_command(set_name, data_dir)
+    try:
+        builder = tfds.builder(set_name, data_dir=data_dir, try_gcs=False)
+    # An unknown name or config, an unknown version, a package that TFDS's code for the set needs.
+    except (ValueError, AssertionError, ImportError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(
+            f"tfds:{set_name} is not in {where} ({reason}). "
+            f"A set that TFDS knows is prepared by: {command}"
+        ) from error
+    if not builder.is_prepared():
+        raise UserError(
+            f"tfds:{set_name} is not prepared: {builder.data_dir} is no prepared set. "
+            f"Prepare it by: {command}"
+        )
+    found = builder.info.available_file_formats()
+    if not found & tfds.core.FileFormat.with_random_access():
+        listed = ", ".join(sorted(file_format.value for file_format in found))
+        raise UserError(
+            f"tfds:{set_name} is prepared as {listed}, which has no random access. Delete "
+            f"{builder.data_dir} (or name another data_dir) and prepare it by: {command}"
+        )
+    return builder
+
+
+def _prepare_command(set_name: str, data_dir: str | None) -> str:
+    where = "" if data_dir is None else f" --data_dir={shlex.quote(str(data_dir))}"
+    if re.split("[/:]", set_name)[0] == "mnist":
+        return f"python -m distill_jax.data.prepare_tfds{where}"
+    return f"pip install tensorflow && tfds build {set_name}{where} --file_format=array_record"
+
+
+def _read_tfds_split(builder: Any, source_name: str, split: str, first_id: int) -> Examples:
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for chunk in _tfds_chunks(builder, source_name, split):
+        for example in chunk:
+            image = example["image"]
+            # Checked as they come, before a set of many large images fills the memory.
+            if images and image.shape != images[0].shape:
+                raise UserError(
+                    f"{source_name}, {split}: all images must have one size, the first is "
+                    f"{list(images[0].shape)}, the one with id {first_id + len(images)} is "
+                    f"{list(image.shape)}"
+                )
+            images.append(image)
+            labels.append(example["label"])
+    if not images:
+        raise UserError(f"{source_name}, {split}: no examples")
+    return _examples(np.stack(images), np.asarray(labels), first_id)
+
+
+def _tfds_chunks(builder: Any, source_name: str, split: str) -> Iterator[list[dict[str, Any]]]:
+    """The decoded examples of a split, in the order on disk."""
+    source = builder.as_data_source(split)
+    for start in range(0, len(source), _TFDS_CHUNK):
+        try:
+            chunk = source.__getitems__(range(start, min(start + _TFDS_CHUNK, len(source))))
+        # A missing or damaged file: RuntimeError of array_record, OSError of pillow.
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"{source_name}, {split}: the files in {builder.data_dir} cannot be read "
+                f"({error}). Delete that folder and prepare the set again"
+            ) from error
+        yield chunk

@@ -1,0 +1,68 @@
+"""Transfer sets: the examples that a student is distilled on (sections 1 and 3).
+
+Each function takes and gives examples: a dict of arrays that share their leading axis `[N]`. Soft
+targets that were attached before stay with their examples.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+
+from distill_jax.data.sources import Examples
+from distill_jax.errors import UserError
+
+
+def select(examples: Examples, rows: np.ndarray) -> Examples:
+    """The examples at `rows` (indices or a mask)."""
+    return {name: field[rows] for name, field in examples.items()}
+
+
+def fraction(examples: Examples, share: float, seed: int) -> Examples:
+    """A random share (0..1] of the examples; a smaller share of the same seed is a subset."""
+    if not 0 < share <= 1:
+        raise UserError(
+            f"the fraction of a transfer set must be above 0 and at most 1, not {share}"
+        )
+    order = _order(examples, seed)
+    return select(examples, np.sort(order[: max(1, round(share * len(order)))]))
+
+
+def without_classes(examples: Examples, classes: Collection[int]) -> Examples:
+    """The examples of all other classes."""
+    return select(examples, ~np.isin(examples["label"], list(classes)))
+
+
+def only_classes(examples: Examples, classes: Collection[int]) -> Examples:
+    """The examples of these classes alone."""
+    return select(examples, np.isin(examples["label"], list(classes)))
+
+
+def labels_known(examples: Examples, share: float, seed: int) -> Examples:
+    """Marks a random share (0..1) of the labels as known and wipes the others (-1).
+
+    The wiped labels are gone, so nothing downstream can use them by mistake.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"the share of known labels must be in 0..1, not {share}")
+    order = _order(examples, seed)
+    known = np.zeros(len(order), bool)
+    known[order[: round(share * len(order))]] = True
+    return {**examples, "label": np.where(known, examples["label"], -1), "label_known": known}
+
+
+def unlabelled(examples: Examples) -> Examples:
+    """The examples with their labels wiped; also a whole other data set's, as section 1 allows."""
+    return labels_known(examples, 0.0, seed=0)
+
+
+def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
+    """Splits off `count` random examples: (the rest, the held-out ones)."""
+    size = len(examples["id"])
+    if not 0 <= count < size:
+        raise UserError(f"can't hold {count} examples out of {size}")
+    order = _order(examples, seed)
+    return select(examples, np.sort(order[count:])), select(examples, np.sort(order[:count]))
+
+
+def _order(examples: Examples, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(len(examples["id"]))

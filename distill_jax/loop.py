@@ -1,0 +1,187 @@
+"""The training loop: the only one, and the only impure part of training.
+
+It runs units. A unit is one dispatch: a whole scanned epoch of a resident data set, or one step on a
+streamed batch. In go a function that runs a unit, and a state; out come checkpoints, records and
+progress.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+from tensorboardX import SummaryWriter
+
+from distill_jax import checkpoints
+from distill_jax.errors import UserError
+from distill_jax.training import TrainState
+
+Record = dict[str, Any]
+"""What is known after a unit: "unit" (how many are done), "seconds" of training so far (with those
+before a resumption), "step", "train_loss" and "train_errors" (share of the unit's examples) per
+member, and what `evaluate` measured."""
+
+Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]
+"""`(state, unit) -> (state, metrics)`, where metrics are sums over batches: "loss", "errors" and
+"count", each `[..., steps]` with a leading member axis where there are members."""
+
+
+def fit(
+    advance: Advance,
+    state: TrainState,
+    units: int,
+    evaluate: Callable[[TrainState], dict[str, Array]] | None = None,
+    manager: ocp.CheckpointManager | None = None,
+    save_every: int = 1,
+    best_metric: str | None = None,
+    on_record: Sequence[Callable[[Record], None]] = (),
+) -> tuple[TrainState, list[Record]]:
+    """Trains until `units` are done, going on from the newest good checkpoint.
+
+    A unit's metrics are fetched after the next one was dispatched, so that logging never makes the
+    device wait.
+
+    Args:
+        advance: runs one unit; a function of the state and the unit's number alone, so that a resumed
+            run is the same as one that was never stopped.
+        state: fresh; donated.
+        units: how many in all.
+        evaluate: measured after every unit, as arrays that are fetched later.
+        manager: where checkpoints go and come from; None keeps none.
+        save_every: units between checkpoints; the last unit is always saved.
+        best_metric: the entry of `evaluate` whose mean over members is each checkpoint's metric.
+        on_record: called with every new record, in order.
+
+    Returns:
+        The last state, and the records of all units, those before the resumption included.
+
+    Raises:
+        UserError: if a loss is not finite, at the first such step, before anything is saved.
+    """
+    restored = checkpoints.restore_newest(manager, state) if manager is not None else None
+    first = 0
+    history: list[Record] = []
+    if restored is not None:
+        first, state, history = restored
+    clock = _clock(history)
+    pending: tuple[int, Array, dict[str, Array]] | None = None
+    for unit in range(first, units):
+        state, metrics = advance(state, unit)
+        # `+ 0` is a copy: the state itself is donated to the next unit.
+        fetched = {**metrics, **(evaluate(state) if evaluate is not None else {})}
+        if pending is not None:
+            _append(history, pending, clock(), on_record, manager)
+        pending = (unit + 1, state.step + 0, fetched)
+        if manager is not None and ((unit + 1) % save_every == 0 or unit + 1 == units):
+            _append(history, pending, clock(), on_record, manager)
+            pending = None
+            best = None if best_metric is None else {best_metric: _mean(history[-1][best_metric])}
+            checkpoints.save(manager, unit + 1, state, history, best)
+    if pending is not None:
+        _append(history, pending, clock(), on_record, manager)
+    if manager is not None:
+        checkpoints.wait(manager)
+    return state, history
+
+
+def print_progress(name: str, units: int) -> Callable[[Record], None]:
+    """A line per record with rate and time to go: one that is rewritten on a terminal, else plain."""
+    started: list[float] = []
+    shown = [0.0]
+    terminal = sys.stdout.isatty()
+
+    def show(record: Record) -> None:
+        now = time.monotonic()
+        started.append(now)
+        last = record["unit"] == units
+        if not terminal and not last and now - shown[0] < 10:
+            return
+        shown[0] = now
+        text = f"{name}: {record['unit']}/{units}, step {_mean(record['step']):.0f}"
+        text += f", loss {_mean(record['train_loss']):.4f}"
+        for key, value in record.items():
+            if key not in ("unit", "seconds", "step", "train_loss"):
+                text += f", {key.replace('_', ' ')} {_mean(value):.4g}"
+        if len(started) > 1:
+            seconds = (now - started[0]) / (len(started) - 1)
+            left = seconds * (units - record["unit"])
+            text += f", {seconds:.2f} s each, {int(left // 60)}:{int(left % 60):02d} to go"
+        print(f"\r\033[K{text}" if terminal else text, end="" if terminal and not last else "\n")
+        sys.stdout.flush()
+
+    return show
+
+
+def tensorboard(directory: str | os.PathLike[str]) -> Callable[[Record], None]:
+    """Writes every record's values as TensorBoard scalars, member by member where there are several."""
+    writer = SummaryWriter(str(directory))
+
+    def write(record: Record) -> None:
+        for key, value in record.items():
+            values = np.ravel(value)
+            for member, scalar in enumerate(values):
+                tag = key if len(values) == 1 else f"{key}/{member}"
+                writer.add_scalar(tag, float(scalar), int(np.ravel(record["step"])[0]))
+        writer.flush()
+
+    return write
+
+
+def _clock(history: list[Record]) -> Callable[[], float]:
+    """Seconds of training: those of the history, and those since now."""
+    offset = (history[-1]["seconds"] if history else 0.0) - time.monotonic()
+    return lambda: time.monotonic() + offset
+
+
+def _append(
+    history: list[Record],
+    pending: tuple[int, Array, dict[str, Array]],
+    seconds: float,
+    on_record: Sequence[Callable[[Record], None]],
+    manager: ocp.CheckpointManager | None,
+) -> None:
+    unit, step, fetched = pending
+    values = {name: np.asarray(value) for name, value in jax.device_get(fetched).items()}
+    losses, count = values.pop("loss"), values.pop("count")
+    _check_finite(losses, np.asarray(step), unit, manager)
+    record = {
+        "unit": unit,
+        "seconds": seconds,
+        "step": np.asarray(step).tolist(),
+        "train_loss": (losses.sum(-1) / count.sum(-1)).tolist(),
+        "train_errors": (values.pop("errors").sum(-1) / count.sum(-1)).tolist(),
+        **{name: value.tolist() for name, value in values.items()},
+    }
+    history.append(record)
+    for call in on_record:
+        call(record)
+
+
+def _check_finite(
+    losses: np.ndarray, step: np.ndarray, unit: int, manager: ocp.CheckpointManager | None
+) -> None:
+    bad = ~np.isfinite(losses)
+    if not bad.any():
+        return
+    steps = losses.shape[-1]
+    at = int(np.argwhere(bad)[:, -1].min())
+    who = ""
+    if losses.ndim > 1:
+        who = f" of member {int(np.argwhere(bad[..., at])[0, 0])}"
+    kept = manager.latest_step() if manager is not None else None
+    good = "" if manager is None else f"; the last good checkpoint is {manager.directory}/{kept}"
+    if manager is not None and kept is None:
+        good = "; there is no checkpoint before it"
+    raise UserError(
+        f"the loss{who} is {losses[bad].flat[0]} at step {int(step.max()) - steps + at} (unit {unit})"
+        f"{good}. A lower learning_rate or a longer warm-up may help"
+    )
+
+
+def _mean(value: Any) -> float:
+    return float(np.mean(value))

@@ -1,0 +1,147 @@
+r"""The paper's losses as pure functions of logits, one value per example.
+
+Shapes: logits and soft targets are `[..., C]`, labels `[...]`, results `[...]` float32. Whatever the
+input dtype (bfloat16 too), everything is accumulated in float32. Probabilities of exactly 0 and logits
+of +-1e4 give finite values and gradients. A class is left out by a logit of -inf, with a soft target of
+0 there. Soft targets are constants: no gradient flows into the teacher.
+
+`temperature` and `hard_weight` may be traced scalars, so that one program trains a sweep of them.
+
+Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (the paper).
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
+    """Class probabilities at a temperature, Eq. 1: `exp(z_i / T) / sum_j exp(z_j / T)`."""
+    return jax.nn.softmax(logits.astype(jnp.float32) / temperature)
+
+
+def log_softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
+    """The logarithm of Eq. 1, computed without leaving log space."""
+    return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+
+
+def soft_cross_entropy(logits: Array, soft_targets: Array, temperature: ArrayLike) -> Array:
+    """Cross-entropy with soft targets at a temperature, times its square (section 2).
+
+    `T^2 * -sum_i p_i log q_i` with `q = softmax(z / T)`. The gradient of the cross-entropy is
+    `(q - p) / T` (Eq. 2) and shrinks as 1/T^2; the factor keeps its size when T is changed.
+
+    Args:
+        logits: `[..., C]` of the student.
+        soft_targets: `[..., C]` probabilities, produced at the same temperature.
+        temperature: scalar above 0.
+
+    Returns:
+        `[...]` float32, in nats times T^2.
+    """
+    targets = jax.lax.stop_gradient(soft_targets.astype(jnp.float32))
+    return -jnp.square(temperature) * _expected_log(targets, log_softmax(logits, temperature))
+
+
+def soft_kl(logits: Array, soft_targets: Array, temperature: ArrayLike) -> Array:
+    """KL(p, q) times T^2: `soft_cross_entropy` less the targets' own entropy, so 0 at a match.
+
+    Same gradient, arguments and shapes as `soft_cross_entropy`.
+    """
+    targets = jax.lax.stop_gradient(soft_targets.astype(jnp.float32))
+    entropy = -jnp.sum(jax.scipy.special.xlogy(targets, targets), axis=-1)
+    return soft_cross_entropy(logits, targets, temperature) - jnp.square(temperature) * entropy
+
+
+def hard_cross_entropy(logits: Array, labels: Array) -> Array:
+    """Cross-entropy with the correct labels at temperature 1: `[..., C]`, int `[...]` -> `[...]`."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+
+
+def distillation(
+    logits: Array,
+    soft_targets: Array,
+    labels: Array,
+    temperature: ArrayLike,
+    hard_weight: ArrayLike = 0.0,
+    label_known: Array | None = None,
+) -> Array:
+    """The weighted average of the two objectives of section 2.
+
+    `(1 - hard_weight) * T^2 * CE(p, softmax(z / T)) + hard_weight * CE(label, softmax(z))`.
+    An example whose label is not known has the first term only, with the same weight.
+
+    Args:
+        logits: `[..., C]` of the student; the same logits serve both terms.
+        soft_targets: `[..., C]` probabilities at `temperature`.
+        labels: int `[...]`; ignored (any value) where `label_known` is false.
+        temperature: scalar above 0.
+        hard_weight: scalar in 0..1; the paper found a considerably lower weight on labels best.
+        label_known: bool `[...]`; None means that all labels are known.
+
+    Returns:
+        `[...]` float32.
+    """
+    hard_weight = jnp.asarray(hard_weight, jnp.float32)
+    soft = soft_cross_entropy(logits, soft_targets, temperature)
+    known = jnp.ones(labels.shape, bool) if label_known is None else label_known
+    # `where`, not a product: a label on a class left out by -inf costs inf, and 0 * inf is NaN.
+    weight = jnp.where(known, hard_weight, 0.0)
+    hard = hard_cross_entropy(logits, jnp.where(known, labels, 0))
+    return (1.0 - hard_weight) * soft + jnp.where(weight > 0, weight * hard, 0.0)
+
+
+def label_modified(
+    soft_targets: Array,
+    labels: Array,
+    weight: ArrayLike,
+    label_known: Array | None = None,
+) -> Array:
+    """Soft targets modified by the correct labels: `(1 - weight) * p + weight * onehot(label)`.
+
+    The alternative that section 2 mentions and found worse than two weighted objectives.
+
+    Args:
+        soft_targets: `[..., C]` probabilities.
+        labels: int `[...]`; ignored where `label_known` is false.
+        weight: scalar in 0..1.
+        label_known: bool `[...]`; None means that all labels are known.
+
+    Returns:
+        `[..., C]` float32 probabilities.
+    """
+    targets, weight = soft_targets.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
+    mixed = (1.0 - weight) * targets + weight * jax.nn.one_hot(labels, targets.shape[-1])
+    return mixed if label_known is None else jnp.where(label_known[..., None], mixed, targets)
+
+
+def logit_matching(logits: Array, teacher_logits: Array, zero_mean: bool = False) -> Array:
+    """Half the squared difference of logits, summed over classes (Bucila et al. 2006; section 2.1).
+
+    `1/2 sum_i (z_i - v_i)^2`. With `zero_mean` both sides are zero-meaned for each case first, which
+    is the limit of distillation at a high temperature: Eq. 4 is this loss's gradient over `N T^2`.
+
+    Args:
+        logits: `[..., C]` of the student.
+        teacher_logits: `[..., C]`; a class that is -inf on either side is left out.
+        zero_mean: subtract each case's mean over the classes that are kept.
+
+    Returns:
+        `[...]` float32.
+    """
+    z = logits.astype(jnp.float32)
+    v = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))
+    kept = jnp.isfinite(z) & jnp.isfinite(v)
+    difference = jnp.where(kept, z, 0.0) - jnp.where(kept, v, 0.0)
+    if zero_mean:
+        count = jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.float32)
+        mean = jnp.sum(difference, axis=-1, keepdims=True) / count
+        difference = jnp.where(kept, difference - mean, 0.0)
+    return 0.5 * jnp.sum(jnp.square(difference), axis=-1)
+
+
+def _expected_log(probabilities: Array, log_q: Array) -> Array:
+    """`sum_i p_i log q_i` where 0 * -inf counts as 0, in the gradient too."""
+    return jnp.sum(probabilities * jnp.where(probabilities > 0, log_q, 0.0), axis=-1)

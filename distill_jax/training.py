@@ -1,0 +1,194 @@
+"""The train step: pure, and the same for teachers, baselines, students and specialists.
+
+Only the loss differs. The teacher's word is the batch's field "teacher_logits" `[B, C]`, either joined
+from a store (`soft_targets.attach`) or added in the step by a frozen teacher (`online_teacher`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from distill_jax import losses, metrics
+from distill_jax.errors import UserError
+from distill_jax.models import Model, Params
+
+Batch = dict[str, Array]
+"""Fields of B examples: "id" [B], "image" [B, ...], "label" int32 [B]; by need "label_known" bool
+[B] and "teacher_logits" float32 [B, C]."""
+
+Hyper = dict[str, Array]
+"""Traced float32 scalars: "learning_rate", and what the loss reads ("temperature", "hard_weight")."""
+
+Loss = Callable[[Array, Batch, Hyper], Array]
+"""`(logits [B, C], batch, hyper) -> [B]`."""
+
+Transform = Callable[[Batch, Array], Batch]
+"""`(batch, key) -> batch`, run on the device inside the step: jitter, an online teacher."""
+
+
+class TrainState(NamedTuple):
+    """All that training changes, and exactly what a checkpoint holds."""
+
+    step: Array
+    params: Params
+    opt_state: optax.OptState
+
+
+TrainStep = Callable[[TrainState, Batch, Array, Hyper], tuple[TrainState, dict[str, Array]]]
+
+
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, key: Array, inputs: Array
+) -> TrainState:
+    """A fresh state at step 0; `inputs` is any batch `[B, ...]` of the right shape."""
+    params = model.init(key, inputs)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_train_step(
+    model: Model,
+    optimizer: optax.GradientTransformationExtraArgs,
+    loss: Loss,
+    transforms: Sequence[Transform] = (),
+    micro_batches: int = 1,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """Builds `step(state, batch, key, hyper) -> (state, metrics)`.
+
+    The step's randomness is `key` folded with the step's number, so a resumed run needs no saved key.
+
+    Args:
+        model: trained with dropout; `loss` sees its logits.
+        optimizer: from `distill_jax.optimizers`; receives `hyper["learning_rate"]`.
+        loss: per-example values; the step minimises their mean over the whole batch.
+        transforms: applied to the batch in turn, each with a key of its own.
+        micro_batches: parts into which the batch is cut to save memory; the gradient is their mean.
+        axis_name: the mapped axis to average over when the step runs under `pmap` or `shard_map`;
+            None in the global view of `jit`, where the mean is already over all devices.
+
+    Returns:
+        The step; its metrics are sums over the batch: "loss" float32, "errors" and "count" int32.
+    """
+
+    def mean_loss(params: Params, batch: Batch, key: Array, hyper: Hyper):
+        logits = model.apply(params, batch["image"], dropout_key=key)
+        values = loss(logits, batch, hyper)
+        sums = {"loss": jnp.sum(values), **metrics.error_counts(logits, batch["label"])}
+        return jnp.mean(values), sums
+
+    def gradient(params: Params, batch: Batch, key: Array, hyper: Hyper):
+        (_, sums), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key, hyper)
+        return grads, sums
+
+    def step(state: TrainState, batch: Batch, key: Array, hyper: Hyper):
+        key = jax.random.fold_in(key, state.step)
+        if axis_name is not None:  # every device draws its own dropout masks and shifts
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        dropout_key, *transform_keys = jax.random.split(key, 1 + len(transforms))
+        for transform, transform_key in zip(transforms, transform_keys, strict=True):
+            batch = transform(batch, transform_key)
+        if micro_batches == 1:
+            grads, sums = gradient(state.params, batch, dropout_key, hyper)
+        else:
+            grads, sums = _accumulate(
+                gradient, micro_batches, state.params, batch, dropout_key, hyper
+            )
+        if axis_name is not None:
+            grads, sums = jax.lax.pmean(grads, axis_name), jax.lax.psum(sums, axis_name)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, learning_rate=hyper["learning_rate"]
+        )
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), sums
+
+    return step
+
+
+def make_eval_step(model: Model) -> Callable[[Params, Batch], dict[str, Array]]:
+    """Builds `evaluate(params, batch) -> {"errors", "count"}`, the model in evaluation mode."""
+
+    def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+        return metrics.error_counts(model.apply(params, batch["image"]), batch["label"])
+
+    return evaluate
+
+
+def online_teacher(teacher: Callable[[Array], Array]) -> Transform:
+    """A transform that adds a frozen teacher's logits, for inputs that are augmented in the step.
+
+    Args:
+        teacher: inputs `[B, ...]` -> logits `[B, C]`, in evaluation mode, its parameters bound:
+            `lambda images: model.apply(params, images)`.
+    """
+
+    def add_logits(batch: Batch, key: Array) -> Batch:
+        return {**batch, "teacher_logits": jax.lax.stop_gradient(teacher(batch["image"]))}
+
+    return add_logits
+
+
+def label_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+    """Cross-entropy with the labels: teachers and baselines."""
+    return losses.hard_cross_entropy(logits, batch["label"])
+
+
+def distillation_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+    """The paper's objective at `hyper["temperature"]` and `hyper["hard_weight"]`."""
+    temperature = hyper["temperature"]
+    targets = losses.softmax(_teacher_logits(batch), temperature)
+    return losses.distillation(
+        logits,
+        targets,
+        batch["label"],
+        temperature,
+        hyper["hard_weight"],
+        batch.get("label_known"),
+    )
+
+
+def label_modified_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+    """Cross-entropy with soft targets that the labels modified by `hyper["hard_weight"]`."""
+    temperature = hyper["temperature"]
+    targets = losses.label_modified(
+        losses.softmax(_teacher_logits(batch), temperature),
+        batch["label"],
+        hyper["hard_weight"],
+        batch.get("label_known"),
+    )
+    return losses.soft_cross_entropy(logits, targets, temperature)
+
+
+def logit_matching_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+    """Half the squared difference of zero-meaned logits (section 2.1)."""
+    return losses.logit_matching(logits, _teacher_logits(batch), zero_mean=True)
+
+
+def _teacher_logits(batch: Batch) -> Array:
+    if "teacher_logits" not in batch:
+        raise UserError(
+            f"the batch has no teacher_logits, only {sorted(batch)}: join them with "
+            "soft_targets.attach or add training.online_teacher to the step's transforms"
+        )
+    return batch["teacher_logits"]
+
+
+def _accumulate(gradient, parts: int, params: Params, batch: Batch, key: Array, hyper: Hyper):
+    """The mean gradient and summed metrics of `parts` equal parts of the batch, one at a time."""
+    size = batch["label"].shape[0]
+    if size % parts:
+        raise UserError(f"a batch of {size} can't be cut into {parts} equal micro-batches")
+    pieces = jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch)
+
+    def add(total, piece_and_key):
+        return jax.tree.map(jnp.add, total, gradient(params, *piece_and_key, hyper)), None
+
+    first = jax.tree.map(lambda x: x[0], pieces)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first, key, hyper)
+    )
+    (grads, sums), _ = jax.lax.scan(add, zeros, (pieces, jax.random.split(key, parts)))
+    return jax.tree.map(lambda g: g / parts, grads), sums

@@ -1,0 +1,192 @@
+"""Trains the nets of a study: all seeds, times all variants, as the members of one program."""
+
+import types
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from distill_jax import checkpoints, loop, metrics, models, optimizers, parallel, training
+from distill_jax.data.epochs import make_epoch, steps_per_epoch
+from distill_jax.data.jitter import jitter
+from distill_jax.data.sources import Examples
+from distill_jax.errors import UserError
+from distill_jax.soft_targets import logits_over
+from experiments.study import write_json
+
+Evaluation = Mapping[str, Examples]
+"""Sets to count errors on after every report, by the metric's name: {"test_errors": examples}."""
+
+
+class Trained(NamedTuple):
+    """M trained nets. params: every leaf `[M, ...]`. seconds: of training, over all resumptions."""
+
+    model: models.Model
+    params: models.Params
+    history: list[loop.Record]
+    seconds: float
+
+    def logits(self, member: int, images: np.ndarray) -> np.ndarray:
+        """One member's logits `[N, C]` over images `[N, ...]`, in evaluation mode."""
+        params = jax.tree.map(lambda leaf: leaf[member], self.params)
+        return logits_over(self.model.apply, params, images)
+
+
+def train(
+    net: ConfigDict,
+    config: ConfigDict,
+    directory: Path,
+    name: str,
+    num_classes: int,
+    examples: Sequence[Examples],
+    loss: training.Loss,
+    variants: Sequence[Mapping[str, float]] = ({},),
+    evaluation: Evaluation = types.MappingProxyType({}),
+    passes: int = 1,
+) -> Trained:
+    """Trains one net per variant and seed as one vmapped program, resumed from its checkpoints.
+
+    Args:
+        net: the config's section with sizes and recipe.
+        config: the whole config: its seeds and mesh.
+        directory: for checkpoints and TensorBoard files of this run.
+        name: shown in progress, and part of the randomness: other names, other initial weights.
+        num_classes: C.
+        examples: each seed's own; fields that are the same for all seeds are kept once.
+        loss: of `distill_jax.training`.
+        variants: further traced numbers per net ("temperature", "hard_weight", "learning_rate").
+            Member `v * len(seeds) + s` is variant v of seed s.
+        evaluation: sets to count errors on.
+        passes: epochs over small examples for each of the net's epochs.
+
+    Returns:
+        The nets after the last epoch.
+    """
+    mesh = parallel.make_mesh(**config.mesh)
+    model = build_model(net, num_classes)
+    fields, per_member = _stack(examples, len(variants))
+    size = len(examples[0]["id"])
+    if net.epochs % net.report_every:
+        raise UserError(
+            f"{name}: epochs {net.epochs} is not a multiple of report_every {net.report_every}"
+        )
+    units, unit_passes = net.epochs // net.report_every, net.report_every * passes
+    optimizer = build_optimizer(net, steps_per_epoch(size, net.batch_size), net.epochs * passes)
+    step = training.make_train_step(
+        model,
+        optimizer,
+        loss,
+        transforms=[jitter(net.jitter)] if net.jitter else [],
+        micro_batches=net.micro_batches,
+    )
+    run_epoch = make_epoch(
+        step, net.batch_size, unit_passes, parallel.shard_batch(mesh, net.batch_size)
+    )
+    init_keys, train_keys = _member_keys(config.seeds, name, len(variants))
+    image = jnp.asarray(examples[0]["image"][:1])
+    states = parallel.init_members(
+        lambda key: training.init_state(model, optimizer, key, image), init_keys, mesh
+    )
+    compiled = parallel.compile_epoch(run_epoch, mesh, per_member)
+    resident = parallel.put_examples(fields, mesh, per_member)
+    hyper = _hyper(net, variants, len(config.seeds))
+    with checkpoints.open_dir(directory / "checkpoints") as manager:
+        states, history = loop.fit(
+            lambda states, unit: compiled(states, resident, train_keys, hyper),
+            states,
+            units,
+            _evaluator(model, evaluation),
+            manager,
+            net.save_every,
+            on_record=[loop.print_progress(name, units), loop.tensorboard(directory)],
+        )
+    _write_curve(directory / "curve.json", history)
+    return Trained(model, states.params, history, history[-1]["seconds"])
+
+
+def _write_curve(path: Path, history: list[loop.Record]) -> None:
+    names = [name for name in history[-1] if name not in ("unit", "seconds", "step")]
+    curve = {name: [record[name] for record in history] for name in names}
+    write_json(path, {"epoch": [record["unit"] for record in history], **curve})
+
+
+def build_model(net: ConfigDict, num_classes: int) -> models.Model:
+    """The net of a config section."""
+    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if net.dtype not in dtypes:
+        raise UserError(f"dtype must be one of {', '.join(dtypes)}, not {net.dtype!r}")
+    return models.mlp(
+        net.hidden, num_classes, net.input_dropout, net.hidden_dropout, dtypes[net.dtype]
+    )
+
+
+def build_optimizer(
+    net: ConfigDict, steps: int, epochs: int
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a config section, for `epochs` of `steps` each."""
+    schedule = optimizers.cosine(steps * epochs, min(net.warmup_epochs, epochs // 2) * steps)
+    if net.optimizer == "adam":
+        return optimizers.adam(schedule, net.max_norm)
+    if net.optimizer == "sgd":
+        return optimizers.sgd(schedule, net.momentum, net.max_norm)
+    if net.optimizer == "dropout_2012":
+        return optimizers.dropout_2012(steps, net.max_norm)
+    raise UserError(f"optimizer must be adam, sgd or dropout_2012, not {net.optimizer!r}")
+
+
+def _stack(
+    examples: Sequence[Examples], variants: int
+) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
+    """Every seed's examples as fields `[N, ...]` that all share, or `[M, N, ...]` of their own."""
+    fields, per_member = {}, {}
+    for name, first in examples[0].items():
+        arrays = [example[name] for example in examples]
+        per_member[name] = not all(
+            array is first or np.array_equal(array, first) for array in arrays
+        )
+        fields[name] = np.concatenate([np.stack(arrays)] * variants) if per_member[name] else first
+    return fields, per_member
+
+
+def _member_keys(seeds: Sequence[int], name: str, variants: int) -> tuple[Array, Array]:
+    """Keys `[M]` for initial weights and for training; a seed's variants share theirs."""
+    salt = zlib.crc32(name.encode())
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), salt) for seed in seeds])
+    init, train = jax.vmap(jax.random.split, out_axes=1)(jnp.concatenate([keys] * variants))
+    return init, train
+
+
+def _hyper(net: ConfigDict, variants: Sequence[Mapping[str, float]], seeds: int) -> training.Hyper:
+    """Traced numbers `[M]`: the config section's own, where a variant doesn't say otherwise."""
+    names = {"learning_rate", *(key for variant in variants for key in variant)}
+    return {
+        name: jnp.repeat(
+            jnp.asarray([variant.get(name, net.get(name)) for variant in variants], jnp.float32),
+            seeds,
+        )
+        for name in names
+    }
+
+
+def _evaluator(
+    model: models.Model, evaluation: Evaluation
+) -> Callable[[training.TrainState], dict[str, Array]]:
+    sets = {
+        name: (jnp.asarray(examples["image"]), jnp.asarray(examples["label"]))
+        for name, examples in evaluation.items()
+    }
+
+    @jax.jit
+    def count(params: models.Params, images: Array, labels: Array) -> Array:
+        return jax.vmap(
+            lambda member: metrics.error_counts(model.apply(member, images), labels)["errors"]
+        )(params)
+
+    return lambda states: {name: count(states.params, *data) for name, data in sets.items()}

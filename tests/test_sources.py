@@ -1,0 +1,491 @@
+"""Data sources: the embedded MNIST, TFDS round trips, and every mistake that a user can make."""
+
+import gzip
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core import hashing
+
+import distill_jax
+from distill_jax.data import sources
+from distill_jax.errors import UserError
+
+FILES = sorted(sources._MNIST_SHA256)
+ROOT = Path(distill_jax.__file__).parents[1]
+
+
+def python(*arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return sources.load("embedded")
+
+
+@pytest.fixture(scope="module")
+def mnist_dir(tmp_path_factory):
+    """A TFDS data_dir, prepared by the command that the error message names."""
+    data_dir = tmp_path_factory.mktemp("tfds")
+    with pytest.raises(UserError, match="not prepared") as caught:
+        sources.load("tfds:mnist", str(data_dir))
+    command = shlex.split(str(caught.value).split("Prepare it by: ")[1])
+    assert command[:3] == ["python", "-m", "distill_jax.data.prepare_tfds"]
+    result = python(*command[1:])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"prepared {data_dir / 'mnist' / '3.0.1'}"
+    return data_dir
+
+
+@pytest.fixture(scope="module")
+def tfds_mnist(mnist_dir):
+    return sources.load("tfds:mnist", str(mnist_dir))
+
+
+def grey(size, value=0):
+    return np.full((size, size), value, np.uint8)
+
+
+def prepare_tiny(data_dir, splits, image_feature=None, label_feature=None, file_format=None):
+    """Prepares the TFDS set "tiny" of splits {name: (images, labels)}; TFDS has no code for it."""
+    features = {
+        "image": image_feature or tfds.features.Image(shape=(None, None, 1)),
+        "label": label_feature or tfds.features.ClassLabel(num_classes=3),
+    }
+
+    with tfds.core.registered.skip_registration():
+
+        class Tiny(tfds.core.GeneratorBasedBuilder):
+            name = "tiny"
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features)
+                )
+
+            def _split_generators(self, dl_manager):
+                return {name: self._generate_examples(*data) for name, data in splits.items()}
+
+            def _generate_examples(self, images, labels):
+                for key, (image, label) in enumerate(zip(images, labels, strict=True)):
+                    yield key, {"image": Image.fromarray(image), "label": label}
+
+    Tiny(data_dir=data_dir).download_and_prepare(file_format=file_format or "array_record")
+    return data_dir / "tiny" / "1.0.0"
+
+
+def rows(examples):
+    """The examples as a sorted list, so that two orders of the same examples are equal."""
+    images = examples["image"].reshape(len(examples["image"]), -1)
+    return sorted(zip(map(bytes, images), examples["label"].tolist(), strict=True))
+
+
+class TestEmbedded:
+    def test_arrays(self, embedded):
+        assert (embedded.name, embedded.num_classes) == ("embedded", 10)
+        for examples, count, first_id in (
+            (embedded.train, 60000, 0),
+            (embedded.test, 10000, 60000),
+        ):
+            assert sorted(examples) == ["id", "image", "label"]
+            assert examples["image"].shape == (count, 28, 28)
+            assert examples["image"].dtype == np.uint8
+            assert examples["label"].shape == (count,)
+            assert examples["label"].dtype == np.int32
+            assert examples["id"].dtype == np.int32
+            np.testing.assert_array_equal(examples["id"], np.arange(first_id, first_id + count))
+
+    def test_labels(self, embedded):
+        assert embedded.train["label"][:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+        assert embedded.test["label"][:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+        train_counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+        assert np.bincount(embedded.train["label"]).tolist() == train_counts
+        test_counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+        assert np.bincount(embedded.test["label"]).tolist() == test_counts
+
+    def test_images_are_upright_ink_on_black(self, embedded):
+        images = embedded.train["image"]
+        # The published mean and standard deviation of the training pixels.
+        assert images.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
+        assert images.std() / 255 == pytest.approx(0.3081, abs=5e-5)
+        # A mean 7 has its bar above, and hardly any ink at the lower right.
+        seven = images[embedded.train["label"] == 7].mean(axis=0)
+        assert seven[:14].sum() > 1.1 * seven[14:].sum()
+        assert seven[20:, 18:].sum() < 0.1 * seven[20:, :18].sum()
+
+    def test_another_folder_gives_the_same(self, embedded, tmp_path):
+        for name in FILES:
+            # Compressed in another way: only the content is checked.
+            content = gzip.decompress((sources.EMBEDDED_DIR / name).read_bytes())
+            (tmp_path / name).write_bytes(gzip.compress(content, compresslevel=0))
+        again = sources.load("embedded", str(tmp_path))
+        assert sources.fingerprint(again.train) == sources.fingerprint(embedded.train)
+        assert sources.fingerprint(again.test) == sources.fingerprint(embedded.test)
+
+
+class TestDamagedFiles:
+    @staticmethod
+    def load_with(tmp_path, name, content):
+        """Loads a folder in which one file has other content (None: is missing)."""
+        for other in FILES:
+            if other != name:
+                (tmp_path / other).symlink_to(sources.EMBEDDED_DIR / other)
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            sources.load("embedded", str(tmp_path))
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path / name}: expected ")
+        assert sources._MNIST_SHA256[name] in message
+        return message.split("found ")[1]
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_missing(self, tmp_path, name):
+        assert self.load_with(tmp_path, name, None) == "no file"
+
+    # Of 28,857 bytes: the magic number, the compressed data, the checksum at the end.
+    @pytest.mark.parametrize("position", [0, 100, 10000, 28000, -8])
+    def test_a_flipped_byte(self, tmp_path, position):
+        name = "train-labels-idx1-ubyte.gz"
+        content = bytearray((sources.EMBEDDED_DIR / name).read_bytes())
+        content[position] ^= 0xFF
+        assert "cannot be read" in self.load_with(tmp_path, name, content)
+
+    @pytest.mark.parametrize("length", [5, 1000, 28856])
+    def test_truncated(self, tmp_path, length):
+        name = "train-labels-idx1-ubyte.gz"
+        content = (sources.EMBEDDED_DIR / name).read_bytes()[:length]
+        assert "cannot be read" in self.load_with(tmp_path, name, content)
+
+    def test_empty(self, tmp_path):
+        found = self.load_with(tmp_path, "train-labels-idx1-ubyte.gz", b"")
+        assert found.startswith("0 bytes with e3b0c442")
+
+    def test_valid_gzip_with_one_label_changed(self, tmp_path):
+        name = "t10k-labels-idx1-ubyte.gz"
+        content = bytearray(gzip.decompress((sources.EMBEDDED_DIR / name).read_bytes()))
+        content[-1] = (content[-1] + 1) % 10
+        found = self.load_with(tmp_path, name, gzip.compress(content))
+        assert found.startswith("10008 bytes with ")
+
+    def test_a_folder_in_place_of_the_file(self, tmp_path):
+        (tmp_path / "train-images-idx3-ubyte.gz").mkdir()
+        with pytest.raises(UserError, match=r"cannot be read: .*directory"):
+            sources.load("embedded", str(tmp_path))
+
+
+class TestTfdsMnist:
+    def test_round_trip(self, tfds_mnist, embedded):
+        assert (tfds_mnist.name, tfds_mnist.num_classes) == ("tfds:mnist", 10)
+        for split in ("train", "test"):
+            read, written = getattr(tfds_mnist, split), getattr(embedded, split)
+            for key in ("id", "image", "label"):
+                assert read[key].dtype == written[key].dtype
+                assert read[key].shape == written[key].shape
+            np.testing.assert_array_equal(read["id"], written["id"])
+            assert rows(read) == rows(written)
+
+    def test_order_can_be_recovered(self, tfds_mnist, embedded):
+        for split in ("train", "test"):
+            read, written = getattr(tfds_mnist, split), getattr(embedded, split)
+            hasher = hashing.Hasher(split)
+            order = sorted(range(len(written["id"])), key=hasher.hash_key)
+            np.testing.assert_array_equal(read["image"], written["image"][order])
+            np.testing.assert_array_equal(read["label"], written["label"][order])
+
+    def test_stock_calls_read_it(self, mnist_dir, tfds_mnist):
+        first_two = tfds.data_source("mnist", split="test[:2]", data_dir=mnist_dir, download=False)
+        assert len(first_two) == 2
+        assert first_two[1]["image"].shape == (28, 28, 1)
+        np.testing.assert_array_equal(first_two[1]["image"][..., 0], tfds_mnist.test["image"][1])
+        info = tfds.builder("mnist", data_dir=mnist_dir).info
+        assert (str(info.version), info.splits["train"].num_examples) == ("3.0.1", 60000)
+
+    def test_preparing_again_does_nothing(self, mnist_dir):
+        files = sorted(mnist_dir.rglob("*array_record*"))
+        before = [file.stat().st_mtime_ns for file in files]
+        result = python("-m", "distill_jax.data.prepare_tfds", f"--data_dir={mnist_dir}")
+        assert result.returncode == 0, result.stderr
+        assert [file.stat().st_mtime_ns for file in files] == before
+
+    def test_preparing_over_another_format_is_an_error(self, mnist_dir, tmp_path):
+        folder = tmp_path / "mnist" / "3.0.1"
+        folder.mkdir(parents=True)
+        for name in ("dataset_info.json", "features.json"):
+            text = (mnist_dir / "mnist" / "3.0.1" / name).read_text()
+            (folder / name).write_text(text.replace('"array_record"', '"tfrecord"'))
+        result = python("-m", "distill_jax.data.prepare_tfds", f"--data_dir={tmp_path}")
+        assert result.returncode == 1
+        assert f"{folder} holds the set as tfrecord" in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_preparing_takes_no_arguments(self):
+        result = python("-m", "distill_jax.data.prepare_tfds", "mnist")
+        assert result.returncode == 1
+        assert result.stderr.strip() == "unexpected arguments: mnist"
+
+
+class TestTfdsSets:
+    def test_colour_images_and_validation_in_place_of_test(self, tmp_path):
+        images = [np.full((4, 5, 3), value, np.uint8) for value in range(5)]
+        prepare_tiny(
+            tmp_path,
+            {"train": (images[:3], [0, 1, 2]), "validation": (images[3:], [1, 0])},
+            image_feature=tfds.features.Image(shape=(4, 5, 3)),
+        )
+        for name in ("tfds:tiny", "tfds:tiny:1.0.0"):
+            source = sources.load(name, str(tmp_path))
+            assert (source.name, source.num_classes) == (name, 3)
+            assert source.train["image"].shape == (3, 4, 5, 3)
+            assert source.test["id"].tolist() == [3, 4]
+            # A value of the images names the label that was stored with it.
+            for examples in (source.train, source.test):
+                expected = np.array([0, 1, 2, 1, 0])[examples["image"][:, 0, 0, 0]]
+                np.testing.assert_array_equal(examples["label"], expected)
+
+    def test_neither_test_nor_validation(self, tmp_path):
+        prepare_tiny(tmp_path, {"train": ([grey(4)], [0]), "dev": ([grey(4)], [0])})
+        with pytest.raises(UserError, match="this set has dev, train"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_no_train(self, tmp_path):
+        prepare_tiny(tmp_path, {"test": ([grey(4)], [0])})
+        with pytest.raises(UserError, match="this set has test"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_images_of_different_sizes(self, tmp_path):
+        data = ([grey(4), grey(4), grey(6)], [0, 1, 2])
+        prepare_tiny(tmp_path, {"train": ([grey(4)], [0]), "test": data})
+        with pytest.raises(UserError, match=r"test: all images must have one size, .*\[6, 6, 1\]"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_label_that_is_not_a_class(self, tmp_path):
+        data = {"train": ([grey(4)], [7]), "test": ([grey(4)], [7])}
+        prepare_tiny(tmp_path, data, label_feature=tfds.features.Scalar(np.int64))
+        with pytest.raises(UserError, match=r"this one has .*Image.*Scalar"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_labels_are_validated(self, tmp_path):
+        # TFDS's own mark of an unknown label.
+        prepare_tiny(
+            tmp_path, {"train": ([grey(4)] * 2, [0, 1]), "test": ([grey(4)] * 2, [-1, -1])}
+        )
+        with pytest.raises(
+            UserError, match=r"test: 2 of 2 labels are outside 0\.\.2, .*-1 at id 2"
+        ):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_sixteen_bit_images(self, tmp_path):
+        data = ([np.full((4, 4), 1000, np.uint16)], [0])
+        feature = tfds.features.Image(shape=(4, 4, 1), dtype=np.uint16)
+        prepare_tiny(tmp_path, {"train": data, "test": data}, image_feature=feature)
+        with pytest.raises(UserError, match=r"image \(uint8\) .*dtype=uint16"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_no_random_access(self, tmp_path):
+        data = ([grey(4)], [0])
+        folder = prepare_tiny(tmp_path, {"train": data, "test": data})
+        # TFDS writes tfrecord by TensorFlow only; the format stands in this file.
+        info = folder / "dataset_info.json"
+        info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+        with pytest.raises(UserError, match="tfrecord, which has no random access") as caught:
+            sources.load("tfds:tiny", str(tmp_path))
+        assert str(folder) in str(caught.value)
+        assert f"tfds build tiny --data_dir={tmp_path} --file_format=array_record" in str(
+            caught.value
+        )
+
+    def test_damaged_and_missing_records(self, tmp_path):
+        data = ([grey(4, value) for value in range(20)], [0] * 20)
+        folder = prepare_tiny(tmp_path, {"train": data, "test": data})
+        (records,) = folder.glob("*train*")
+        content = bytearray(records.read_bytes())
+        content[300] ^= 0xFF
+        records.write_bytes(content)
+        with pytest.raises(UserError, match=f"train: the files in {folder} cannot be read"):
+            sources.load("tfds:tiny", str(tmp_path))
+        records.unlink()
+        with pytest.raises(UserError, match=f"train: the files in {folder} cannot be read"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+
+class TestAbsentTfdsSets:
+    @pytest.fixture(autouse=True)
+    def no_network(self, monkeypatch):
+        def connect(*args):
+            pytest.fail("tried the network")
+
+        monkeypatch.setattr(socket.socket, "connect", connect)
+        monkeypatch.setattr(socket, "getaddrinfo", connect)
+
+    def message(self, name, data_dir):
+        start = time.monotonic()
+        with pytest.raises(UserError) as caught:
+            sources.load(name, data_dir)
+        assert time.monotonic() - start < 5
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    @pytest.mark.parametrize("name", ["mnist", "mnist:3.0.1", "mnist:9.9.9", "mnist/no_config"])
+    def test_mnist(self, tmp_path, name):
+        data_dir = str(tmp_path / "with space")
+        command = f"python -m distill_jax.data.prepare_tfds --data_dir='{data_dir}'"
+        assert self.message(f"tfds:{name}", data_dir).endswith(command)
+
+    @pytest.mark.parametrize("name", ["cifar10", "emnist/balanced", "no_such_set", "cifar10:9.9.9"])
+    def test_others(self, tmp_path, name):
+        assert self.message(f"tfds:{name}", str(tmp_path)).endswith(
+            f"pip install tensorflow && tfds build {name} --data_dir={tmp_path} "
+            "--file_format=array_record"
+        )
+
+    def test_unknown_set_is_called_so(self, tmp_path):
+        message = self.message("tfds:no_such_set", str(tmp_path))
+        assert "Dataset no_such_set not found" in message
+
+    def test_default_data_dir(self, tmp_path, monkeypatch):
+        # TFDS reads the variable when it is imported.
+        code = (
+            "from distill_jax.data import sources\n"
+            "try: sources.load('tfds:mnist')\n"
+            "except ValueError as error: print(error)"
+        )
+        monkeypatch.setenv("TFDS_DATA_DIR", os.fspath(tmp_path))
+        lines = python("-c", code).stdout.splitlines()
+        assert len(lines) == 1
+        assert str(tmp_path) in lines[0]
+        assert lines[0].endswith("python -m distill_jax.data.prepare_tfds")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "mnist", "Embedded", "embedded:x", "tfds:", "tfds:hf:x", "tfds"]
+)
+def test_unknown_source(name):
+    with pytest.raises(UserError, match=r"unknown data source .*'embedded' .*'tfds:NAME") as caught:
+        sources.load(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_tensorflow_is_not_imported(tmp_path):
+    data = ([grey(4)], [0])
+    prepare_tiny(tmp_path, {"train": data, "test": data})
+    code = (
+        "import sys\n"
+        "from distill_jax.data import sources\n"
+        "sources.load('embedded')\n"
+        "assert 'tensorflow_datasets' not in sys.modules\n"
+        f"sources.load('tfds:tiny', {str(tmp_path)!r})\n"
+        "import distill_jax.data.prepare_tfds\n"
+        "print('tensorflow' in sys.modules)"
+    )
+    result = python("-c", code)
+    assert result.stdout == "False\n", result.stderr
+
+
+class TestValidate:
+    @staticmethod
+    def examples(**changes):
+        arrays = {
+            "id": np.arange(10, 14, dtype=np.int32),
+            "image": np.zeros((4, 2, 2), np.uint8),
+            "label": np.array([0, 1, 2, 0], np.int32),
+        }
+        return arrays | changes
+
+    def test_good(self):
+        sources.validate(self.examples(), 3, "x")
+        sources.validate(self.examples(image=np.zeros((4, 2, 2, 3), np.float32)), 3, "x")
+        sources.validate(self.examples(soft=np.zeros((4, 3))), 3, "x")
+
+    @pytest.mark.parametrize(
+        ("labels", "message"),
+        [
+            ([0, 3, 9, 0], r"x: 2 of 4 labels are outside 0\.\.2, the first is 3 at id 11"),
+            ([0, 1, 2, -1], r"x: 1 of 4 labels are outside 0\.\.2, the first is -1 at id 13"),
+            ([0.0, 1.0, 2.0, 0.0], "x: label must be an integer, found float64"),
+        ],
+    )
+    def test_labels(self, labels, message):
+        with pytest.raises(UserError, match=message):
+            sources.validate(self.examples(label=np.array(labels)), 3, "x")
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("key", ["image", "soft"])
+    def test_non_finite(self, key, value):
+        array = np.zeros((4, 2, 2), np.float32)
+        array[2, 1, 0] = array[3, 0, 0] = value
+        with pytest.raises(UserError, match=f"x: {key} has NaN .* 2 of 4 .* first has id 12"):
+            sources.validate(self.examples(**{key: array}), 3, "x")
+
+    @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, bool])
+    def test_image_dtype(self, dtype):
+        images = np.zeros((4, 2, 2), dtype)
+        with pytest.raises(UserError, match=f"uint8 or floating point, found {np.dtype(dtype)}"):
+            sources.validate(self.examples(image=images), 3, "x")
+
+    def test_lengths(self):
+        changed = self.examples(label=np.zeros(3, np.int32))
+        with pytest.raises(
+            UserError, match=r"x: .*one length, .*id \[4\], image \[4\], label \[3\]"
+        ):
+            sources.validate(changed, 3, "x")
+
+    def test_scalar_in_place_of_an_array(self):
+        with pytest.raises(UserError, match=r"x: .*one length, .*soft \[\]"):
+            sources.validate(self.examples(soft=np.float32(1)), 3, "x")
+
+    def test_no_examples(self):
+        empty = {key: array[:0] for key, array in self.examples().items()}
+        with pytest.raises(UserError, match="x: no examples"):
+            sources.validate(empty, 3, "x")
+
+    def test_missing_array(self):
+        changed = self.examples()
+        del changed["label"]
+        with pytest.raises(UserError, match=r"x: array label is missing; found \['id', 'image'\]"):
+            sources.validate(changed, 3, "x")
+
+
+class TestFingerprint:
+    def test_order_of_names_and_memory_layout_do_not_count(self):
+        array = np.arange(6, dtype=np.int32).reshape(2, 3)
+        first: sources.Examples = {"a": array, "b": np.zeros(2)}
+        second: sources.Examples = {"b": np.zeros(4)[::2], "a": np.asfortranarray(array)}
+        assert sources.fingerprint(first) == sources.fingerprint(second)
+        assert len(sources.fingerprint(first)) == 64
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"b": np.arange(6, dtype=np.int32)},
+            {"a": np.arange(6, dtype=np.uint32)},
+            {"a": np.arange(6, dtype=">i4")},
+            {"a": np.arange(6, dtype=np.int32).reshape(2, 3)},
+            {"a": np.array([0, 1, 2, 3, 5, 4], np.int32)},
+            {"a": np.arange(6, dtype=np.int32), "b": np.zeros(0)},
+        ],
+    )
+    def test_everything_else_counts(self, other):
+        base = {"a": np.arange(6, dtype=np.int32)}
+        assert sources.fingerprint(base) != sources.fingerprint(other)
+
+    def test_stays_the_same_between_versions(self):
+        # A changed value would orphan every cached soft target.
+        examples = {"id": np.arange(3, dtype=np.int32), "label": np.array([2, 0, 1], np.int32)}
+        assert sources.fingerprint(examples).startswith("38f10d5b15d2")
