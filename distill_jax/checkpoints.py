@@ -5,6 +5,7 @@ damaged one loses little, and the best by a metric if one is named.
 """
 
 import logging
+import operator
 import os
 import shutil
 from pathlib import Path
@@ -44,14 +45,15 @@ def open_dir(
         best_metric: the checkpoint with the lowest value of this entry of `metrics` is kept too.
     """
     policies: list[PreservationPolicy] = [LatestN(2)]
-    if best_metric is not None:
-        policies.append(
-            BestN(get_metric_fn=lambda metrics: metrics[best_metric], reverse=True, n=1)
-        )
+    get_metric = None if best_metric is None else operator.itemgetter(best_metric)
+    if get_metric is not None:
+        policies.append(BestN(get_metric_fn=get_metric, reverse=True, n=1))
     return ocp.CheckpointManager(
         Path(directory).absolute(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
+            best_fn=get_metric,  # else the metrics are not written, and forgotten in the next process
+            best_mode="min",
             cleanup_tmp_directories=True,  # what a killed run left half written
         ),
     )
@@ -96,23 +98,38 @@ def wait(manager: ocp.CheckpointManager) -> None:
 def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None:
     """The newest checkpoint that can be read, or None if there is none.
 
-    A damaged one is skipped with a warning that names it, and deleted so that the run can write it
-    again.
+    A damaged one is skipped with a warning that names it. Once an older one has been read in its
+    place it is deleted, so that the run can write it again.
 
     Args:
         manager: from `open_dir`.
         like: a state of the same structure; its arrays (or ShapeDtypeStructs) give the shapes,
             dtypes and shardings to restore onto.
+
+    Raises:
+        UserError: if there are checkpoints and none can be read: they may be another net's.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    damaged: list[int] = []
+    reason = ""
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            return _restore(manager, step, abstract)
+            restored = _restore(manager, step, abstract)
         except Exception as error:  # orbax raises whatever its storage layers do
+            reason = str(error).partition("\n")[0]
             logging.warning(
-                "checkpoint %s is damaged and skipped: %s", manager.directory / str(step), error
+                "checkpoint %s is damaged and skipped: %s", manager.directory / str(step), reason
             )
-            manager.delete(step)
+            damaged.append(step)
+            continue
+        for later in damaged:
+            manager.delete(later)
+        return restored
+    if damaged:
+        raise UserError(
+            f"none of the checkpoints {sorted(damaged)} in {manager.directory} can be read as this "
+            f"training state; delete the folder to start afresh, or use another one: {reason}"
+        )
     return None
 
 

@@ -119,9 +119,12 @@ def print_progress(name: str, units: int) -> Callable[[Record], None]:
 
 def tensorboard(directory: str | os.PathLike[str]) -> Callable[[Record], None]:
     """Writes every record's values as TensorBoard scalars, member by member where there are several."""
-    writer = SummaryWriter(str(directory))
+    writers: list[SummaryWriter] = []  # made with the first record: a finished run writes no file
 
     def write(record: Record) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(directory)))
+        writer = writers[0]
         for key, value in record.items():
             values = np.ravel(value)
             for member, scalar in enumerate(values):

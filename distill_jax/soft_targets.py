@@ -213,14 +213,15 @@ def load(
         ids, digests, logits = (
             np.load(directory / f"{name}.npy") for name in ("ids", "digests", "logits")
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy raises whatever its header's parser does
         raise UserError(f"no readable soft targets in {directory}: {error}") from error
     if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
         raise UserError(
             f"{directory} is {meta.get('format')} version {meta.get('version')}; this program reads "
             f"{FORMAT} version {VERSION}"
         )
-    if hashlib.sha256(logits.tobytes()).hexdigest() != meta["sha256"]:
+    same = hashlib.sha256(logits.tobytes()).hexdigest() == meta["sha256"]
+    if not same or logits.dtype != np.float32:  # the bytes of another dtype could be the same
         raise UserError(
             f"{directory}/logits.npy is damaged: its SHA-256 is not the one in meta.json"
         )

@@ -21,6 +21,8 @@ from distill_jax.errors import UserError
 from distill_jax.soft_targets import logits_over
 from experiments.study import write_json
 
+BEST = "validation_errors"  # the metric that the best checkpoint has the least of
+
 Evaluation = Mapping[str, Examples]
 """Sets to count errors on after every report, by the metric's name: {"test_errors": examples}."""
 
@@ -67,7 +69,8 @@ def train(
         passes: epochs over small examples for each of the net's epochs.
 
     Returns:
-        The nets after the last epoch.
+        The nets after the last epoch; or, if the config's selection is "validation", at the checkpoint
+        with the fewest validation errors, as the mean over members.
     """
     mesh = parallel.make_mesh(**config.mesh)
     model = build_model(net, num_classes)
@@ -97,7 +100,10 @@ def train(
     compiled = parallel.compile_epoch(run_epoch, mesh, per_member)
     resident = parallel.put_examples(fields, mesh, per_member)
     hyper = _hyper(net, variants, len(config.seeds))
-    with checkpoints.open_dir(directory / "checkpoints") as manager:
+    best = BEST if BEST in evaluation else None
+    if config.selection == "validation" and best is None:
+        raise UserError("selection is 'validation', but data.validation holds no examples out")
+    with checkpoints.open_dir(directory / "checkpoints", best) as manager:
         states, history = loop.fit(
             lambda states, unit: compiled(states, resident, train_keys, hyper),
             states,
@@ -105,10 +111,16 @@ def train(
             _evaluator(model, evaluation),
             manager,
             net.save_every,
+            best,
             on_record=[loop.print_progress(name, units), loop.tensorboard(directory)],
         )
-    _write_curve(directory / "curve.json", history)
-    return Trained(model, states.params, history, history[-1]["seconds"])
+        _write_curve(directory / "curve.json", history)
+        seconds = history[-1]["seconds"]
+        if config.selection == "validation":
+            chosen = checkpoints.restore_best(manager, states, BEST)
+            assert chosen is not None
+            _, states, history = chosen
+    return Trained(model, states.params, history, seconds)
 
 
 def _write_curve(path: Path, history: list[loop.Record]) -> None:

@@ -111,10 +111,13 @@ def make_row(
     values: Sequence[float],
     seconds: float,
     paper: float | None = None,
-    selection: str = "last",
+    selection: str | None = None,
     **more: Any,
 ) -> Row:
-    """A row from one value per seed: their mean and sample standard deviation (None for one seed)."""
+    """A row from one value per seed: their mean and sample standard deviation (None for one seed).
+
+    `selection` says on what the value was chosen, if not by the config's selection of checkpoints.
+    """
     numbers = np.asarray(values, np.float64)
     return {
         "table": table,
@@ -124,7 +127,7 @@ def make_row(
         "value": float(numbers.mean()),
         "std": float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
         "seeds": len(numbers),
-        "selection": selection,
+        "selection": selection or config.selection,
         "preset": config.preset,
         "source": config.data.source,
         "seconds": round(seconds, 1),

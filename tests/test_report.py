@@ -1,10 +1,8 @@
+import html
 import json
 import os
 import re
-import subprocess
-import sys
-from html.parser import HTMLParser
-from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,45 +16,30 @@ DASH, DAGGER, PLUS_MINUS = "\u2013", "\u2020", "\u00b1"
 
 
 def make_row(table="mnist", row="teacher 2x1200", metric="test_errors", value=70.0, **keys):
-    defaults = {
-        "paper": None,
-        "std": None,
-        "seeds": 1,
-        "selection": "last",
-        "preset": "smoke",
-        "source": "embedded",
-        "seconds": 2.5,
-    }
-    return {"table": table, "row": row, "metric": metric, "value": value} | defaults | keys
+    defaults = {"paper": None, "std": None, "seeds": 1, "selection": "last", "seconds": 2.5}
+    place = {"table": table, "row": row, "metric": metric, "value": value}
+    return place | defaults | {"preset": "smoke", "source": "embedded"} | keys
 
 
-def temperature_rows(widths=(30, 300), temperatures=(1.0, 2.5, 8.0, 20.0)):
+def temperature_rows(widths=(30, 300)):
+    ways = [{"width": w, "temperature": t} for w in widths for t in (20.0, 8.0, 2.5, 1.0)]
     return [
-        make_row(
-            "mnist_temperature",
-            f"2x{width}, T = {t:g}",
-            value=9000.0 / width + t,
-            std=2.0,
-            seeds=3,
-            width=width,
-            temperature=t,
-        )
-        for width in widths
-        for t in reversed(temperatures)
+        make_row("mnist_temperature", value=9000 / way["width"] + way["temperature"], **way)
+        for way in ways
     ]
 
 
 def bias_rows():
-    shifted = "without 3s, bias of 3 shifted (best on test)"
-    sevens = "only 7s and 8s, biases of 7 and 8 shifted (best on test)"
+    table, shifted = "mnist_without_3", "without 3s, bias of 3 shifted (best on test)"
+    test = {"selection": "test"}
     return [
-        make_row("mnist_without_3", "without 3s", "test_errors", 221.0, paper=206),
-        make_row("mnist_without_3", "without 3s", "errors_on_3", 150.0, paper=133),
-        make_row("mnist_without_3", shifted, "test_errors", 111.0, paper=109, selection="test"),
-        make_row("mnist_without_3", shifted, "errors_on_3", 15.0, paper=14, selection="test"),
-        make_row("mnist_without_3", shifted, "bias_shift", 3.3, paper=3.5, selection="test"),
+        make_row(table, "without 3s", "test_errors", 221.0, paper=206),
+        make_row(table, "without 3s", "errors_on_3", 150.0, paper=133),
+        make_row(table, shifted, "test_errors", 111.0, paper=109, **test),
+        make_row(table, shifted, "errors_on_3", 15.0, paper=14, **test),
+        make_row(table, shifted, "bias_shift", 3.3, paper=3.5, **test),
         make_row("mnist_only_7_8", "only 7s and 8s", "test_error_percent", 44.1, paper=47.3),
-        make_row("mnist_only_7_8", sevens, "test_error_percent", 14.2, selection="test"),
+        make_row("mnist_only_7_8", "shifted", "test_error_percent", 14.2, **test),
     ]
 
 
@@ -69,12 +52,11 @@ def fraction_rows():
 
 
 def make_curves():
+    several = [[400.0, 500.0, 480.0], [150.0, 160.0, 155.0]]
     return {
-        "teacher": {"epoch": [1, 2, 3], "train_loss": [[1.0]] * 3, "test_errors": [[300.0]] * 3},
-        "baseline": {
-            "epoch": [1, 2],
-            "test_errors": [[400.0, 500.0, 480.0], [150.0, 160.0, 155.0]],
-        },
+        "soft_only": {"epoch": [1, 2], "test_errors": several},
+        "width_800": {"epoch": [1, 2], "test_errors": several},
+        "teacher": {"epoch": [1, 2, 3], "test_errors": [[900.0], [500.0], [300.0]]},
     }
 
 
@@ -91,52 +73,25 @@ def plain_figure():
     return figure
 
 
-def write(workdir, rows, captions=None, reference_rows=(), drawn=()):
-    report.write(workdir, "A title", captions or {}, rows, reference_rows, drawn)
+def write(workdir, rows, captions=None, reference_rows=(), drawn=(), title="A title"):
+    report.write(workdir, title, captions or {}, rows, reference_rows, drawn, seconds=1234.5)
     read = [(workdir / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html")]
     return read[0], read[1]
 
 
 def markdown_cells(markdown):
-    return [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in markdown.splitlines()
-        if line.startswith("|")
-    ]
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-class Cells(HTMLParser):
-    """The text of every table's cells, line by line, and all tags with their attributes."""
+def html_cells(text):
+    tables = re.findall("<table>.*?</table>", text, re.DOTALL)
+    lines = [line for table in tables for line in ElementTree.fromstring(table).iter("tr")]
+    return [["".join(cell.itertext()) for cell in line] for line in lines]
 
-    VOID = ("meta",)
 
-    def __init__(self, text):
-        super().__init__()
-        self.lines, self.tags, self.open = [], [], []
-        self.inside = False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.lines.append([])
-        if tag in ("td", "th"):
-            self.lines[-1].append("")
-            self.inside = True
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag in ("td", "th"):
-            self.inside = False
-
-    def handle_data(self, data):
-        if self.inside:
-            self.lines[-1][-1] += data
+def without(key):
+    return json.dumps([make_row(), {k: v for k, v in make_row().items() if k != key}])
 
 
 # The contract.
@@ -148,46 +103,25 @@ def test_load_rows_gives_the_rows_with_their_further_keys(tmp_path):
     assert report.load_rows(tmp_path / "results.json") == rows
 
 
-def test_load_rows_names_the_file_and_every_missing_key(tmp_path):
-    rows = [make_row(), make_row()]
-    del rows[1]["std"], rows[1]["selection"]
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(rows))
-    with pytest.raises(UserError) as caught:
-        report.load_rows(path)
-    assert str(path) in str(caught.value)
-    assert "row 1 lacks std, selection" in str(caught.value)
-
-
-@pytest.mark.parametrize("key", report.KEYS)
-def test_load_rows_needs_each_key(tmp_path, key):
-    row = make_row()
-    del row[key]
-    (tmp_path / "r.json").write_text(json.dumps([row]))
-    with pytest.raises(UserError, match=rf"lacks {key}$"):
-        report.load_rows(tmp_path / "r.json")
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (None, "r.json: cannot be read"),
         ("{", "not JSON"),
         ("{}", "JSON list"),
         ("[1]", "JSON list"),
+        *[(without(k), f"r.json: row 1 lacks {k}$") for k in report.KEYS],
         (json.dumps([make_row(selection="tset")]), "selection 'tset'"),
         (json.dumps([make_row(value="70")]), "number or null for value"),
         (json.dumps([make_row(seeds=0)]), "at least 1 for seeds"),
+        (json.dumps([make_row(preset=3)]), "text for preset"),
     ],
 )
 def test_load_rows_refuses_what_is_no_list_of_rows(tmp_path, text, message):
-    (tmp_path / "r.json").write_text(text)
+    if text is not None:
+        (tmp_path / "r.json").write_text(text)
     with pytest.raises(UserError, match=message):
         report.load_rows(tmp_path / "r.json")
-
-
-def test_load_rows_names_an_absent_file(tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        report.load_rows(tmp_path / "nowhere.json")
 
 
 # Numbers.
@@ -203,7 +137,6 @@ def test_load_rows_names_an_absent_file(tmp_path):
         (146.33, "146.3"),
         (13.24, "13.2"),
         (3.456, "3.46"),
-        (-7.625, "-7.62"),
         (0.01234, "0.0123"),
         (1.25e-7, "1.25e-07"),
         (float("nan"), "nan"),
@@ -246,15 +179,12 @@ def test_both_documents_show_the_same_lines_and_group_a_rows_metrics(tmp_path):
     cells = markdown_cells(markdown)
     assert cells[0] == ["row", "metric", "paper", "ours", "selection", "seconds"]
     ours = f"69.4 {PLUS_MINUS} 4.1 (5 seeds)"
-    assert cells[2] == ["teacher 2x1200", "test errors", "67", ours, "last", "2.50"]
+    assert cells[2] == ["teacher 2x1200", "test errors", "67", ours, "last", "2.5"]
     assert cells[3] == ["", "train loss", DASH, "0.500 (5 seeds)", "last", ""]
-    assert cells[4][0] == "baseline"
-    page = Cells(text)
-    assert not page.open
     # The second metric has no cells of its own for the row's name and seconds: they span.
-    assert page.lines == [cells[0], cells[2], cells[3][1:-1], cells[4]]
-    spans = [attrs["rowspan"] for tag, attrs in page.tags if "rowspan" in attrs]
-    assert spans == ["2", "2"]
+    assert html_cells(text) == [cells[0], cells[2], cells[3][1:-1], cells[4]]
+    for document in (markdown, text):
+        assert "preset smoke; source embedded; 5 seeds; 1,234 s in all" in document
 
 
 def test_tables_stand_in_the_rows_order_with_their_captions(tmp_path):
@@ -263,7 +193,7 @@ def test_tables_stand_in_the_rows_order_with_their_captions(tmp_path):
     assert re.findall(r"^## (.*)$", markdown, re.MULTILINE) == ["b table", "a table"]
     assert re.findall(r"<h2>(.*?)</h2>", text) == ["b table", "a table"]
     assert "## a table\n\nThe paper claims this.\n\n|" in markdown
-    assert "<p>The paper claims this.</p>" in text
+    assert "<h2>a table</h2>\n<p>The paper claims this.</p>" in text
 
 
 def test_numbers_chosen_on_the_test_set_are_marked_and_only_they(tmp_path):
@@ -272,74 +202,42 @@ def test_numbers_chosen_on_the_test_set_are_marked_and_only_they(tmp_path):
         make_row("tuned", row="as learned", value=206.0),
         make_row("tuned", row="shifted", value=109.0, selection="test"),
     ]
+    note = f"{DAGGER} chosen on the test set, as the paper did"
     markdown, text = write(tmp_path, rows)
     plain, tuned = markdown.split("## tuned")
-    assert DAGGER not in plain
-    assert f"109 {DAGGER} (1 seed)" in tuned and "| 206 (1 seed) |" in tuned
-    assert tuned.count(f"{DAGGER} chosen on the test set, as the paper did") == 1
-    page = Cells(text)
-    marked = [line for line in page.lines if any(DAGGER in cell for cell in line)]
-    assert [line[0] for line in marked] == ["shifted"]
-    assert [attrs.get("class") for tag, attrs in page.tags if tag == "tr"].count("tuned") == 1
-    assert text.count("chosen on the test set, as the paper did") == 1
+    assert DAGGER not in plain and tuned.count(note) == 1
+    assert re.sub("<[^>]*>", "", text).count(note) == 1
+    for cells in (markdown_cells(tuned)[2:], html_cells(text)[3:]):
+        assert [line[3] for line in cells] == ["206 (1 seed)", f"109 {DAGGER} (1 seed)"]
+    assert text.count('<tr class="tuned">') == 1
 
 
 def test_reference_column_where_table_row_and_metric_match(tmp_path):
     rows = [make_row(), make_row(metric="train_loss"), make_row("other")]
+    how = {"preset": "full", "source": "tfds", "selection": "test"}
     reference = [
-        make_row(value=68.2, std=1.5, seeds=5, preset="full", seconds=700.0, device="Some GPU"),
-        make_row("other", row="elsewhere", value=1.0, device="Not Shown"),
+        make_row(value=68.2, std=1.5, seeds=5, **how),
+        make_row("other", row="elsewhere", preset="unseen"),
     ]
     markdown, text = write(tmp_path, rows, reference_rows=reference)
     first, second = markdown.split("## other")
-    cells = markdown_cells(first)
-    assert cells[0][4] == "reference"
-    assert cells[2][4] == f"68.2 {PLUS_MINUS} 1.5 (5 seeds)"
-    assert cells[3][4] == DASH
-    assert "reference" not in markdown_cells(second)[0]
+    theirs = ["reference", f"68.2 {PLUS_MINUS} 1.5 {DAGGER} (5 seeds)", DASH]
+    assert [line[4] for line in markdown_cells(first) if ":--" not in line] == theirs
+    assert [html_cells(text)[0][4], html_cells(text)[1][4], html_cells(text)[2][3]] == theirs
+    assert "chosen on the test set" in first and "reference" not in markdown_cells(second)[0]
     for document in (markdown, text):
-        assert "preset full; source embedded; 5 seeds; 700 s over all rows; on Some GPU" in document
-        assert "Not Shown" not in document
-
-
-def test_a_reference_chosen_on_the_test_set_is_marked(tmp_path):
-    reference = [make_row(value=1.0, selection="test")]
-    markdown, _ = write(tmp_path, [make_row(value=2.0)], reference_rows=reference)
-    cells = markdown_cells(markdown)[2]
-    assert cells[3:5] == ["2 (1 seed)", f"1 {DAGGER} (1 seed)"]
-    assert "chosen on the test set" in markdown
-
-
-def test_header_counts_the_seconds_of_a_row_once(tmp_path):
-    rows = [
-        make_row(seconds=100.0, seeds=5),
-        make_row(metric="train_loss", seconds=100.0, seeds=5),
-        make_row(row="other", seconds=20.0, seeds=2, source="tfds"),
-        make_row(row="third", seconds=None),
-    ]
-    markdown, text = write(tmp_path, rows)
-    line = "preset smoke; source embedded, tfds; 1 to 5 seeds; 120 s over all rows"
-    assert f"\n\n{line}\n" in markdown
-    assert f'<p class="summary">{line}</p>' in text
-
-
-def test_header_takes_the_total_from_who_knows_it(tmp_path):
-    rows = [make_row(seconds=100.0), make_row(row="trained with it", seconds=100.0)]
-    report.write(tmp_path, "A title", {}, rows, seconds=1234.5)
-    assert "1 seed; 1,234 s in all\n" in (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert "Reference, a published run: preset full; source tfds; 5 seeds" in document
+        assert "unseen" not in document
 
 
 def test_everything_is_escaped(tmp_path):
     nasty = '<script>alert("x")</script> & a|b *c* `d` [e](f)'
     row = make_row(nasty, nasty, nasty, selection="last", preset=nasty, source=nasty)
-    report.write(tmp_path, nasty, {nasty: nasty}, [row], [], [("fig", nasty, plain_figure())])
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    drawn = [("fig", nasty, plain_figure())]
+    markdown, text = write(tmp_path, [row], {nasty: nasty}, drawn=drawn, title=nasty)
     assert "<script" not in text
-    page = Cells(text)
-    assert not page.open
-    assert page.lines[1][:2] == [nasty, nasty]
-    assert next(attrs["aria-label"] for tag, attrs in page.tags if tag == "svg") == nasty
-    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert html_cells(text)[1][:2] == [nasty, nasty]
+    assert html.unescape(re.search(r'aria-label="([^"]*)" viewBox', text).group(1)) == nasty
     # No character that means something in markdown stands bare.
     assert not re.search(r"(?<!\\)[<>`*]", markdown)
     tables = [line for line in markdown.splitlines() if line.startswith("| ")]
@@ -352,10 +250,8 @@ def test_html_asks_for_nothing_outside_itself(tmp_path):
     )
     _, text = write(tmp_path, [make_row()], drawn=drawn)
     assert not re.search(r"https?:|@import|<link|<script|<iframe", text)
-    for tag, attrs in Cells(text).tags:
-        for key, value in attrs.items():
-            if key in ("src", "srcset", "href", "xlink:href", "data"):
-                assert value.startswith(("#", "data:image/png;base64,")), (tag, key, value[:40])
+    for target in re.findall(r'\b(?:src|srcset|href|data)="([^"]*)', text):
+        assert target.startswith(("#", "data:image/png;base64,")), target[:40]
     for target in re.findall(r"url\(([^)]*)\)", text):
         assert target.startswith("#")
 
@@ -366,31 +262,15 @@ def test_figures_are_named_files_and_elements_with_text_for_those_who_cannot_see
     assert "![One line.](figures/first.png)" in markdown
     for name, _, _ in drawn:
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    page = Cells(text)
-    images = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert [(i["role"], i["aria-label"]) for i in images] == [
-        ("img", "One line."),
-        ("img", "Same line."),
-    ]
+    labels = re.findall(r'<svg role="img" aria-label="([^"]*)"', text)
+    assert labels == ["One line.", "Same line."]
     # Figures drawn alike share the page: every id is its own, every reference finds one.
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    ids = re.findall(r'\bid="([^"]*)', text)
     assert len(ids) == len(set(ids))
     references = re.findall(r'(?:href="|url\()#([^")]*)', text)
     assert references and set(references) <= set(ids)
-
-
-def test_ink_follows_the_pages_text_colour(tmp_path):
-    _, text = write(tmp_path, [make_row()], drawn=[("fig", "A line.", plain_figure())])
-    assert "prefers-color-scheme: dark" in text
-    svg = text[text.index("<svg") : text.index("</svg>")]
-    assert "currentColor" in svg
-    assert "#000000" not in svg and "fill: #ffffff" not in svg
-
-
-@pytest.mark.parametrize("name", ["../up", "a b", "", '"', "1st"])
-def test_a_figures_name_is_a_plain_word(tmp_path, name):
-    with pytest.raises(ValueError, match="file name"):
-        write(tmp_path, [make_row()], drawn=[(name, "caption", plain_figure())])
+    # Ink follows the page's text colour.
+    assert "currentColor" in text and not re.search("#000000|fill: #fff", text)
 
 
 def test_writing_again_gives_the_same_bytes_and_leaves_nothing_else(tmp_path):
@@ -398,9 +278,9 @@ def test_writing_again_gives_the_same_bytes_and_leaves_nothing_else(tmp_path):
         return {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
     rows = temperature_rows()
-    write(tmp_path, rows, drawn=figures.all_figures(rows))
+    write(tmp_path, rows, drawn=figures.all_figures(rows, {}, []))
     before = files()
-    write(tmp_path, rows, drawn=figures.all_figures(rows))
+    write(tmp_path, rows, drawn=figures.all_figures(rows, {}, []))
     assert files() == before
     assert sorted(before) == ["report.html", "report.md", "temperature.png"]
 
@@ -420,17 +300,15 @@ def test_a_write_that_fails_keeps_the_old_report(tmp_path, monkeypatch):
 
 
 def test_no_rows_say_so(tmp_path):
-    markdown, text = write(tmp_path, [])
-    assert "No results." in markdown and "No results." in text
-    assert "<table" not in text
+    for document in write(tmp_path, []):
+        assert "No results." in document and "<table" not in document
 
 
 # The MNIST study's figures.
 
 
 def test_temperature_has_a_panel_for_each_width_and_shades_the_papers_ranges():
-    rows = [*temperature_rows(widths=(300, 30, 100)), make_row("mnist_temperature", "no width")]
-    figure = figures.temperature(rows)
+    figure = figures.temperature(temperature_rows(widths=(300, 30, 100)))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [f"2 x {w}, fewest at T = 1" for w in (30, 100, 300)]
     assert {axes.get_xscale() for axes in figure.axes} == {"log"}
@@ -441,12 +319,6 @@ def test_temperature_has_a_panel_for_each_width_and_shades_the_papers_ranges():
     assert shaded == [[2.5], [], [8.0]]
     assert figure.axes[0].patches[0].get_width() == pytest.approx(1.5)
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
-
-
-def test_temperature_does_not_blow_up_small_differences():
-    (axes,) = figures.temperature(temperature_rows(widths=(100,), temperatures=(4.0, 5.0))).axes
-    low, high = axes.get_ylim()
-    assert high - low >= 0.19 * 94.0
 
 
 def test_bias_shift_puts_the_papers_numbers_beside_ours():
@@ -466,11 +338,6 @@ def test_bias_shift_puts_the_papers_numbers_beside_ours():
     assert written == ["44.1", "14.2", "47.3", ""]
 
 
-def test_bias_shift_of_one_table_alone():
-    rows = [row for row in bias_rows() if row["table"] == "mnist_only_7_8"]
-    assert len(figures.bias_shift(rows).axes) == 1
-
-
 def test_fractions_has_a_line_for_hard_and_for_soft_targets():
     (axes,) = figures.fractions(fraction_rows()).axes
     assert axes.get_xscale() == "log"
@@ -480,32 +347,17 @@ def test_fractions_has_a_line_for_hard_and_for_soft_targets():
     assert [text.get_text() for text in axes.get_xticklabels()] == ["3", "10", "100"]
 
 
-def test_curves_show_the_mean_in_a_band_of_the_seeds():
+def test_curves_show_the_listed_nets_means_in_a_band_of_the_seeds():
     one, several = figures.curves(make_curves()).axes
     assert one.get_title(loc="left") == "teacher, ends at 300"
+    assert several.get_title(loc="left") == "soft only, ends at 155"
     assert several.lines[0].get_ydata().tolist() == [460.0, 155.0]
-    assert not one.collections
     band = several.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (150.0, 500.0)
 
 
-def test_curves_leave_out_epochs_and_nets_that_were_not_tested():
-    nets = {
-        "a": {"epoch": [1, 2, 3], "test_errors": [[9.0], [None], [7.0]]},
-        "b": {"epoch": [1], "train_loss": [[1.0]]},
-        "c": {"epoch": [1], "test_errors": [[None]]},
-    }
-    (axes,) = figures.curves(nets).axes
-    assert axes.lines[0].get_xydata().tolist() == [[1, 9], [3, 7]]
-
-
-def test_curves_with_unlike_lengths_name_the_net():
-    with pytest.raises(UserError, match="'a': 2 epochs but 1"):
-        figures.curves({"a": {"epoch": [1, 2], "test_errors": [[1.0]]}})
-
-
 def test_digits_show_small_probabilities_on_a_logarithmic_axis():
-    figure = figures.digits(make_digits(7), most=3)
+    figure = figures.digits(make_digits(3))
     images, cold, hot = np.array(figure.axes).reshape(3, 3)
     assert images[0].get_title() == "a 2, most like a 3"
     assert images[0].images[0].get_array().shape == (28, 28)
@@ -516,31 +368,13 @@ def test_digits_show_small_probabilities_on_a_logarithmic_axis():
     assert colors.count(colors[2]) == 1
 
 
-def test_digits_draw_probabilities_that_float32_lost():
-    digit = make_digits(1)[0]
-    digit["soft_targets"] = {"1": [0.0] * 9 + [1.0]}
-    figure = figures.digits([digit])
-    assert np.isfinite(figure.axes[1].get_ylim()).all()
-    figure.draw_without_rendering()
-
-
 def test_all_figures_leaves_out_what_has_no_data():
     rows = temperature_rows() + bias_rows() + fraction_rows()
     drawn = figures.all_figures(rows, make_curves(), make_digits())
     names = ["temperature", "bias_shift", "fractions", "curves", "digits"]
     assert [name for name, _, _ in drawn] == names
     assert all(caption.endswith(".") and isinstance(fig, Figure) for _, caption, fig in drawn)
-    assert [name for name, _, _ in figures.all_figures(bias_rows(), None, None)] == ["bias_shift"]
+    assert [name for name, _, _ in figures.all_figures(bias_rows(), {}, [])] == ["bias_shift"]
     assert [name for name, _, _ in figures.all_figures([], {}, make_digits())] == ["digits"]
-    assert figures.all_figures([make_row()], {}, []) == []
     # A row that was not measured draws nothing.
-    assert figures.all_figures([row | {"value": None} for row in rows], None, None) == []
-
-
-def test_figures_register_nothing_with_pyplot():
-    code = (
-        "import sys; from experiments.mnist import figures; from experiments import report; "
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    root = Path(__file__).resolve().parents[1]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+    assert figures.all_figures([row | {"value": None} for row in rows], {}, []) == []

@@ -47,6 +47,7 @@ def labels_known(examples: Examples, share: float, seed: int) -> Examples:
     order = _order(examples, seed)
     known = np.zeros(len(order), bool)
     known[order[: round(share * len(order))]] = True
+    known &= examples["label"] >= 0  # what was wiped before stays so
     return {**examples, "label": np.where(known, examples["label"], -1), "label_known": known}
 
 

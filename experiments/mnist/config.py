@@ -25,6 +25,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.study = "experiments.mnist.study"
     config.preset = preset
     config.seeds = (0,)  # one net of each kind per seed, trained as one vmapped program
+    config.selection = "last"  # epoch; or "validation": the checkpoint with fewest errors there
     config.mesh = {"member": 1, "data": -1, "model": 1}
     config.data = {
         "source": "embedded",  # or tfds:NAME
@@ -44,13 +45,12 @@ def get_config(preset: str = "default") -> ConfigDict:
         epochs=40,
     )
     student = _net(hidden=(800, 800), learning_rate=2e-3, epochs=20)
-    config.baseline = _net(hidden=(800, 800), learning_rate=1e-3, epochs=15)
+    config.baseline = _net(hidden=(800, 800), learning_rate=1e-3, batch_size=256, epochs=15)
     config.distilled = {**student, "temperature": 20.0, "hard_weight": 0.1}
     config.sweep = {
         **student,
-        "epochs": 15,
-        "widths": (800, 300, 30),
-        "temperatures": (1.0, 3.0, 8.0, 20.0),
+        "widths": (300, 30),
+        "temperatures": (1.0, 2.5, 4.0, 8.0, 20.0),
         "hard_weight": 0.0,
     }
     config.omissions = {
@@ -69,7 +69,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         **student,
         "temperature": 20.0,
         "hard_weight": 0.1,
-        "teacher_epochs": 40,
+        "teacher_epochs": 30,
         "labels_known": 0.1,
     }
     return {"smoke": _smoke, "default": lambda c: c, "paper": _paper}[preset](config)
@@ -140,7 +140,7 @@ def _paper(config: ConfigDict) -> ConfigDict:
     )
     config.baseline.update(learning_rate=5e-4, batch_size=256, epochs=20)
     config.distilled.update(student, epochs=500)
-    config.sweep.update(student, epochs=100, temperatures=TEMPERATURES)
+    config.sweep.update(student, epochs=100, widths=(800, 300, 30), temperatures=TEMPERATURES)
     config.omissions.update(student, epochs=100, only_7_8_epochs=500)
     config.fractions.update(student, epochs=50)
     config.unlabelled.update(student, epochs=500, teacher_epochs=1000)

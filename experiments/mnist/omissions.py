@@ -69,8 +69,8 @@ def _omission(
         return bias.best_shift(held_out, data.validation["label"], classes, shifts)
 
     on_test = [nets.logits(s, data.test["image"]) for s in range(len(config.seeds))]
-    ways: list[tuple[str, str, Callable[[int], float]]] = [
-        (label, "last", lambda s: 0.0),
+    ways: list[tuple[str, str | None, Callable[[int], float]]] = [
+        (label, None, lambda s: 0.0),
         (
             f"{label}, {shifted} (best on test)",
             "test",
@@ -78,7 +78,7 @@ def _omission(
         ),
         (
             f"{label}, {shifted} (class prior)",
-            "last",
+            None,
             lambda s: bias.prior_shift(nets.logits(s, data.train["image"]), classes, prior),
         ),
     ]

@@ -17,7 +17,16 @@ from experiments import members, report
 from experiments.mnist import figures
 from experiments.mnist.nets import load_data, train, train_on_labels, with_soft_targets
 from experiments.mnist.omissions import only_7_8, without_3
-from experiments.study import Context, Row, Stage, finished_rows, make_row, run_stages, write_json
+from experiments.study import (
+    Context,
+    Row,
+    Stage,
+    finished_rows,
+    make_row,
+    read_json,
+    run_stages,
+    write_json,
+)
 
 TITLE = "Distilling the Knowledge in a Neural Network, section 3: MNIST"
 CAPTIONS = {
@@ -76,33 +85,27 @@ def baseline(context: Context) -> list[Row]:
 
 
 def distilled(context: Context) -> list[Row]:
-    """The small net regularised solely by soft targets (74 errors), and the alternatives to them."""
+    """The small net regularised solely by soft targets (74 errors)."""
     net = context.config.distilled
-    examples = with_soft_targets(context, load_data(context.config).train, net.temperature)
+    row = f"distilled 2x{net.hidden[0]}, T={net.temperature:g}"
+    return [_distil(context, "distilled", row, training.distillation_loss, net.hard_weight, 74)]
+
+
+def alternatives(context: Context) -> list[Row]:
+    """The same net without labels, with label-modified soft targets, and by matching logits."""
+    net = context.config.distilled
     at = f"T={net.temperature:g}"
-    rows = []
-    for name, row, loss, hard_weight, paper in (
-        (
-            "distilled",
-            f"distilled 2x{net.hidden[0]}, {at}",
-            training.distillation_loss,
-            net.hard_weight,
-            74,
-        ),
-        ("soft_only", f"soft targets only, {at}", training.distillation_loss, 0.0, None),
-        (
+    return [
+        _distil(context, "soft_only", f"soft targets only, {at}", training.distillation_loss, 0.0),
+        _distil(
+            context,
             "label_modified",
             f"label-modified soft targets, {at}",
             training.label_modified_loss,
             net.hard_weight,
-            None,
         ),
-        ("logit_matching", "logit matching", training.logit_matching_loss, 0.0, None),
-    ):
-        variant = {"temperature": net.temperature, "hard_weight": hard_weight}
-        nets = train(context, name, net, examples, loss, [variant])
-        rows.append(_error_row(context, "mnist", row, nets, paper))
-    return rows
+        _distil(context, "logit_matching", "logit matching", training.logit_matching_loss, 0.0),
+    ]
 
 
 def sweep(context: Context) -> list[Row]:
@@ -209,11 +212,11 @@ def unlabelled(context: Context) -> list[Row]:
 def write_report(workdir: Path) -> None:
     """Draws report.md and report.html from results.json and what the stages left beside it."""
     curves = {
-        path.parent.name: json.loads(path.read_text())
-        for path in sorted(workdir.glob("stages/*/*/curve.json"))
+        path.parent.name: read_json(path) for path in sorted(workdir.glob("stages/*/*/curve.json"))
     }
     digits = workdir / "stages" / "soft_targets" / "digits.json"
     rows = finished_rows(workdir, STAGES)
+    seconds = sum(read_json(path)["seconds"] for path in workdir.glob("stages/*/stage.json"))
     reference = Path(__file__).with_name("reference.json")
     report.write(
         workdir,
@@ -221,24 +224,39 @@ def write_report(workdir: Path) -> None:
         CAPTIONS,
         rows,
         report.load_rows(reference) if reference.exists() else [],
-        figures.all_figures(
-            rows, curves, json.loads(digits.read_text()) if digits.exists() else []
-        ),
+        figures.all_figures(rows, curves, read_json(digits) if digits.exists() else []),
+        seconds,
     )
     print(f"report: {workdir / 'report.html'}")
 
 
 STAGES = (
-    Stage("teacher", teacher, (), ("seeds", "data", "teacher")),
+    Stage("teacher", teacher, (), ("seeds", "selection", "data", "teacher")),
     Stage("soft_targets", make_soft_targets, ("teacher",)),
-    Stage("baseline", baseline, (), ("seeds", "data", "baseline")),
+    Stage("baseline", baseline, (), ("seeds", "selection", "data", "baseline")),
     Stage("distilled", distilled, ("soft_targets",), ("distilled",)),
+    Stage("alternatives", alternatives, ("soft_targets",), ("distilled",)),
     Stage("sweep", sweep, ("soft_targets",), ("sweep",)),
     Stage("without_3", without_3, ("soft_targets",), ("omissions",)),
     Stage("only_7_8", only_7_8, ("soft_targets",), ("omissions",)),
     Stage("fractions", fractions, ("soft_targets",), ("fractions",)),
-    Stage("unlabelled", unlabelled, (), ("seeds", "data", "teacher", "unlabelled")),
+    Stage("unlabelled", unlabelled, (), ("seeds", "selection", "data", "teacher", "unlabelled")),
 )
+
+
+def _distil(
+    context: Context,
+    name: str,
+    row: str,
+    loss: training.Loss,
+    hard_weight: float,
+    paper: float | None = None,
+) -> Row:
+    net = context.config.distilled
+    examples = with_soft_targets(context, load_data(context.config).train, net.temperature)
+    variant = {"temperature": net.temperature, "hard_weight": hard_weight}
+    nets = train(context, name, net, examples, loss, [variant])
+    return _error_row(context, "mnist", row, nets, paper)
 
 
 def _error_row(

@@ -1,0 +1,60 @@
+"""What the command lines share: the config flag, and mistakes that end with one line."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from distill_jax.errors import UserError
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines --config=FILE:PRESET; fields that the config lacks can't be set."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "The study's config file and, after a colon, its preset.", lock_config=True
+    )
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a command line; a UserError or a wrong flag ends it with one line and status 1."""
+    flags.mark_flag_as_required("config")
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            sys.exit(f"error: unexpected argument {argv[1]!r}; flags begin with --")
+        logging.set_verbosity(logging.WARNING)
+        try:
+            main(argv)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("\nstopped; the same command goes on from the last checkpoint")
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
+        return app.parse_flags_with_usage(argv)
+    try:
+        rest = flags.FLAGS(argv)
+        flags.FLAGS["config"].value.is_locked  # noqa: B018  a missing file shows itself only here
+        return rest
+    except AttributeError as error:  # ml_collections, for a field that the locked config lacks
+        sys.exit(f"error: {_unknown_field(argv, str(error))}")
+    except OSError as error:
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        sys.exit(f"error: no config file {path!r}: {str(error).strip().splitlines()[-1].strip()}")
+    except flags.Error as error:
+        # A config file's own error comes with its traceback, whose last line says it all.
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+
+
+def _unknown_field(argv: Sequence[str], error: str) -> str:
+    """The flag that set it, and the library's suggestion, from a message that names only the field."""
+    keys = [arg.partition("=")[0] for arg in argv if arg.startswith("--config.")]
+    given = next((key for key in keys if key.rpartition(".")[2] in error), "--config")
+    meant = re.search(r'Did you mean \\*"(\w+)', error)
+    return f"{given}: no such field" + (f"; did you mean {meant.group(1)}?" if meant else "")

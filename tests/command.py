@@ -1,0 +1,38 @@
+"""Runs the command lines as a user does: in processes of their own, on the machine's own devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SMOKE = "--config=experiments/mnist/config.py:smoke"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def start(*arguments: str, module: str = "launch.main") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(*arguments: str, module: str = "launch.main") -> str:
+    """Runs to the end; returns what was printed."""
+    process = start(*arguments, module=module)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output
+
+
+def fails(*arguments: str, module: str = "launch.main") -> str:
+    """Runs a command that must fail with one clear message; returns the message."""
+    process = start(*arguments, module=module)
+    _, errors = process.communicate()
+    messages = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert process.returncode == 1 and len(messages) == 1 and "Traceback" not in errors, errors
+    return messages[0]
