@@ -93,11 +93,17 @@ class _MLP(nn.Module):
 
 
 def dropout(key: Array, x: Array, rate: float) -> Array:
-    """Zeroes a share of `x` and scales up the rest, with one random byte per value.
+    """Zeroes a share of `x` `[..., units]` and scales up the rest, with a random byte per value.
 
-    A quarter of the random bits of `flax.linen.Dropout`, which cost a fifth of a step on a CPU. The
-    rate is rounded to 1/256 and the scale is exact for the rounded rate.
+    The generator hashes once per number drawn, however narrow, so each 32-bit word serves four units:
+    a fifth of a large net's step on a CPU is saved. The rate is rounded to 1/256, and the scale is
+    exact for the rounded rate.
     """
     kept = round((1.0 - rate) * 256)
-    mask = jax.random.bits(key, x.shape, jnp.uint8) < jnp.uint8(kept) if kept < 256 else True
-    return jnp.where(mask, x * jnp.asarray(256 / kept, x.dtype), jnp.zeros((), x.dtype))
+    if kept == 256:
+        return x
+    units = x.shape[-1]
+    words = jax.random.bits(key, (*x.shape[:-1], -(-units // 4)), jnp.uint32)
+    octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., :units]
+    scaled = x * jnp.asarray(256 / max(kept, 1), x.dtype)
+    return jnp.where(octets < jnp.uint8(kept), scaled, jnp.zeros((), x.dtype))

@@ -40,7 +40,8 @@ def _parse(argv: list[str]) -> list[str]:
         return app.parse_flags_with_usage(argv)
     try:
         rest = flags.FLAGS(argv)
-        flags.FLAGS["config"].value.is_locked  # noqa: B018  a missing file shows itself only here
+        # A file that isn't there shows itself only when the config is first looked at.
+        getattr(flags.FLAGS["config"].value, "is_locked", None)
         return rest
     except AttributeError as error:  # ml_collections, for a field that the locked config lacks
         sys.exit(f"error: {_unknown_field(argv, str(error))}")

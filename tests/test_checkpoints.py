@@ -68,7 +68,9 @@ def test_a_checkpoint_holds_the_state_as_it_was_when_saved(tmp_path):
     advance = jax.jit(lambda state: jax.tree.map(lambda x: x + x, state), donate_argnums=0)
     with checkpoints.open_dir(tmp_path) as manager:
         state = make_state(5, width=4096)
-        checkpoints.save(manager, 5, state, [])
+        history = [{"unit": 4}]
+        checkpoints.save(manager, 5, state, history)
+        history.append({"unit": 5})
         deleted = []
         for _ in range(3):
             donated, state = state, advance(state)
@@ -77,6 +79,7 @@ def test_a_checkpoint_holds_the_state_as_it_was_when_saved(tmp_path):
         checkpoints.wait(manager)
         restored = checkpoints.restore_newest(manager, state)
     tiny.assert_equal(restored.state, make_state(5, width=4096))
+    assert restored.history == [{"unit": 4}]
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path):
