@@ -79,7 +79,8 @@ def save(
             f"no space left for a checkpoint in {manager.directory}: it takes {size / 1e6:.1f} MB and "
             f"{free / 1e6:.1f} MB are free; earlier checkpoints are kept, free some space and go on"
         )
-    notes = {"history": history, "checksum": int(checksum(state))}
+    # A copy of the list, for it is written later, when the loop has already added to it.
+    notes = {"history": [*history], "checksum": int(checksum(state))}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
     try:
         manager.save(step, args=items, metrics=metrics, force=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks import mnist_epoch
+from experiments.benchmarks.mnist_epoch_jax import flops_per_example
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,4 +51,4 @@ def test_mnist_epoch_ends_with_its_result():
     ],
 )
 def test_flops_are_those_of_the_matrix_products(layers, flops):
-    assert mnist_epoch.flops_per_example(layers) == flops
+    assert flops_per_example(layers) == flops

@@ -204,6 +204,7 @@ def test_a_bad_loss_without_a_checkpoint(tmp_path):
 
 def test_members_are_recorded_one_by_one_and_a_bad_one_is_named():
     keys = jax.random.split(jax.random.key(0), 3)
+    fresh_members, evaluate_members = jax.jit(jax.vmap(fresh)), jax.jit(jax.vmap(evaluate))
 
     def train(bad_member=None):
         def advance(states, unit):
@@ -212,7 +213,7 @@ def test_members_are_recorded_one_by_one_and_a_bad_one_is_named():
                 states.params["output"]["kernel"] = kernel
             return ADVANCE_MEMBERS(states, make_examples(), keys, tiny.hyper())
 
-        return loop.fit(advance, jax.vmap(fresh)(keys), 2, jax.vmap(evaluate))
+        return loop.fit(advance, fresh_members(keys), 2, evaluate_members)
 
     _, history = train()
     for name in ("step", "train_loss", "train_errors", "test_errors"):
