@@ -135,13 +135,23 @@ def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None
 
 
 def restore_best(manager: ocp.CheckpointManager, like: Any, metric: str) -> Restored | None:
-    """The kept checkpoint with the lowest `metric`, or None if none has it; else as above."""
+    """The kept checkpoint with the lowest `metric`, or None if none has it; arguments as above.
+
+    Raises:
+        UserError: if it can't be read; the next best is not taken in its place.
+    """
     values = {step: manager.metrics(step) or {} for step in manager.all_steps()}
     steps = [step for step in values if metric in values[step]]
     if not steps:
         return None
     best = min(steps, key=lambda step: values[step][metric])
-    return _restore(manager, best, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+    try:
+        return _restore(manager, best, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+    except Exception as error:  # orbax raises whatever its storage layers do
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the best checkpoint {manager.directory / str(best)} is damaged: {reason}"
+        ) from error
 
 
 @jax.jit

@@ -1,7 +1,8 @@
 """Devices, meshes and shardings; the only file that names them.
 
 One mesh serves the paper's three kinds of parallelism (section 5.1): "member" (an ensemble or a sweep
-of models), "data" (replicas on different examples), "model" (one model's neurons spread out).
+of models), "data" (replicas on different examples), "model" (one model's neurons spread out; the axis
+is there, but nothing is split over it yet).
 """
 
 from collections.abc import Callable, Mapping
@@ -80,7 +81,15 @@ def compile_epoch(run_epoch: Epoch, mesh: Mesh, per_member: Mapping[str, bool]) 
     Returns:
         `(states, examples, keys [M], hyper of [M]) -> (states, metrics [M, steps])`; the states are
         donated. Bring the examples there by `put_examples`.
+
+    Raises:
+        UserError: for a mesh with more than one device on "model": they would all do the same.
     """
+    if mesh.shape["model"] != 1:
+        raise UserError(
+            f"the mesh has {mesh.shape['model']} devices on its axis model, but nothing is split over "
+            "it yet: set mesh.model to 1"
+        )
     member, shared = _split(mesh, "member"), NamedSharding(mesh, PartitionSpec())
     mapped = jax.vmap(
         run_epoch,

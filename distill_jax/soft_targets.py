@@ -169,7 +169,7 @@ def attach(
 
 
 def save(directory: str | os.PathLike[str], targets: SoftTargets) -> None:
-    """Writes a store; it appears whole or not at all, and replaces an earlier one.
+    """Writes a store; it appears whole or not at all. An earlier one of that name is removed first.
 
     A folder with `ids.npy`, `digests.npy`, `logits.npy` and `meta.json`, which carries the format's
     version, the number of classes, and the logits' SHA-256.

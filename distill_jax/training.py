@@ -132,8 +132,10 @@ def online_teacher(teacher: Callable[[Array], Array]) -> Transform:
 
 
 def label_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
-    """Cross-entropy with the labels: teachers and baselines."""
-    return losses.hard_cross_entropy(logits, batch["label"])
+    """Cross-entropy with the labels: teachers and baselines. A label of -1 is unknown, and adds 0."""
+    known = batch["label"] >= 0
+    values = losses.hard_cross_entropy(logits, jnp.where(known, batch["label"], 0))
+    return jnp.where(known, values, 0.0)
 
 
 def distillation_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:

@@ -132,6 +132,15 @@ def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, damage, caplog):
         assert_restored(checkpoints.restore_newest(manager, make_state()), 2)
 
 
+def test_a_damaged_best_checkpoint_is_named(tmp_path):
+    with checkpoints.open_dir(tmp_path, "error") as manager:
+        for step, error in [(1, 0.1), (2, 0.4), (3, 0.3)]:
+            save(manager, step, error=error)
+        flip(biggest_file(tmp_path / "1"))
+        with pytest.raises(UserError, match=f"best checkpoint {tmp_path}/1 is damaged"):
+            checkpoints.restore_best(manager, make_state(), "error")
+
+
 def test_when_every_checkpoint_is_damaged_none_is_deleted(tmp_path):
     with checkpoints.open_dir(tmp_path) as manager:
         save(manager, 1)

@@ -248,3 +248,9 @@ def test_what_does_not_divide_is_named(key):
     step = training.make_train_step(PLAIN, OPTIMIZER, training.label_loss, axis_name="data")
     with pytest.raises(UserError, match=r"batch size is 12, which doesn't divide over 8 devices"):
         parallel.compile_pmap_step(step)(init(key, PLAIN), make_batch(12), key, tiny.hyper())
+
+
+def test_an_axis_that_would_do_nothing_is_refused():
+    mesh = parallel.make_mesh(2, 2, 2)
+    with pytest.raises(UserError, match="2 devices on its axis model"):
+        parallel.compile_epoch(lambda *arguments: None, mesh, {})

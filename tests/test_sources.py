@@ -135,8 +135,9 @@ class TestEmbedded:
             content = gzip.decompress((sources.EMBEDDED_DIR / name).read_bytes())
             (tmp_path / name).write_bytes(gzip.compress(content, compresslevel=0))
         again = sources.load("embedded", str(tmp_path))
-        assert sources.fingerprint(again.train) == sources.fingerprint(embedded.train)
-        assert sources.fingerprint(again.test) == sources.fingerprint(embedded.test)
+        for ours, theirs in ((again.train, embedded.train), (again.test, embedded.test)):
+            assert ours.keys() == theirs.keys()
+            assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 class TestDamagedFiles:
@@ -460,32 +461,3 @@ class TestValidate:
         del changed["label"]
         with pytest.raises(UserError, match=r"x: array label is missing; found \['id', 'image'\]"):
             sources.validate(changed, 3, "x")
-
-
-class TestFingerprint:
-    def test_order_of_names_and_memory_layout_do_not_count(self):
-        array = np.arange(6, dtype=np.int32).reshape(2, 3)
-        first: sources.Examples = {"a": array, "b": np.zeros(2)}
-        second: sources.Examples = {"b": np.zeros(4)[::2], "a": np.asfortranarray(array)}
-        assert sources.fingerprint(first) == sources.fingerprint(second)
-        assert len(sources.fingerprint(first)) == 64
-
-    @pytest.mark.parametrize(
-        "other",
-        [
-            {"b": np.arange(6, dtype=np.int32)},
-            {"a": np.arange(6, dtype=np.uint32)},
-            {"a": np.arange(6, dtype=">i4")},
-            {"a": np.arange(6, dtype=np.int32).reshape(2, 3)},
-            {"a": np.array([0, 1, 2, 3, 5, 4], np.int32)},
-            {"a": np.arange(6, dtype=np.int32), "b": np.zeros(0)},
-        ],
-    )
-    def test_everything_else_counts(self, other):
-        base = {"a": np.arange(6, dtype=np.int32)}
-        assert sources.fingerprint(base) != sources.fingerprint(other)
-
-    def test_stays_the_same_between_versions(self):
-        # A changed value would orphan every cached soft target.
-        examples = {"id": np.arange(3, dtype=np.int32), "label": np.array([2, 0, 1], np.int32)}
-        assert sources.fingerprint(examples).startswith("38f10d5b15d2")

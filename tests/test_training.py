@@ -153,6 +153,16 @@ def test_donation_changes_nothing(key):
     tiny.assert_equal(state, expected)
 
 
+def test_the_label_loss_of_a_partly_labelled_batch_is_that_of_the_labelled_part():
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)), jnp.float32)
+    labels = jnp.asarray([0, -1, 4, 2, -1, 1, 3, 0])
+    values = training.label_loss(z, {"label": labels}, {})
+    known = labels >= 0
+    np.testing.assert_array_equal(values[~known], 0)
+    expected = training.label_loss(z[known], {"label": labels[known]}, {})
+    np.testing.assert_array_equal(values[known], expected)
+
+
 def test_metrics_are_sums_and_unknown_labels_are_no_errors(key):
     batch = make_batch()
     batch["label"] = batch["label"].at[:3].set(-1)

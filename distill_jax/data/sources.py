@@ -133,19 +133,6 @@ def validate(examples: Examples, num_classes: int, what: str) -> None:
         )
 
 
-def fingerprint(examples: Examples) -> str:
-    """SHA-256 (hex) of all arrays: names, dtypes, shapes and bytes, in sorted order of names.
-
-    Ties cached soft targets to the data that they were made from.
-    """
-    digest = hashlib.sha256()
-    for key in sorted(examples):
-        array = np.ascontiguousarray(examples[key])
-        digest.update(f"{key} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.view(np.uint8).data)
-    return digest.hexdigest()
-
-
 def _load_embedded(folder: Path) -> Source:
     train = _mnist_examples(folder, "train", first_id=0)
     test = _mnist_examples(folder, "t10k", first_id=len(train["id"]))
