@@ -114,7 +114,7 @@ def train(
             best,
             on_record=[loop.print_progress(name, units), loop.tensorboard(directory)],
         )
-        _write_curve(directory / "curve.json", history)
+        _write_curve(directory / "curve.json", history, unit_passes)
         seconds = history[-1]["seconds"]
         if config.selection == "validation":
             chosen = checkpoints.restore_best(manager, states, BEST)
@@ -123,10 +123,11 @@ def train(
     return Trained(model, states.params, history, seconds)
 
 
-def _write_curve(path: Path, history: list[loop.Record]) -> None:
+def _write_curve(path: Path, history: list[loop.Record], unit_epochs: int) -> None:
     names = [name for name in history[-1] if name not in ("unit", "seconds", "step")]
     curve = {name: [record[name] for record in history] for name in names}
-    write_json(path, {"epoch": [record["unit"] for record in history], **curve})
+    epochs = [record["unit"] * unit_epochs for record in history]
+    write_json(path, {"epoch": epochs, **curve})
 
 
 def build_model(net: ConfigDict, num_classes: int) -> models.Model:
