@@ -3,8 +3,8 @@
     python -m launch.main --config=experiments/mnist/config.py:default --workdir=runs/mnist
 
 Any field of the config can be set: --config.distilled.temperature=8. The same command again goes on
-where the last one stopped, or finishes at once. Compiled programs are kept in ~/.cache/distill_jax, or in
-JAX_COMPILATION_CACHE_DIR.
+where the last one stopped, or finishes at once. Compiled programs are kept in ~/.cache/distill_jax, or
+in JAX_COMPILATION_CACHE_DIR.
 """
 
 import importlib
