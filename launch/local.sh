@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment (once) and runs a study on this machine, whatever devices it has.
 #
-#   launch/local.sh mnist                        about 12 minutes on two CPU cores; report in runs/mnist
+#   launch/local.sh mnist                        about 13 minutes on two CPU cores; report in runs/mnist
 #   launch/local.sh mnist smoke                  under a minute
 #   launch/local.sh mnist paper --config.seeds='(0,)'
 #

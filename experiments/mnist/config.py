@@ -2,7 +2,7 @@
 
     python -m launch.main --config=experiments/mnist/config.py:default --workdir=runs/mnist
 
-`smoke` takes under a minute and shows that everything works; `default` about 12 minutes on two CPU
+`smoke` takes under a minute and shows that everything works; `default` about 13 minutes on two CPU
 cores, one seed; `paper` is sized for one accelerator: the full nets, 5 seeds, the whole grid. Any field
 can be set: --config.distilled.temperature=8
 """
