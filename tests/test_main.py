@@ -115,6 +115,7 @@ def test_stages_of_an_equal_config_are_taken_over(smoke, tmp_path):
         ((SMOKE, "--stages=distilled"), "needs soft_targets"),
         ((SMOKE, "--config.mesh.data=7", "--stages=baseline"), "doesn't fit the 1 devices"),
         ((SMOKE, "--config.data.source=embeded", "--stages=baseline"), "tfds:"),
+        ((SMOKE, "--config.data.test_examples=99999", "--stages=baseline"), "are 10000 examples"),
         ((SMOKE, "--config.baseline.batch_size=9999", "--stages=baseline"), "batch_size 9999"),
         ((SMOKE, "--config.baseline.optimizer=adamw", "--stages=baseline"), "adam, sgd"),
         ((SMOKE, "--config.distilled.jitter=2", *TINY, "--config.teacher.epochs=1",

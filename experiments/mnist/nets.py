@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from distill_jax import soft_targets, training
 from distill_jax.data import sources, transfer
 from distill_jax.data.sources import Examples
+from distill_jax.errors import UserError
 from experiments import members
 from experiments.study import Context
 
@@ -40,10 +41,18 @@ def load_data(config: ConfigDict) -> Data:
 @functools.cache
 def _load(name: str, data_dir: str, train: int, test: int, validation: int, seed: int) -> Data:
     source = sources.load(name, data_dir or None)
-    first = transfer.select(source.train, np.arange(train or len(source.train["id"])))
+    first = _first(source.train, train, "data.train_examples")
     kept, held_out = transfer.hold_out(first, validation, seed)
-    tested = transfer.select(source.test, np.arange(test or len(source.test["id"])))
+    tested = _first(source.test, test, "data.test_examples")
     return Data(kept, held_out, tested, source.num_classes)
+
+
+def _first(examples: Examples, count: int, key: str) -> Examples:
+    """The first `count` examples; 0 stands for all."""
+    size = len(examples["id"])
+    if not 0 <= count <= size:
+        raise UserError(f"{key} is {count}, but there are {size} examples")
+    return transfer.select(examples, np.arange(count or size))
 
 
 def train(

@@ -192,14 +192,17 @@ def unlabelled(context: Context) -> list[Row]:
         training.label_loss,
     )
     rows = [_error_row(context, "mnist_unlabelled", "teacher, labels of one half", teachers)]
-    logits = [teachers.logits(s, ours["image"]) for s in range(len(config.seeds))]
+    targets = [
+        soft_targets.make(teachers.logits(s, ours["image"]), ours, f"half teacher, seed {seed}")
+        for s, seed in enumerate(config.seeds)
+    ]
     for share in (0.0, net.labels_known):
         partly = transfer.labels_known(ours, share, config.data.seed)
         nets = train(
             context,
             f"known_{share:g}",
             net,
-            [{**partly, "teacher_logits": own} for own in logits],
+            [soft_targets.attach(partly, own, net.temperature) for own in targets],
             training.distillation_loss,
             [{"temperature": net.temperature, "hard_weight": net.hard_weight if share else 0.0}],
         )
