@@ -6,6 +6,7 @@ progress.
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -111,7 +112,9 @@ def print_progress(name: str, units: int) -> Callable[[Record], None]:
             seconds = (now - started[0]) / (len(started) - 1)
             left = seconds * (units - record["unit"])
             text += f", {seconds:.2f} s each, {int(left // 60)}:{int(left % 60):02d} to go"
-        print(f"\r\033[K{text}" if terminal else text, end="" if terminal and not last else "\n")
+        if terminal:  # cut to a line, for only that much can be rewritten
+            text = "\r\033[K" + text[: shutil.get_terminal_size().columns - 1]
+        print(text, end="" if terminal and not last else "\n")
         sys.stdout.flush()
 
     return show

@@ -1,0 +1,293 @@
+"""TFDS round trips without TensorFlow, and every mistake that a user can make with them."""
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core import hashing
+
+import distill_jax
+from distill_jax.data import sources
+from distill_jax.errors import UserError
+
+ROOT = Path(distill_jax.__file__).parents[1]
+
+
+def python(*arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return sources.load("embedded")
+
+
+@pytest.fixture(scope="module")
+def mnist_dir(tmp_path_factory):
+    """A TFDS data_dir, prepared by the command that the error message names."""
+    data_dir = tmp_path_factory.mktemp("tfds")
+    with pytest.raises(UserError, match="not prepared") as caught:
+        sources.load("tfds:mnist", str(data_dir))
+    command = shlex.split(str(caught.value).split("Prepare it by: ")[1])
+    assert command[:3] == ["python", "-m", "distill_jax.data.prepare_tfds"]
+    result = python(*command[1:])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"prepared {data_dir / 'mnist' / '3.0.1'}"
+    return data_dir
+
+
+@pytest.fixture(scope="module")
+def tfds_mnist(mnist_dir):
+    return sources.load("tfds:mnist", str(mnist_dir))
+
+
+def grey(size, value=0):
+    return np.full((size, size), value, np.uint8)
+
+
+def prepare_tiny(data_dir, splits, image_feature=None, label_feature=None, file_format=None):
+    """Prepares the TFDS set "tiny" of splits {name: (images, labels)}; TFDS has no code for it."""
+    features = {
+        "image": image_feature or tfds.features.Image(shape=(None, None, 1)),
+        "label": label_feature or tfds.features.ClassLabel(num_classes=3),
+    }
+
+    with tfds.core.registered.skip_registration():
+
+        class Tiny(tfds.core.GeneratorBasedBuilder):
+            name = "tiny"
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features)
+                )
+
+            def _split_generators(self, dl_manager):
+                return {name: self._generate_examples(*data) for name, data in splits.items()}
+
+            def _generate_examples(self, images, labels):
+                for key, (image, label) in enumerate(zip(images, labels, strict=True)):
+                    yield key, {"image": Image.fromarray(image), "label": label}
+
+    Tiny(data_dir=data_dir).download_and_prepare(file_format=file_format or "array_record")
+    return data_dir / "tiny" / "1.0.0"
+
+
+def rows(examples):
+    """The examples as a sorted list, so that two orders of the same examples are equal."""
+    images = examples["image"].reshape(len(examples["image"]), -1)
+    return sorted(zip(map(bytes, images), examples["label"].tolist(), strict=True))
+
+
+class TestTfdsMnist:
+    def test_round_trip(self, tfds_mnist, embedded):
+        assert (tfds_mnist.name, tfds_mnist.num_classes) == ("tfds:mnist", 10)
+        for split in ("train", "test"):
+            read, written = getattr(tfds_mnist, split), getattr(embedded, split)
+            for key in ("id", "image", "label"):
+                assert read[key].dtype == written[key].dtype
+                assert read[key].shape == written[key].shape
+            np.testing.assert_array_equal(read["id"], written["id"])
+            assert rows(read) == rows(written)
+
+    def test_order_can_be_recovered(self, tfds_mnist, embedded):
+        for split in ("train", "test"):
+            read, written = getattr(tfds_mnist, split), getattr(embedded, split)
+            hasher = hashing.Hasher(split)
+            order = sorted(range(len(written["id"])), key=hasher.hash_key)
+            np.testing.assert_array_equal(read["image"], written["image"][order])
+            np.testing.assert_array_equal(read["label"], written["label"][order])
+
+    def test_stock_calls_read_it(self, mnist_dir, tfds_mnist):
+        first_two = tfds.data_source("mnist", split="test[:2]", data_dir=mnist_dir, download=False)
+        assert len(first_two) == 2
+        assert first_two[1]["image"].shape == (28, 28, 1)
+        np.testing.assert_array_equal(first_two[1]["image"][..., 0], tfds_mnist.test["image"][1])
+        info = tfds.builder("mnist", data_dir=mnist_dir).info
+        assert (str(info.version), info.splits["train"].num_examples) == ("3.0.1", 60000)
+
+    def test_preparing_again_does_nothing(self, mnist_dir):
+        files = sorted(mnist_dir.rglob("*array_record*"))
+        before = [file.stat().st_mtime_ns for file in files]
+        result = python("-m", "distill_jax.data.prepare_tfds", f"--data_dir={mnist_dir}")
+        assert result.returncode == 0, result.stderr
+        assert [file.stat().st_mtime_ns for file in files] == before
+
+    def test_preparing_over_another_format_is_an_error(self, mnist_dir, tmp_path):
+        folder = tmp_path / "mnist" / "3.0.1"
+        folder.mkdir(parents=True)
+        for name in ("dataset_info.json", "features.json"):
+            text = (mnist_dir / "mnist" / "3.0.1" / name).read_text()
+            (folder / name).write_text(text.replace('"array_record"', '"tfrecord"'))
+        result = python("-m", "distill_jax.data.prepare_tfds", f"--data_dir={tmp_path}")
+        assert result.returncode == 1
+        assert f"{folder} holds the set as tfrecord" in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_preparing_takes_no_arguments(self):
+        result = python("-m", "distill_jax.data.prepare_tfds", "mnist")
+        assert result.returncode == 1
+        assert result.stderr.strip() == "unexpected arguments: mnist"
+
+
+class TestTfdsSets:
+    def test_colour_images_and_validation_in_place_of_test(self, tmp_path):
+        images = [np.full((4, 5, 3), value, np.uint8) for value in range(5)]
+        prepare_tiny(
+            tmp_path,
+            {"train": (images[:3], [0, 1, 2]), "validation": (images[3:], [1, 0])},
+            image_feature=tfds.features.Image(shape=(4, 5, 3)),
+        )
+        for name in ("tfds:tiny", "tfds:tiny:1.0.0"):
+            source = sources.load(name, str(tmp_path))
+            assert (source.name, source.num_classes) == (name, 3)
+            assert source.train["image"].shape == (3, 4, 5, 3)
+            assert source.test["id"].tolist() == [3, 4]
+            # A value of the images names the label that was stored with it.
+            for examples in (source.train, source.test):
+                expected = np.array([0, 1, 2, 1, 0])[examples["image"][:, 0, 0, 0]]
+                np.testing.assert_array_equal(examples["label"], expected)
+
+    def test_neither_test_nor_validation(self, tmp_path):
+        prepare_tiny(tmp_path, {"train": ([grey(4)], [0]), "dev": ([grey(4)], [0])})
+        with pytest.raises(UserError, match="this set has dev, train"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_no_train(self, tmp_path):
+        prepare_tiny(tmp_path, {"test": ([grey(4)], [0])})
+        with pytest.raises(UserError, match="this set has test"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_images_of_different_sizes(self, tmp_path):
+        data = ([grey(4), grey(4), grey(6)], [0, 1, 2])
+        prepare_tiny(tmp_path, {"train": ([grey(4)], [0]), "test": data})
+        with pytest.raises(UserError, match=r"test: all images must have one size, .*\[6, 6, 1\]"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_label_that_is_not_a_class(self, tmp_path):
+        data = {"train": ([grey(4)], [7]), "test": ([grey(4)], [7])}
+        prepare_tiny(tmp_path, data, label_feature=tfds.features.Scalar(np.int64))
+        with pytest.raises(UserError, match=r"this one has .*Image.*Scalar"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_labels_are_validated(self, tmp_path):
+        # TFDS's own mark of an unknown label.
+        prepare_tiny(
+            tmp_path, {"train": ([grey(4)] * 2, [0, 1]), "test": ([grey(4)] * 2, [-1, -1])}
+        )
+        with pytest.raises(
+            UserError, match=r"test: 2 of 2 labels are outside 0\.\.2, .*-1 at id 2"
+        ):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_sixteen_bit_images(self, tmp_path):
+        data = ([np.full((4, 4), 1000, np.uint16)], [0])
+        feature = tfds.features.Image(shape=(4, 4, 1), dtype=np.uint16)
+        prepare_tiny(tmp_path, {"train": data, "test": data}, image_feature=feature)
+        with pytest.raises(UserError, match=r"image \(uint8\) .*dtype=uint16"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+    def test_no_random_access(self, tmp_path):
+        data = ([grey(4)], [0])
+        folder = prepare_tiny(tmp_path, {"train": data, "test": data})
+        # TFDS writes tfrecord by TensorFlow only; the format stands in this file.
+        info = folder / "dataset_info.json"
+        info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+        with pytest.raises(UserError, match="tfrecord, which has no random access") as caught:
+            sources.load("tfds:tiny", str(tmp_path))
+        assert str(folder) in str(caught.value)
+        assert f"tfds build tiny --data_dir={tmp_path} --file_format=array_record" in str(
+            caught.value
+        )
+
+    def test_damaged_and_missing_records(self, tmp_path):
+        data = ([grey(4, value) for value in range(20)], [0] * 20)
+        folder = prepare_tiny(tmp_path, {"train": data, "test": data})
+        (records,) = folder.glob("*train*")
+        content = bytearray(records.read_bytes())
+        content[300] ^= 0xFF
+        records.write_bytes(content)
+        with pytest.raises(UserError, match=f"train: the files in {folder} cannot be read"):
+            sources.load("tfds:tiny", str(tmp_path))
+        records.unlink()
+        with pytest.raises(UserError, match=f"train: the files in {folder} cannot be read"):
+            sources.load("tfds:tiny", str(tmp_path))
+
+
+class TestAbsentTfdsSets:
+    @pytest.fixture(autouse=True)
+    def no_network(self, monkeypatch):
+        def connect(*args):
+            pytest.fail("tried the network")
+
+        monkeypatch.setattr(socket.socket, "connect", connect)
+        monkeypatch.setattr(socket, "getaddrinfo", connect)
+
+    def message(self, name, data_dir):
+        start = time.monotonic()
+        with pytest.raises(UserError) as caught:
+            sources.load(name, data_dir)
+        assert time.monotonic() - start < 5
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    @pytest.mark.parametrize("name", ["mnist", "mnist:3.0.1", "mnist:9.9.9", "mnist/no_config"])
+    def test_mnist(self, tmp_path, name):
+        data_dir = str(tmp_path / "with space")
+        command = f"python -m distill_jax.data.prepare_tfds --data_dir='{data_dir}'"
+        assert self.message(f"tfds:{name}", data_dir).endswith(command)
+
+    @pytest.mark.parametrize("name", ["cifar10", "emnist/balanced", "no_such_set", "cifar10:9.9.9"])
+    def test_others(self, tmp_path, name):
+        assert self.message(f"tfds:{name}", str(tmp_path)).endswith(
+            f"pip install tensorflow && tfds build {name} --data_dir={tmp_path} "
+            "--file_format=array_record"
+        )
+
+    def test_unknown_set_is_called_so(self, tmp_path):
+        message = self.message("tfds:no_such_set", str(tmp_path))
+        assert "Dataset no_such_set not found" in message
+
+    def test_default_data_dir(self, tmp_path, monkeypatch):
+        # TFDS reads the variable when it is imported.
+        code = (
+            "from distill_jax.data import sources\n"
+            "try: sources.load('tfds:mnist')\n"
+            "except ValueError as error: print(error)"
+        )
+        monkeypatch.setenv("TFDS_DATA_DIR", os.fspath(tmp_path))
+        lines = python("-c", code).stdout.splitlines()
+        assert len(lines) == 1
+        assert str(tmp_path) in lines[0]
+        assert lines[0].endswith("python -m distill_jax.data.prepare_tfds")
+
+
+def test_tensorflow_is_not_imported(tmp_path):
+    data = ([grey(4)], [0])
+    prepare_tiny(tmp_path, {"train": data, "test": data})
+    code = (
+        "import sys\n"
+        "from distill_jax.data import sources\n"
+        "sources.load('embedded')\n"
+        "assert 'tensorflow_datasets' not in sys.modules\n"
+        f"sources.load('tfds:tiny', {str(tmp_path)!r})\n"
+        "import distill_jax.data.prepare_tfds\n"
+        "print('tensorflow' in sys.modules)"
+    )
+    result = python("-c", code)
+    assert result.stdout == "False\n", result.stderr
