@@ -76,15 +76,15 @@ def fit(
         # `+ 0` is a copy: the state itself is donated to the next unit.
         fetched = {**metrics, **(evaluate(state) if evaluate is not None else {})}
         if pending is not None:
-            _append(history, pending, clock(), on_record, manager)
+            _append(history, pending, clock, on_record, manager)
         pending = (unit + 1, state.step + 0, fetched)
         if manager is not None and ((unit + 1) % save_every == 0 or unit + 1 == units):
-            _append(history, pending, clock(), on_record, manager)
+            _append(history, pending, clock, on_record, manager)
             pending = None
             best = None if best_metric is None else {best_metric: _mean(history[-1][best_metric])}
             checkpoints.save(manager, unit + 1, state, history, best)
     if pending is not None:
-        _append(history, pending, clock(), on_record, manager)
+        _append(history, pending, clock, on_record, manager)
     if manager is not None:
         checkpoints.wait(manager)
     return state, history
@@ -147,7 +147,7 @@ def _clock(history: list[Record]) -> Callable[[], float]:
 def _append(
     history: list[Record],
     pending: tuple[int, Array, dict[str, Array]],
-    seconds: float,
+    clock: Callable[[], float],
     on_record: Sequence[Callable[[Record], None]],
     manager: ocp.CheckpointManager | None,
 ) -> None:
@@ -157,7 +157,7 @@ def _append(
     _check_finite(losses, np.asarray(step), unit, manager)
     record = {
         "unit": unit,
-        "seconds": seconds,
+        "seconds": clock(),  # now that the unit's metrics are here, it is done
         "step": np.asarray(step).tolist(),
         "train_loss": (losses.sum(-1) / count.sum(-1)).tolist(),
         "train_errors": (values.pop("errors").sum(-1) / count.sum(-1)).tolist(),
