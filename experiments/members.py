@@ -13,7 +13,7 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import checkpoints, loop, metrics, models, optimizers, parallel, training
+from distill_jax import checkpoints, loop, models, optimizers, parallel, training
 from distill_jax.data.epochs import make_epoch, steps_per_epoch
 from distill_jax.data.jitter import jitter
 from distill_jax.data.sources import Examples
@@ -191,15 +191,14 @@ def _hyper(net: ConfigDict, variants: Sequence[Mapping[str, float]], seeds: int)
 def _evaluator(
     model: models.Model, evaluation: Evaluation
 ) -> Callable[[training.TrainState], dict[str, Array]]:
+    evaluate = training.make_eval_step(model)
     sets = {
-        name: (jnp.asarray(examples["image"]), jnp.asarray(examples["label"]))
+        name: {field: jnp.asarray(examples[field]) for field in ("image", "label")}
         for name, examples in evaluation.items()
     }
 
     @jax.jit
-    def count(params: models.Params, images: Array, labels: Array) -> Array:
-        return jax.vmap(
-            lambda member: metrics.error_counts(model.apply(member, images), labels)["errors"]
-        )(params)
+    def count(params: models.Params, batch: training.Batch) -> Array:
+        return jax.vmap(lambda member: evaluate(member, batch)["errors"])(params)
 
-    return lambda states: {name: count(states.params, *data) for name, data in sets.items()}
+    return lambda states: {name: count(states.params, batch) for name, batch in sets.items()}
