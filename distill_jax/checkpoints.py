@@ -110,12 +110,11 @@ def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None
     Raises:
         UserError: if there are checkpoints and none can be read: they may be another net's.
     """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     damaged: list[int] = []
     reason = ""
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            restored = _restore(manager, step, abstract)
+            restored = _restore(manager, step, like)
         except Exception as error:  # orbax raises whatever its storage layers do
             reason = str(error).partition("\n")[0]
             logging.warning(
@@ -146,7 +145,7 @@ def restore_best(manager: ocp.CheckpointManager, like: Any, metric: str) -> Rest
         return None
     best = min(steps, key=lambda step: values[step][metric])
     try:
-        return _restore(manager, best, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+        return _restore(manager, best, like)
     except Exception as error:  # orbax raises whatever its storage layers do
         reason = str(error).partition("\n")[0]
         raise UserError(
@@ -174,7 +173,8 @@ def checksum(tree: Any) -> Array:
     return total
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, abstract: Any) -> Restored:
+def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Restored:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     items = manager.restore(
         step,
         args=ocp.args.Composite(

@@ -118,7 +118,7 @@ def _run_point(workdir: Path, point: Overrides, others: Sequence[Path]) -> None:
     given = config_flags.get_override_values(flags.FLAGS["config"])
     overrides = [f"--config.{key}={value}" for key, value in {**given, **point}.items()]
     reuse = [str(other) for other in others if other != directory and other.exists()]
-    command = [
+    process = [
         sys.executable,
         "-m",
         "launch.main",
@@ -128,7 +128,7 @@ def _run_point(workdir: Path, point: Overrides, others: Sequence[Path]) -> None:
         f"--reuse={','.join(reuse)}",
         *overrides,
     ]
-    if subprocess.run(command, check=False).returncode != 0:
+    if subprocess.run(process, check=False).returncode != 0:
         raise UserError(f"{point_name(point)} failed; its message is above")
 
 

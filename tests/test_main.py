@@ -9,6 +9,7 @@ import pytest
 from command import ROOT, SMOKE, fails, run
 
 from experiments.study import read_json
+from experiments.sweeps import product, zipped
 
 TINY = ("--config.data.train_examples=500", "--config.data.test_examples=200")
 BASELINE = (SMOKE, *TINY, "--stages=baseline", "--config.baseline.epochs=1")
@@ -165,6 +166,12 @@ def test_help_reads_well():
     ).stdout
     for word in ("python -m launch.main", "--config", "--workdir", "--stages", "--reuse"):
         assert word in text
+
+
+def test_points_of_a_sweep():
+    values = {"a": [1, 2], "b": [3, 4]}
+    assert product(values) == [{"a": a, "b": b} for a in (1, 2) for b in (3, 4)]
+    assert zipped(values) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
 
 
 def test_a_sweep_is_checked_run_and_joined(tmp_path):
