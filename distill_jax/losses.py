@@ -84,13 +84,82 @@ def distillation(
     Returns:
         `[...]` float32.
     """
-    hard_weight = jnp.asarray(hard_weight, jnp.float32)
     soft = soft_cross_entropy(logits, soft_targets, temperature)
-    known = jnp.ones(labels.shape, bool) if label_known is None else label_known
-    # `where`, not a product: a label on a class left out by -inf costs inf, and 0 * inf is NaN.
-    weight = jnp.where(known, hard_weight, 0.0)
-    hard = hard_cross_entropy(logits, jnp.where(known, labels, 0))
-    return (1.0 - hard_weight) * soft + jnp.where(weight > 0, weight * hard, 0.0)
+    return _with_labels(soft, logits, labels, hard_weight, label_known)
+
+
+def top_k_soft_cross_entropy(
+    logits: Array,
+    ids: Array,
+    probabilities: Array,
+    tail: Array,
+    temperature: ArrayLike,
+    tail_weights: Array | None = None,
+) -> Array:
+    """`soft_cross_entropy` with targets of which only the k largest are kept, and the others' sum.
+
+    `T^2 * -(sum_j p_j log q_{id_j} + tail * sum_i s_i log q_i)` with `s = tail_distribution(...)`.
+    The dense targets are not built. Same value and gradient as with them, as
+    `compressed_targets.densify` writes them out.
+
+    Args:
+        logits: `[..., C]` of the student.
+        ids: integer `[..., k]`, distinct classes.
+        probabilities: `[..., k]` of these classes, produced at the same temperature.
+        tail: `[...]`, the probability of all other classes together; it has no effect if k = C.
+        temperature: scalar above 0.
+        tail_weights: `[C]`, see `tail_distribution`.
+
+    Returns:
+        `[...]` float32, in nats times T^2.
+    """
+    log_q = log_softmax(logits, temperature)
+    named = jax.lax.stop_gradient(probabilities.astype(jnp.float32))
+    log_q_named = jnp.take_along_axis(log_q, ids.astype(jnp.int32), axis=-1)
+    spread = tail_distribution(ids, logits.shape[-1], tail_weights)
+    rest = jax.lax.stop_gradient(tail.astype(jnp.float32)) * _expected_log(spread, log_q)
+    return -jnp.square(temperature) * (_expected_log(named, log_q_named) + rest)
+
+
+def top_k_distillation(
+    logits: Array,
+    ids: Array,
+    probabilities: Array,
+    tail: Array,
+    labels: Array,
+    temperature: ArrayLike,
+    hard_weight: ArrayLike = 0.0,
+    label_known: Array | None = None,
+    tail_weights: Array | None = None,
+) -> Array:
+    """`distillation` with the k largest soft targets; arguments as there and just above."""
+    soft = top_k_soft_cross_entropy(logits, ids, probabilities, tail, temperature, tail_weights)
+    return _with_labels(soft, logits, labels, hard_weight, label_known)
+
+
+def tail_distribution(ids: Array, num_classes: int, tail_weights: Array | None = None) -> Array:
+    """How the classes that are not among an example's k share the probability that is left.
+
+    In proportion to `tail_weights`, and nothing to the k. The other classes are summed as they are,
+    because all weights less those of the k leave only rounding errors where the k have most of it.
+
+    Args:
+        ids: integer `[..., k]`, distinct classes.
+        num_classes: C.
+        tail_weights: `[C]`, at least 0, of any sum, such as the teacher's mean distribution; None for
+            equal shares.
+
+    Returns:
+        `[..., C]` float32 with sum 1; all 0 where no other class has a weight (k = C).
+    """
+    weights = jnp.ones(num_classes) if tail_weights is None else tail_weights
+    weights = jnp.broadcast_to(weights, (*ids.shape[:-1], num_classes)).astype(jnp.float32)
+    others = jnp.put_along_axis(
+        jnp.ones(weights.shape, bool), ids.astype(jnp.int32), False, axis=-1, inplace=False
+    )
+    weights = jax.lax.stop_gradient(jnp.where(others, weights, 0.0))
+    remaining = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(remaining > 0, remaining, 1.0)
 
 
 def label_modified(
@@ -140,6 +209,22 @@ def logit_matching(logits: Array, teacher_logits: Array, zero_mean: bool = False
         mean = jnp.sum(difference, axis=-1, keepdims=True) / count
         difference = jnp.where(kept, difference - mean, 0.0)
     return 0.5 * jnp.sum(jnp.square(difference), axis=-1)
+
+
+def _with_labels(
+    soft: Array,
+    logits: Array,
+    labels: Array,
+    hard_weight: ArrayLike,
+    label_known: Array | None,
+) -> Array:
+    """The weighted average of a soft objective `[...]` and the cross-entropy with the labels."""
+    hard_weight = jnp.asarray(hard_weight, jnp.float32)
+    known = jnp.ones(labels.shape, bool) if label_known is None else label_known
+    # `where`, not a product: a label on a class left out by -inf costs inf, and 0 * inf is NaN.
+    weight = jnp.where(known, hard_weight, 0.0)
+    hard = hard_cross_entropy(logits, jnp.where(known, labels, 0))
+    return (1.0 - hard_weight) * soft + jnp.where(weight > 0, weight * hard, 0.0)
 
 
 def _expected_log(probabilities: Array, log_q: Array) -> Array:

@@ -33,10 +33,11 @@ def mlp(
     input_dropout: float = 0.0,
     hidden_dropout: float = 0.0,
     dtype: Any = jnp.float32,
+    byte: tuple[float, float] = (0.0, 255.0),
 ) -> Model:
     """A plain ReLU network on flattened inputs (section 3's 784-1200-1200-10).
 
-    uint8 inputs are scaled to 0..1. Weights start He-normal, biases at 0.
+    Weights start He-normal, biases at 0.
 
     Args:
         hidden: units of each hidden layer.
@@ -44,8 +45,9 @@ def mlp(
         input_dropout: share of the inputs dropped in training, 0..1.
         hidden_dropout: share of every hidden layer's units dropped in training.
         dtype: of the arithmetic; the parameters and the logits stay float32.
+        byte: (zero, unit) of uint8 inputs, which stand for `(x - zero) / unit`; as it is, for 0..1.
     """
-    net = _MLP(tuple(hidden), num_classes, input_dropout, hidden_dropout, dtype)
+    net = _MLP(tuple(hidden), num_classes, input_dropout, hidden_dropout, dtype, byte)
 
     def init(key: Array, inputs: Array) -> Params:
         return net.init(key, inputs)["params"]
@@ -70,11 +72,16 @@ class _MLP(nn.Module):
     input_dropout: float
     hidden_dropout: float
     dtype: Any
+    byte: tuple[float, float]
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         x = inputs.reshape(inputs.shape[0], -1)
-        x = x.astype(self.dtype) / 255 if x.dtype == jnp.uint8 else x.astype(self.dtype)
+        integer = x.dtype == jnp.uint8
+        x = x.astype(self.dtype)
+        if integer:
+            zero, unit = self.byte
+            x = (x - zero) / unit
         x = self._drop(x, self.input_dropout)
         for i, units in enumerate(self.hidden):
             x = nn.Dense(

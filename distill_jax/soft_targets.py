@@ -123,7 +123,7 @@ def make(
         first = ids[np.argmin(np.isfinite(logits).all(axis=-1))]
         raise UserError(f"the teacher's logits are not finite, first for example {first}")
     meta = {"teacher": teacher, "temperature": temperature, "mean": mean}
-    return SoftTargets(ids, _digests(examples["image"]), np.asarray(logits, np.float32), meta)
+    return SoftTargets(ids, digests(examples["image"]), np.asarray(logits, np.float32), meta)
 
 
 def attach(
@@ -158,7 +158,7 @@ def attach(
             f"{len(missing)} of {len(ids)} examples have no soft targets, first id {missing[0]}; "
             f"the store holds {len(targets.ids)} of teacher {targets.meta['teacher']}"
         )
-    differs = targets.digests[rows] != _digests(examples["image"])
+    differs = targets.digests[rows] != digests(examples["image"])
     if differs.any():
         raise UserError(
             f"{differs.sum()} of {len(ids)} examples are not the inputs that teacher "
@@ -237,6 +237,13 @@ def load(
     return SoftTargets(ids, digests, logits, kept)
 
 
+def digests(inputs: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of every example's input: `[N, ...]` -> uint64 `[N]`."""
+    rows = np.ascontiguousarray(inputs)
+    hashes = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows)
+    return np.frombuffer(hashes, np.uint64)
+
+
 def fingerprint(params: Params, config: Mapping[str, Any]) -> str:
     """16 hex digits that name a teacher: a hash of its parameters and its JSON-able config."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -245,10 +252,3 @@ def fingerprint(params: Params, config: Mapping[str, Any]) -> str:
         digest.update(f"{jax.tree_util.keystr(path)}{array.dtype}{array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _digests(inputs: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every example `[N, ...]` -> uint64 `[N]`."""
-    rows = np.ascontiguousarray(inputs)
-    hashes = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows)
-    return np.frombuffer(hashes, np.uint64)

@@ -1,7 +1,8 @@
 """The train step: pure, and the same for teachers, baselines, students and specialists.
 
 Only the loss differs. The teacher's word is the batch's field "teacher_logits" `[B, C]`, either joined
-from a store (`soft_targets.attach`) or added in the step by a frozen teacher (`online_teacher`).
+from a store (`soft_targets.attach`) or added in the step by a frozen teacher (`online_teacher`); or
+three smaller fields with its k largest probabilities (`compressed_targets.attach`).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from distill_jax import losses, metrics
 from distill_jax.errors import UserError
@@ -18,7 +20,10 @@ from distill_jax.models import Model, Params
 
 Batch = dict[str, Array]
 """Fields of B examples: "id" [B], "image" [B, ...], "label" int32 [B]; by need "label_known" bool
-[B] and "teacher_logits" float32 [B, C]."""
+[B] and "teacher_logits" float32 [B, C], or "teacher_ids" uint [B, k], "teacher_probabilities" bfloat16
+[B, k] and "teacher_tail" float32 [B]."""
+
+TOP_K_FIELDS = ("teacher_ids", "teacher_probabilities", "teacher_tail")
 
 Hyper = dict[str, Array]
 """Traced float32 scalars: "learning_rate", and what the loss reads ("temperature", "hard_weight")."""
@@ -152,6 +157,32 @@ def distillation_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
     )
 
 
+def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
+    """The paper's objective with targets of which the batch has the k largest.
+
+    At `hyper["temperature"]`, which must be the one that the targets were made at
+    (`compressed_targets.attach` checks it), and `hyper["hard_weight"]`.
+
+    Args:
+        tail_weights: `[C]`, how the other classes share the rest: a compressed store's
+            `tail_weights`. None for equal shares.
+    """
+    weights = None if tail_weights is None else jnp.asarray(tail_weights, jnp.float32)
+
+    def loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+        return losses.top_k_distillation(
+            logits,
+            *_teacher_top_k(batch),
+            batch["label"],
+            hyper["temperature"],
+            hyper["hard_weight"],
+            batch.get("label_known"),
+            weights,
+        )
+
+    return loss
+
+
 def label_modified_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
     """Cross-entropy with soft targets that the labels modified by `hyper["hard_weight"]`."""
     temperature = hyper["temperature"]
@@ -176,6 +207,17 @@ def _teacher_logits(batch: Batch) -> Array:
             "soft_targets.attach or add training.online_teacher to the step's transforms"
         )
     return batch["teacher_logits"]
+
+
+def _teacher_top_k(batch: Batch) -> tuple[Array, Array, Array]:
+    missing = [name for name in TOP_K_FIELDS if name not in batch]
+    if missing:
+        raise UserError(
+            f"the batch has no {', '.join(missing)}, only {sorted(batch)}: join them with "
+            "compressed_targets.attach"
+        )
+    ids, probabilities, tail = (batch[name] for name in TOP_K_FIELDS)
+    return ids, probabilities, tail
 
 
 def _accumulate(gradient, parts: int, params: Params, batch: Batch, key: Array, hyper: Hyper):

@@ -2,9 +2,9 @@
 
 import types
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from distill_jax import checkpoints, loop, models, optimizers, parallel, training
-from distill_jax.data.epochs import make_epoch, steps_per_epoch
+from distill_jax.data import streaming
+from distill_jax.data.epochs import Gather, make_epoch, steps_per_epoch, take_rows
 from distill_jax.data.jitter import jitter
 from distill_jax.data.sources import Examples
 from distill_jax.errors import UserError
@@ -25,6 +26,36 @@ BEST = "validation_errors"  # the metric that the best checkpoint has the least 
 
 Evaluation = Mapping[str, Examples]
 """Sets to count errors on after every report, by the metric's name: {"test_errors": examples}."""
+
+
+class Cases(NamedTuple):
+    """How a study's examples are read on the device.
+
+    gather: makes a batch of them. count_errors: `(apply, params, examples) -> int32 []`.
+    """
+
+    gather: Gather
+    count_errors: Callable[[Callable[..., Array], models.Params, training.Batch], Array]
+
+
+def _count_at_once(apply: Callable[..., Array], params: models.Params, examples: Any) -> Array:
+    evaluate = training.make_eval_step(models.Model(lambda key, inputs: None, apply))
+    return evaluate(params, examples)["errors"]
+
+
+PLAIN = Cases(take_rows, _count_at_once)
+"""Examples that are batches already: fields `[N, ...]`."""
+
+
+class Stream(NamedTuple):
+    """Training examples that come in blocks (`distill_jax.data.streaming`).
+
+    open_blocks: the blocks from a given one on. steps: batches in each. blocks: in an epoch.
+    """
+
+    open_blocks: Callable[[int], Iterator[streaming.Block]]
+    steps: int
+    blocks: int
 
 
 class Trained(NamedTuple):
@@ -46,12 +77,13 @@ def train(
     config: ConfigDict,
     directory: Path,
     name: str,
-    num_classes: int,
-    examples: Sequence[Examples],
+    model: models.Model,
+    examples: Sequence[Examples] | Stream,
     loss: training.Loss,
     variants: Sequence[Mapping[str, float]] = ({},),
     evaluation: Evaluation = types.MappingProxyType({}),
     passes: int = 1,
+    cases: Cases = PLAIN,
 ) -> Trained:
     """Trains one net per variant and seed as one vmapped program, resumed from its checkpoints.
 
@@ -60,28 +92,23 @@ def train(
         config: the whole config: its seeds and mesh.
         directory: for checkpoints and TensorBoard files of this run.
         name: shown in progress, and part of the randomness: other names, other initial weights.
-        num_classes: C.
-        examples: each seed's own; fields that are the same for all seeds are kept once.
+        model: from `build_model`.
+        examples: each seed's own, and fields that are the same for all seeds are kept once; or a
+            stream, the same for all.
         loss: of `distill_jax.training`.
         variants: further traced numbers per net ("temperature", "hard_weight", "learning_rate").
             Member `v * len(seeds) + s` is variant v of seed s.
         evaluation: sets to count errors on.
         passes: epochs over small examples for each of the net's epochs.
+        cases: how the examples are read.
 
     Returns:
         The nets after the last epoch; or, if the config's selection is "validation", at the checkpoint
         with the fewest validation errors, as the mean over members.
     """
     mesh = parallel.make_mesh(**config.mesh)
-    model = build_model(net, num_classes)
-    fields, per_member = _stack(examples, len(variants))
-    size = len(examples[0]["id"])
-    if net.epochs % net.report_every:
-        raise UserError(
-            f"{name}: epochs {net.epochs} is not a multiple of report_every {net.report_every}"
-        )
-    units, unit_passes = net.epochs // net.report_every, net.report_every * passes
-    optimizer = build_optimizer(net, steps_per_epoch(size, net.batch_size), net.epochs * passes)
+    steps, units, unit_epochs = _cut_training(net, name, examples, passes)
+    optimizer = build_optimizer(net, steps, net.epochs * passes)
     step = training.make_train_step(
         model,
         optimizer,
@@ -89,32 +116,38 @@ def train(
         transforms=[jitter(net.jitter)] if net.jitter else [],
         micro_batches=net.micro_batches,
     )
-    run_epoch = make_epoch(
-        step, net.batch_size, unit_passes, parallel.shard_batch(mesh, net.batch_size)
-    )
     init_keys, train_keys = _member_keys(config.seeds, name, len(variants))
-    image = jnp.asarray(examples[0]["image"][:1])
+    sample = _sample_input(examples, cases.gather)
     states = parallel.init_members(
-        lambda key: training.init_state(model, optimizer, key, image), init_keys, mesh
+        lambda key: training.init_state(model, optimizer, key, sample), init_keys, mesh
     )
-    compiled = parallel.compile_epoch(run_epoch, mesh, per_member)
-    resident = parallel.put_examples(fields, mesh, per_member)
     hyper = _hyper(net, variants, len(config.seeds))
+    advance = _advance(
+        net,
+        step,
+        mesh,
+        examples,
+        len(variants),
+        net.report_every * passes,
+        cases,
+        train_keys,
+        hyper,
+    )
     best = BEST if BEST in evaluation else None
     if config.selection == "validation" and best is None:
         raise UserError("selection is 'validation', but data.validation holds no examples out")
     with checkpoints.open_dir(directory / "checkpoints", best) as manager:
         states, history = loop.fit(
-            lambda states, unit: compiled(states, resident, train_keys, hyper),
+            advance,
             states,
             units,
-            _evaluator(model, evaluation),
+            _evaluator(model, evaluation, cases),
             manager,
             net.save_every,
             best,
             on_record=[loop.print_progress(name, units), loop.tensorboard(directory)],
         )
-        _write_curve(directory / "curve.json", history, unit_passes)
+        _write_curve(directory / "curve.json", history, unit_epochs)
         seconds = history[-1]["seconds"]
         if config.selection == "validation":
             chosen = checkpoints.restore_best(manager, states, BEST)
@@ -123,20 +156,74 @@ def train(
     return Trained(model, states.params, history, seconds)
 
 
-def _write_curve(path: Path, history: list[loop.Record], unit_epochs: int) -> None:
+def _cut_training(
+    net: ConfigDict, name: str, examples: Sequence[Examples] | Stream, passes: int
+) -> tuple[int, int, float]:
+    """Steps in an epoch, units (dispatches) in all, and epochs in a unit."""
+    if isinstance(examples, Stream):  # a unit is a block
+        return examples.steps * examples.blocks, net.epochs * examples.blocks, 1 / examples.blocks
+    if net.epochs % net.report_every:
+        raise UserError(
+            f"{name}: epochs {net.epochs} is not a multiple of report_every {net.report_every}"
+        )
+    steps = steps_per_epoch(len(examples[0]["id"]), net.batch_size)
+    return steps, net.epochs // net.report_every, net.report_every * passes
+
+
+def _sample_input(examples: Sequence[Examples] | Stream, gather: Gather) -> Array:
+    """An input `[1, ...]` of zeros, for its shape and dtype."""
+    some = next(examples.open_blocks(0)) if isinstance(examples, Stream) else examples[0]
+    fields = {name: field for name, field in some.items() if name != "count"}
+    image = jax.eval_shape(gather, fields, jax.ShapeDtypeStruct((1,), jnp.int32))["image"]
+    return jnp.zeros(image.shape, image.dtype)
+
+
+def _advance(
+    net: ConfigDict,
+    step: training.TrainStep,
+    mesh: Any,
+    examples: Sequence[Examples] | Stream,
+    variants: int,
+    unit_passes: int,
+    cases: Cases,
+    keys: Array,
+    hyper: training.Hyper,
+) -> loop.Advance:
+    """What trains one unit: epochs of the resident examples, or a block of the stream."""
+    shard = parallel.shard_batch(mesh, net.batch_size)
+    if isinstance(examples, Stream):
+        per_member = dict.fromkeys(next(examples.open_blocks(0)), False)
+        run_block = streaming.make_block_epoch(step, net.batch_size, examples.steps, shard)
+        return streaming.make_advance(
+            parallel.compile_epoch(run_block, mesh, per_member),
+            examples.open_blocks,
+            lambda block: parallel.put_examples(block, mesh, per_member),
+            keys,
+            hyper,
+        )
+    fields, per_member = _stack(examples, variants)
+    run_epoch = make_epoch(step, net.batch_size, unit_passes, shard, cases.gather)
+    compiled = parallel.compile_epoch(run_epoch, mesh, per_member)
+    resident = parallel.put_examples(fields, mesh, per_member)
+    return lambda states, unit: compiled(states, resident, keys, hyper)
+
+
+def _write_curve(path: Path, history: list[loop.Record], unit_epochs: float) -> None:
     names = [name for name in history[-1] if name not in ("unit", "seconds", "step")]
     curve = {name: [record[name] for record in history] for name in names}
     epochs = [record["unit"] * unit_epochs for record in history]
     write_json(path, {"epoch": epochs, **curve})
 
 
-def build_model(net: ConfigDict, num_classes: int) -> models.Model:
-    """The net of a config section."""
+def build_model(
+    net: ConfigDict, num_classes: int, byte: tuple[float, float] = (0.0, 255.0)
+) -> models.Model:
+    """The net of a config section; `byte` as for `models.mlp`."""
     dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if net.dtype not in dtypes:
         raise UserError(f"dtype must be one of {', '.join(dtypes)}, not {net.dtype!r}")
     return models.mlp(
-        net.hidden, num_classes, net.input_dropout, net.hidden_dropout, dtypes[net.dtype]
+        net.hidden, num_classes, net.input_dropout, net.hidden_dropout, dtypes[net.dtype], byte
     )
 
 
@@ -189,16 +276,15 @@ def _hyper(net: ConfigDict, variants: Sequence[Mapping[str, float]], seeds: int)
 
 
 def _evaluator(
-    model: models.Model, evaluation: Evaluation
+    model: models.Model, evaluation: Evaluation, cases: Cases
 ) -> Callable[[training.TrainState], dict[str, Array]]:
-    evaluate = training.make_eval_step(model)
     sets = {
-        name: {field: jnp.asarray(examples[field]) for field in ("image", "label")}
+        name: {field: jnp.asarray(array) for field, array in examples.items()}
         for name, examples in evaluation.items()
     }
 
     @jax.jit
-    def count(params: models.Params, batch: training.Batch) -> Array:
-        return jax.vmap(lambda member: evaluate(member, batch)["errors"])(params)
+    def count(params: models.Params, examples: training.Batch) -> Array:
+        return jax.vmap(lambda member: cases.count_errors(model.apply, member, examples))(params)
 
-    return lambda states: {name: count(states.params, batch) for name, batch in sets.items()}
+    return lambda states: {name: count(states.params, examples) for name, examples in sets.items()}

@@ -108,7 +108,7 @@ def make_row(
     table: str,
     row: str,
     metric: str,
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     seconds: float,
     paper: float | None = None,
     selection: str | None = None,

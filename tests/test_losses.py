@@ -14,6 +14,7 @@ from distill_jax import losses
 EPSILON = 2.0**-23  # of float32
 
 shapes = st.sampled_from([(2,), (3, 10), (2, 2, 7), (4, 300)])
+cuts = st.sampled_from([((2,), 1), ((3, 10), 10), ((2, 2, 7), 3), ((4, 300), 250)])
 temperatures = st.floats(0.5, 100, width=32)
 seeds = st.integers(0, 2**31)
 few = settings(deadline=None, max_examples=25)
@@ -337,3 +338,50 @@ def test_one_trace_serves_all_temperatures_and_weights():
     assert len(traces) == 1
     alone = [loss(float(t), float(w)) for t, w in zip(temperatures, weights, strict=True)]
     np.testing.assert_allclose(found, alone, rtol=1e-5)
+
+
+def top_k64(logits, ids, probabilities, tail, temperature, weights):
+    """The definition, example by example and class by class."""
+    values = np.zeros(logits.shape[:-1])
+    for at in np.ndindex(values.shape):
+        log_q = log_softmax64(logits[at], temperature)
+        others = [i for i in range(logits.shape[-1]) if i not in ids[at]]
+        values[at] -= sum(p * log_q[i] for p, i in zip(probabilities[at], ids[at], strict=True))
+        share = sum(weights[i] for i in others)
+        values[at] -= sum(tail[at] * weights[i] / share * log_q[i] for i in others)
+    return temperature**2 * values
+
+
+@few
+@given(cuts, temperatures, st.booleans(), seeds)
+def test_top_k_values_are_those_of_float64(shape_and_k, temperature, uniform, seed):
+    shape, k = shape_and_k
+    z, v, labels = draw(shape, seed)
+    p = softmax64(v, temperature)
+    ids = np.argsort(-p, axis=-1)[..., :k]
+    kept = np.take_along_axis(p, ids, -1).astype(np.float32)
+    tail = (1 - kept.sum(-1, dtype=np.float64)).clip(0).astype(np.float32)
+    weights = 3 * p.reshape(-1, shape[-1]).mean(0).astype(np.float32)  # of any sum
+    expected = top_k64(
+        z, ids, kept, tail, temperature, np.ones_like(weights) if uniform else weights
+    )
+    args = ids.astype(np.uint16), kept, tail
+    spread = None if uniform else weights
+    found = value(losses.top_k_soft_cross_entropy, z, *args, temperature, spread)
+    assert found.shape == shape[:-1] and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    known = labels % 2 == 0
+    found = value(losses.top_k_distillation, z, *args, labels, temperature, 0.25, known, spread)
+    expected = 0.75 * expected + 0.25 * np.where(known, hard64(z, labels), 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tail_keeps_its_precision_where_the_named_classes_have_the_weights():
+    z, _, _ = draw((1, 300), 8, scale=1e4)
+    ids, kept, tail = np.array([[7, 2]]), np.array([[0.5, 0.25]]), np.array([0.25])
+    weights = np.full(300, 1e-9, np.float32)
+    weights[[2, 7]] = 0.5
+    expected = top_k64(z, ids, kept, tail, 2.0, weights)
+    args = ids, kept.astype(np.float32), tail.astype(np.float32), 2.0, weights
+    found = value(losses.top_k_soft_cross_entropy, z, *args)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

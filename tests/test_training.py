@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from distill_jax import losses, models, optimizers, training
+from distill_jax.compressed_targets import densify, top_k
 from distill_jax.data.jitter import jitter
 from distill_jax.errors import UserError
 
@@ -275,3 +276,48 @@ def test_one_trace_serves_all_hyper_values(key):
     _, second = step(state, batch, key, values)
     assert len(traces) == 1
     assert first["loss"] != second["loss"]
+
+
+def top_k_batch(k=2):
+    batch = make_batch()
+    fields = top_k(losses.softmax(batch.pop("teacher_logits"), 3.0), k)
+    return {**batch, **dict(zip(training.TOP_K_FIELDS, fields, strict=True))}
+
+
+@pytest.mark.parametrize("tail_weights", [None, np.array([0.5, 0.3, 0.2])])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_top_k_loss_trains_as_its_dense_targets_do(tail_weights, parts, key):
+    batch = {**top_k_batch(1), "label_known": jnp.arange(8) % 2 == 0}
+    fields = [batch[name] for name in training.TOP_K_FIELDS]
+    weights = None if tail_weights is None else jnp.asarray(tail_weights, jnp.float32)
+    dense = densify(*fields, weights, tiny.CLASSES)
+
+    def dense_loss(logits, batch, hyper):
+        return losses.distillation(logits, dense, batch["label"], 3.0, 0.3, batch["label_known"])
+
+    loss = training.top_k_distillation_loss(tail_weights)
+    found, metrics = make_step(loss=loss, micro_batches=parts)(fresh(), batch, key, tiny.hyper())
+    expected, sums = make_step(loss=dense_loss)(fresh(), batch, key, tiny.hyper())
+    tiny.assert_close((found, metrics), (expected, sums))
+
+
+def test_one_trace_of_the_top_k_loss_serves_members_of_other_temperatures():
+    batch, z, traces = top_k_batch(), jnp.asarray(tiny.teacher_logits(8, 5)), []
+
+    def loss(hyper):
+        traces.append(1)
+        return training.top_k_distillation_loss()(z, batch, hyper)
+
+    hypers = [tiny.hyper(temperature=t, hard_weight=w) for t, w in ((1, 0), (3, 0.5), (20, 1))]
+    found = jax.jit(jax.vmap(loss))(jax.tree.map(lambda *x: jnp.stack(x), *hypers))
+    assert len(traces) == 1
+    for values, hyper in zip(found, hypers, strict=True):
+        np.testing.assert_allclose(values, loss(hyper), rtol=1e-5)
+    np.testing.assert_allclose(found[2], losses.hard_cross_entropy(z, batch["label"]), rtol=1e-5)
+
+
+def test_missing_top_k_targets(key):
+    batch = top_k_batch()
+    del batch["teacher_tail"]
+    with pytest.raises(UserError, match=r"no teacher_tail, only .*compressed_targets\.attach"):
+        make_step(loss=training.top_k_distillation_loss())(fresh(), batch, key, tiny.hyper())

@@ -11,6 +11,9 @@ from distill_jax.training import Batch, Hyper, TrainState, TrainStep
 
 Epoch = Callable[[TrainState, Batch, Array, Hyper], tuple[TrainState, dict[str, Array]]]
 
+Gather = Callable[[Batch, Array], Batch]
+"""`(examples, rows [B]) -> batch`: how a batch is made of a resident set, inside the program."""
+
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Whole batches in an epoch; the remainder is left out, a different one every epoch."""
@@ -19,11 +22,17 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return num_examples // batch_size
 
 
+def take_rows(examples: Batch, rows: Array) -> Batch:
+    """The batch of plain examples: every field `[N, ...]` at the rows `[B]`."""
+    return {name: field[rows] for name, field in examples.items()}
+
+
 def make_epoch(
     step: TrainStep,
     batch_size: int,
     passes: int = 1,
     shard_batch: Callable[[Batch], Batch] = lambda batch: batch,
+    gather: Gather = take_rows,
 ) -> Epoch:
     """Builds `run_epoch(state, examples, key, hyper) -> (state, metrics)`.
 
@@ -35,10 +44,13 @@ def make_epoch(
         batch_size: B.
         passes: epochs to run in one call; for small sets, where one epoch is too short a program.
         shard_batch: lays a gathered batch out over devices (`parallel.shard_batch`).
+        gather: makes the batch of the examples at some rows; N is the length of their "label".
 
     Returns:
-        The epoch; `examples` are fields `[N, ...]`, the metrics `[passes * steps]` per step.
+        The epoch; `examples` are fields `[N, ...]` (or what `gather` takes), the metrics
+        `[passes * steps]` per step.
     """
+    run_steps = make_steps(step, shard_batch, gather)
 
     def one_pass(state: TrainState, examples: Batch, key: Array, hyper: Hyper):
         size = examples["label"].shape[0]
@@ -47,12 +59,8 @@ def make_epoch(
         order = jax.random.permutation(
             jax.random.fold_in(order_key, state.step // jnp.int32(steps)), size
         )
-
-        def body(state: TrainState, rows: Array):
-            batch = shard_batch({name: field[rows] for name, field in examples.items()})
-            return step(state, batch, step_key, hyper)
-
-        return jax.lax.scan(body, state, order[: steps * batch_size].reshape(steps, batch_size))
+        rows = order[: steps * batch_size].reshape(steps, batch_size)
+        return run_steps(state, examples, rows, step_key, hyper)
 
     def run_epoch(state: TrainState, examples: Batch, key: Array, hyper: Hyper):
         state, metrics = jax.lax.scan(
@@ -61,3 +69,21 @@ def make_epoch(
         return state, jax.tree.map(jnp.ravel, metrics)
 
     return run_epoch
+
+
+def make_steps(
+    step: TrainStep, shard_batch: Callable[[Batch], Batch], gather: Gather
+) -> Callable[[TrainState, Batch, Array, Array, Hyper], tuple[TrainState, dict[str, Array]]]:
+    """Builds `run_steps(state, examples, rows [steps, B], key, hyper) -> (state, metrics [steps])`.
+
+    One scanned step for each line of rows; arguments as for `make_epoch`.
+    """
+
+    def run_steps(state: TrainState, examples: Batch, rows: Array, key: Array, hyper: Hyper):
+        return jax.lax.scan(
+            lambda state, rows: step(state, shard_batch(gather(examples, rows)), key, hyper),
+            state,
+            rows,
+        )
+
+    return run_steps

@@ -17,7 +17,7 @@ def jitter(pixels: int) -> Transform:
     """
 
     def move(batch: Batch, key: Array) -> Batch:
-        if "teacher_logits" in batch:
+        if {"teacher_logits", "teacher_ids"} & set(batch):
             raise UserError(
                 "cached soft targets can't be joined to jittered images: set jitter to 0, or compute "
                 "them in the step (training.online_teacher after the jitter)"

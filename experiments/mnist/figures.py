@@ -11,19 +11,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-Row = Mapping[str, Any]
-
-_OURS = "#3f86c9"
-_OTHER = "#dd7a2e"
-_PAPER = "#949ba3"
-_WIDTH = 7.4
-_SMALL = 8
-_TEXT = 9
+from experiments.plots import (
+    OTHER,
+    OURS,
+    PAPER,
+    SMALL,
+    WIDTH,
+    Row,
+    draw_bars,
+    draw_line,
+    log_axis,
+    make_panels,
+    select,
+    spreads,
+    tidy,
+)
 
 # Section 3: temperatures in this range worked best for 30 units, and all above this one gave fairly
 # similar results for 300 units or more.
@@ -68,25 +74,25 @@ def all_figures(
 
 def temperature(rows: Sequence[Row]) -> Figure | None:
     """Test errors against temperature, a panel for each width, with the paper's ranges shaded."""
-    kept = _select(rows, "mnist_temperature", "test_errors")
+    kept = select(rows, "mnist_temperature", "test_errors")
     widths = sorted({row["width"] for row in kept})
     if not widths:
         return None
-    figure, panels = _panels(len(widths), height=2.1, extra=0.5)
+    figure, panels = make_panels(len(widths), height=2.1, extra=0.5)
     every = [row["temperature"] for row in kept]
     low, high = min(every) / 1.25, max(every) * 1.25
-    shade: dict[str, Any] = {"color": _OTHER, "alpha": 0.18, "linewidth": 0}
+    shade: dict[str, Any] = {"color": OTHER, "alpha": 0.18, "linewidth": 0}
     for axes, width in zip(panels, widths, strict=True):
         line = [row for row in kept if row["width"] == width]
-        y, std = np.array([row["value"] for row in line], float), _spreads(line)
+        y, std = np.array([row["value"] for row in line], float), spreads(line)
         if width == 30:
             axes.axvspan(*_BEST_FOR_30, **shade)
         elif width >= 300 and high > _SIMILAR_ABOVE:
             axes.axvspan(_SIMILAR_ABOVE, high, **shade)
-        _plot(axes, line, "temperature", color=_OURS, marker="o")
+        draw_line(axes, line, "temperature", color=OURS, marker="o")
         title = f"2 x {width}, fewest at T = {line[int(np.argmin(y))]['temperature']:g}"
-        _tidy(axes, title, "temperature", "test errors")
-        _log_axis(axes, "x")
+        tidy(axes, title, "temperature", "test errors")
+        log_axis(axes, "x")
         axes.set_xlim(low, high)
         # The view spans at least a fifth of the errors, lest seed noise look like an effect.
         bottom, top = float(np.min(y - std)), float(np.max(y + std))
@@ -95,7 +101,7 @@ def temperature(rows: Sequence[Row]) -> Figure | None:
     if any(axes.patches for axes in panels):
         label = "paper: best for 30 units, fairly similar for 300 or more"
         handles = [Patch(**shade, label=label)]
-        figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=_SMALL)
+        figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=SMALL)
     return figure
 
 
@@ -107,57 +113,53 @@ def bias_shift(rows: Sequence[Row]) -> Figure | None:
         ("mnist_only_7_8", "test_error_percent", "only 7s and 8s: test error (%)"),
     ]
     drawn = [
-        (kept, {row["row"]: row for row in _select(rows, table, "bias_shift")}, title)
+        (kept, {row["row"]: row for row in select(rows, table, "bias_shift")}, title)
         for table, metric, title in wanted
-        if (kept := _select(rows, table, metric))
+        if (kept := select(rows, table, metric))
     ]
     if not drawn:
         return None
     heights = [0.6 + 0.56 * len(kept) for kept, _, _ in drawn]
-    figure = Figure(figsize=(_WIDTH, sum(heights) + 0.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
     panels = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (kept, shifts, title) in zip(panels, drawn, strict=True):
         y = np.arange(len(kept))
-        std = _spreads(kept)
-        _bars(
+        std = spreads(kept)
+        draw_bars(
             axes,
             y - 0.19,
             [row["value"] for row in kept],
             xerr=std if std.any() else None,
             error_kw={"linewidth": 1, "capsize": 2},
-            color=_OURS,
+            color=OURS,
             label="ours",
         )
-        _bars(axes, y + 0.19, [row["paper"] for row in kept], color=_PAPER, label="paper")
-        _tidy(axes, title, "", "", grid="x")
+        draw_bars(axes, y + 0.19, [row["paper"] for row in kept], color=PAPER, label="paper")
+        tidy(axes, title, "", "", grid="x")
         axes.set_yticks(y, [_bias_label(row, shifts.get(row["row"])) for row in kept])
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.margins(x=0.12)
         axes.set_xlim(left=0)
     handles = panels[0].get_legend_handles_labels()[0]
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=_SMALL
-    )
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=SMALL)
     return figure
 
 
 def fractions(rows: Sequence[Row]) -> Figure | None:
     """Test errors against the fraction of the training set, hard beside soft targets."""
-    kept = _select(rows, "mnist_fraction", "test_errors")
+    kept = select(rows, "mnist_fraction", "test_errors")
     if not kept:
         return None
     figure = Figure(figsize=(5.4, 3.3), layout="constrained")
     axes = figure.subplots()
-    for targets, color, marker in (("hard", _OTHER, "s"), ("soft", _OURS, "o")):
+    for targets, color, marker in (("hard", OTHER, "s"), ("soft", OURS, "o")):
         line = [row for row in kept if row["targets"] == targets]
-        _plot(axes, line, "fraction", color=color, marker=marker, label=f"{targets} targets")
-    _tidy(axes, "", "training set used (%)", "test errors")
-    _log_axis(axes, "x")
-    _log_axis(axes, "y")
-    ticks = sorted({row["fraction"] for row in kept})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.legend(frameon=False, fontsize=_SMALL)
+        draw_line(axes, line, "fraction", color=color, marker=marker, label=f"{targets} targets")
+    tidy(axes, "", "training set used (%)", "test errors")
+    log_axis(axes, "x", ticks=sorted({row["fraction"] for row in kept}))
+    log_axis(axes, "y")
+    axes.legend(frameon=False, fontsize=SMALL)
     return figure
 
 
@@ -170,17 +172,17 @@ def curves(curves: Mapping[str, Any]) -> Figure | None:
     names = [name for name in _CURVES if name in curves]
     if not names:
         return None
-    figure, panels = _panels(len(names), height=2.0, sharey=True)
+    figure, panels = make_panels(len(names), height=2.0, sharey=True)
     for index, (axes, name) in enumerate(zip(panels, names, strict=True)):
         epochs, errors = curves[name]["epoch"], np.array(curves[name]["test_errors"], float)
         mean, low, high = errors.mean(axis=1), errors.min(axis=1), errors.max(axis=1)
-        axes.fill_between(epochs, low, high, color=_OURS, alpha=0.3, linewidth=0)
+        axes.fill_between(epochs, low, high, color=OURS, alpha=0.3, linewidth=0)
         marker = "o" if len(epochs) == 1 else ""
-        axes.plot(epochs, mean, color=_OURS, linewidth=1.5, marker=marker, markersize=3.5)
+        axes.plot(epochs, mean, color=OURS, linewidth=1.5, marker=marker, markersize=3.5)
         title = f"{name.replace('_', ' ')}, ends at {mean[-1]:.0f}"
-        _tidy(axes, title, "epoch", "" if index % 3 else "test errors")
+        tidy(axes, title, "epoch", "" if index % 3 else "test errors")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        _log_axis(axes, "y")
+        log_axis(axes, "y")
     return figure
 
 
@@ -205,14 +207,14 @@ def digits(digits: Sequence[Mapping[str, Any]]) -> Figure | None:
         others[digit["label"]] = -1.0
         axes.imshow(np.array(digit["image"]), cmap="gray", vmin=0, vmax=255)
         title = f"a {digit['label']}, most like a {int(np.argmax(others))}"
-        axes.set_title(title, fontsize=_SMALL)
+        axes.set_title(title, fontsize=SMALL)
         axes.set_axis_off()
     for panels, name in zip(grid[1:], temperatures, strict=True):
         targets = np.array([digit["soft_targets"][name] for digit in digits], float)
         for axes, probabilities, digit in zip(panels, targets, digits, strict=True):
-            colors = [_OTHER if i == digit["label"] else _OURS for i in range(10)]
+            colors = [OTHER if i == digit["label"] else OURS for i in range(10)]
             axes.bar(range(10), probabilities, 0.8, color=colors)
-            _tidy(axes, "", "", "")
+            tidy(axes, "", "", "")
             axes.set_xticks(range(10))
             axes.tick_params(axis="x", length=0, labelsize=7)
             if float(name) == 1.0:
@@ -222,26 +224,8 @@ def digits(digits: Sequence[Mapping[str, Any]]) -> Figure | None:
                 # From the power of ten below the smallest; what float32 lost to 0 has no bar.
                 smallest = float(targets[targets > 0].min())
                 axes.set_ylim(max(10.0 ** math.floor(math.log10(smallest) - 0.3), 1e-15), 3.0)
-        panels[0].set_ylabel(f"probability, T = {float(name):g}", fontsize=_SMALL)
+        panels[0].set_ylabel(f"probability, T = {float(name):g}", fontsize=SMALL)
     return figure
-
-
-def _select(rows: Sequence[Row], table: str, metric: str) -> list[Row]:
-    """The measured rows of a table with a metric."""
-    kept = [row for row in rows if row["table"] == table and row["metric"] == metric]
-    return [row for row in kept if row["value"] is not None]
-
-
-def _spreads(rows: Sequence[Row]) -> np.ndarray:
-    """Lengths of error bars; without a spread the length is 0 and no bar shows."""
-    return np.array([row["std"] or 0.0 for row in rows], float)
-
-
-def _plot(axes: Axes, rows: Sequence[Row], key: str, **style: Any) -> None:
-    """A line of the rows' values against what stands at `key`, with error bars."""
-    line = sorted(rows, key=lambda row: row[key])
-    x, y = [row[key] for row in line], [row["value"] for row in line]
-    axes.errorbar(x, y, _spreads(line), markersize=4, linewidth=1.5, capsize=2, **style)
 
 
 def _bias_label(row: Row, shift: Row | None) -> str:
@@ -252,44 +236,3 @@ def _bias_label(row: Row, shift: Row | None) -> str:
         paper = "" if shift["paper"] is None else f" (paper {shift['paper']:+.1f})"
         lines.append(f"shift {shift['value']:+.1f}{paper}")
     return "\n".join(lines)
-
-
-def _bars(axes: Axes, y: np.ndarray, values: Sequence[float | None], **style: Any) -> None:
-    """Horizontal bars with their numbers at their ends; None is neither."""
-    bars = axes.barh(y, [value or 0.0 for value in values], 0.36, **style)
-    whole = all(value is None or float(value).is_integer() for value in values)
-    text = ["" if value is None else f"{value:.{0 if whole else 1}f}" for value in values]
-    axes.bar_label(bars, text, padding=3, fontsize=_SMALL)
-
-
-def _panels(
-    count: int, height: float, extra: float = 0.0, sharey: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """A figure of up to three panels a row; the unused places of the last row are removed."""
-    columns = min(count, 3)
-    lines = math.ceil(count / columns)
-    width = _WIDTH if columns == 3 else 0.6 + columns * 2.9
-    figure = Figure(figsize=(width, height * lines + extra), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=sharey).ravel()
-    for axes in grid[count:]:
-        axes.remove()
-    return figure, list(grid[:count])
-
-
-def _tidy(axes: Axes, title: str, xlabel: str, ylabel: str, grid: str = "y") -> None:
-    axes.set_title(title, fontsize=_TEXT, loc="left")
-    axes.set_xlabel(xlabel, fontsize=_SMALL)
-    axes.set_ylabel(ylabel, fontsize=_SMALL)
-    axes.tick_params(labelsize=_SMALL)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, axis=grid, color=_PAPER, alpha=0.25, linewidth=0.6)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-
-
-def _log_axis(axes: Axes, which: str) -> None:
-    """A logarithmic axis with plain numbers at 1, 2, 5, 10, ..."""
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())

@@ -75,7 +75,7 @@ def train(
         context.config,
         (directory or context.directory) / name,
         name,
-        data.num_classes,
+        members.build_model(net, data.num_classes),
         examples,
         loss,
         variants,
