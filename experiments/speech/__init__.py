@@ -1,0 +1,1 @@
+"""The speech study (section 3): ensembles and distilled nets as acoustic models."""

@@ -1,0 +1,377 @@
+"""From a net's log-probabilities of states to words, and the errors in them.
+
+The scores are those of a hybrid system (section 3 of the paper): the logarithm of what the net says of
+a state, less that of the state's prior, stands for the log-likelihood of a frame. No JAX here: what
+comes in is NumPy, and decoders run in threads that don't hold the interpreter's lock.
+"""
+
+import contextlib
+import os
+import queue
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distill_jax.errors import UserError
+from experiments.speech import sphinx
+from experiments.speech.language_model import LanguageModel
+
+
+class Weights(NamedTuple):
+    """What is tuned on validation utterances.
+
+    acoustic_scale: of the senone scores, against a language model whose scores keep their size.
+    prior_scale: how much of a state's log prior is taken off.
+    language_weight: times the language model's log-probability.
+    word_insertion_penalty: a factor per word; below 1 for fewer words.
+    """
+
+    acoustic_scale: float = 1.0
+    prior_scale: float = 1.0
+    language_weight: float = 6.5
+    word_insertion_penalty: float = 0.65
+
+
+class Search(NamedTuple):
+    """How much of the decoder's search is pruned.
+
+    beam, phone_beam, word_beam: what lies below the best by more than this factor is dropped: states,
+    ends of phones, ends of words. max_states, max_words: kept per frame; -1 for all. second_pass: over
+    a flat lexicon of the words found by the first. best_path: at the end, the best path through the
+    lattice rather than the one that the search followed.
+    """
+
+    beam: float = 1e-48
+    phone_beam: float = 1e-48
+    word_beam: float = 7e-29
+    max_states: int = 30000
+    max_words: int = -1
+    second_pass: bool = True
+    best_path: bool = True
+
+
+WIDE = Search()
+FAST = Search(max_states=2000, max_words=20, second_pass=False)
+"""Twice as fast as WIDE, for up to 2 more errors in 100 words."""
+
+START = Weights(acoustic_scale=2.0, prior_scale=0.7)
+"""Near the best for a net: the lower the acoustic scale, the less the beams prune, the slower it is."""
+
+GRID: Mapping[str, Sequence[float]] = {
+    "acoustic_scale": (1.0, 1.4, 2.0, 2.8),
+    "prior_scale": (0.4, 0.7, 1.0),
+    "language_weight": (4.5, 6.5, 8.5),
+    "word_insertion_penalty": (0.2, 0.65, 2.0),
+}
+
+
+def senone_scores(
+    log_probs: np.ndarray, log_prior: np.ndarray, class_of_senone: np.ndarray, weights: Weights
+) -> np.ndarray:
+    """A net's log-probabilities as scaled log-likelihoods of the decoder's senones.
+
+    acoustic_scale * (log p(class | frame) - prior_scale * log prior(class)). A senone that the net has
+    no class for gets, in every frame, one nat (before the scale) less than the worst class there: it
+    can still be passed through in the middle of a word, but no other is worse.
+
+    Args:
+        log_probs: float `[n, C]`, natural logarithms.
+        log_prior: float `[C]`, of the classes' shares of the training frames.
+        class_of_senone: int32 `[num_senones]`; -1 where the net has no such class.
+        weights: its first two.
+
+    Returns:
+        float32 `[n, num_senones]`.
+
+    Raises:
+        UserError: shapes that don't fit, classes outside 0 to C - 1, or numbers that aren't finite.
+    """
+    _check(log_probs, log_prior, class_of_senone)
+    prior = np.float32(weights.prior_scale) * np.asarray(log_prior, np.float32)
+    likelihoods = np.asarray(log_probs, np.float32) - prior
+    if np.isnan(likelihoods).any():
+        raise UserError("log_probs holds NaN: the net that made them has diverged")
+    floor = likelihoods.min(axis=1, keepdims=True) - np.float32(1)
+    scores = np.float32(weights.acoustic_scale) * np.concatenate([likelihoods, floor], axis=1)
+    return np.take(scores, class_of_senone, axis=1)  # -1 is the last column: the floor
+
+
+def _check(log_probs: np.ndarray, log_prior: np.ndarray, class_of_senone: np.ndarray) -> None:
+    classes, size = len(log_prior), sphinx.num_senones()
+    if np.ndim(log_probs) != 2 or np.shape(log_probs)[1] != classes:
+        raise UserError(f"log_probs has the shape {np.shape(log_probs)}, not [n, {classes}]")
+    if np.shape(class_of_senone) != (size,):
+        raise UserError(
+            f"class_of_senone has the shape {np.shape(class_of_senone)}, not [{size}]: "
+            "one class for each of the decoder's senones"
+        )
+    if np.min(class_of_senone) < -1 or np.max(class_of_senone) >= classes:
+        raise UserError(
+            f"class_of_senone must be within -1 and {classes - 1}, for {classes} classes"
+        )
+    if not np.isfinite(log_prior).all():
+        raise UserError("log_prior isn't finite: a class without frames needs a count above 0")
+
+
+def decode(
+    score_sets: Sequence[np.ndarray],
+    log_prior: np.ndarray,
+    class_of_senone: np.ndarray,
+    language_model: LanguageModel,
+    weights: Weights,
+    search: Search = FAST,
+    threads: int | None = None,
+    progress: str | None = "decoding",
+) -> list[str]:
+    """The words that the decoder finds in utterances, from a net's log-probabilities.
+
+    Args:
+        score_sets: an utterance's log-probabilities `[n, C]` each, 100 frames a second; may be a
+            sequence that makes them when asked, for each is asked for once and dropped after use.
+        log_prior: see `senone_scores`.
+        class_of_senone: see `senone_scores`.
+        language_model: its words are those that can be found.
+        weights: of the sources of knowledge.
+        search: pruning.
+        threads: decoders side by side; all processors if None.
+        progress: the name in progress lines; None for none.
+
+    Returns:
+        Hypotheses in the order of the utterances, words with spaces between; "" for no frames.
+    """
+
+    def find(decoder: sphinx.Handle, index: int) -> str:
+        scores = senone_scores(score_sets[index], log_prior, class_of_senone, weights)
+        return sphinx.decode_costs(decoder, _costs(scores))
+
+    options = _options(language_model, weights, search)
+    return _decode_all(find, len(score_sets), options, threads, progress)
+
+
+def decode_audio(
+    audio: Sequence[np.ndarray],
+    language_model: LanguageModel,
+    weights: Weights = Weights(),  # noqa: B008 - immutable
+    search: Search = FAST,
+    threads: int | None = None,
+    progress: str | None = "decoding",
+) -> list[str]:
+    """The words that the decoder finds with its own acoustic model, all else being equal.
+
+    Args:
+        audio: int16 `[n]` at 16 kHz each.
+        language_model: see `decode`.
+        weights: the last two; the decoder's own scores are not scaled.
+        search: see `decode`.
+        threads: see `decode`.
+        progress: see `decode`.
+
+    Returns:
+        As `decode`.
+
+    Raises:
+        UserError: samples that aren't int16.
+    """
+
+    def find(decoder: sphinx.Handle, index: int) -> str:
+        samples = np.asarray(audio[index])
+        if samples.dtype != np.int16 or samples.ndim != 1:
+            raise UserError(
+                f"utterance {index}: audio must be int16 [n], "
+                f"not {samples.dtype} of the shape {samples.shape}"
+            )
+        return sphinx.decode_samples(decoder, samples)
+
+    options = _options(language_model, weights, search)
+    return _decode_all(find, len(audio), options, threads, progress)
+
+
+def _costs(scores: np.ndarray) -> np.ndarray:
+    """Scores `[n, num_senones]` as what `sphinx.decode_costs` takes."""
+    if not len(scores):
+        return np.zeros(scores.shape, np.int16)
+    below = scores.max(axis=1, keepdims=True) - scores
+    below *= np.float32(1 / sphinx.NATS_PER_COST)
+    return np.minimum(np.rint(below, out=below), sphinx.MAX_COST, out=below).astype(np.int16)
+
+
+def _options(language_model: LanguageModel, weights: Weights, search: Search) -> dict[str, Any]:
+    return {
+        "lm": str(language_model.trigrams),
+        "dict": str(language_model.dictionary),
+        "lw": weights.language_weight,
+        # The later passes weigh the language model more, by the ratios of the library's defaults.
+        "fwdflatlw": weights.language_weight * 8.5 / 6.5,
+        "bestpathlw": weights.language_weight * 9.5 / 6.5,
+        "wip": weights.word_insertion_penalty,
+        "beam": search.beam,
+        "pbeam": search.phone_beam,
+        "wbeam": search.word_beam,
+        "maxhmmpf": search.max_states,
+        "maxwpf": search.max_words,
+        "fwdflat": search.second_pass,
+        "bestpath": search.best_path,
+    }
+
+
+def _decode_all(
+    find: Callable[[sphinx.Handle, int], str],
+    size: int,
+    options: Mapping[str, Any],
+    threads: int | None,
+    progress: str | None,
+) -> list[str]:
+    """`find(decoder, index)` for every index below `size`, a decoder to a thread."""
+    threads = max(1, min(threads or os.cpu_count() or 1, size))
+    show = _print_progress(progress, size) if progress else lambda done: None
+    free: queue.SimpleQueue[sphinx.Handle] = queue.SimpleQueue()
+
+    def run(index: int) -> str:
+        decoder = free.get()
+        try:
+            return find(decoder, index)
+        finally:
+            free.put(decoder)
+
+    hypotheses = []
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
+        for _ in range(threads):
+            free.put(stack.enter_context(sphinx.open_decoder(options)))
+        for hypothesis in pool.map(run, range(size)):
+            hypotheses.append(hypothesis)
+            show(len(hypotheses))
+    return hypotheses
+
+
+def _print_progress(name: str, size: int) -> Callable[[int], None]:
+    """A line with the time to go, every 10 s; one that is rewritten on a terminal."""
+    terminal = sys.stdout.isatty()
+    started = time.monotonic()
+    shown = [started]
+
+    def show(done: int) -> None:
+        now = time.monotonic()
+        last = done == size
+        if not last and now - shown[0] < (0.2 if terminal else 10):
+            return
+        shown[0] = now
+        left = (now - started) / done * (size - done)
+        text = f"{name}: {done}/{size} utterances, {now - started:.0f} s"
+        text += f", {int(left // 60)}:{int(left % 60):02d} to go"
+        if terminal:  # cut to a line, for only that much can be rewritten
+            text = "\r\033[K" + text[: shutil.get_terminal_size().columns - 1]
+        print(text, end="" if terminal and not last else "\n", flush=True)
+
+    return show
+
+
+def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
+    """Counts the words that an alignment with the fewest errors finds wrong.
+
+    Fillers such as "<sil>" or "[NOISE]" and the marks of other pronunciations, as in "read(2)", are
+    taken off the hypotheses first.
+
+    Args:
+        references: what was said, words with spaces between.
+        hypotheses: as many.
+
+    Returns:
+        "words" (of the references), "substitutions", "deletions", "insertions", and
+        "word_error_rate": their sum per 100 words.
+
+    Raises:
+        UserError: other numbers of utterances, no words at all, or jiwer isn't installed.
+    """
+    if len(references) != len(hypotheses):
+        raise UserError(f"{len(hypotheses)} hypotheses for {len(references)} references")
+    try:
+        import jiwer
+    except ImportError as error:
+        raise UserError(
+            "counting word errors needs the package jiwer: pip install jiwer"
+        ) from error
+    words = sum(len(reference.split()) for reference in references)
+    if not words:
+        raise UserError("the references hold no words")
+    found = jiwer.process_words(list(references), [_spoken(words) for words in hypotheses])
+    errors = {
+        "substitutions": found.substitutions,
+        "deletions": found.deletions,
+        "insertions": found.insertions,
+    }
+    return {"words": words, **errors, "word_error_rate": 100 * sum(errors.values()) / words}
+
+
+def _spoken(hypothesis: str) -> str:
+    words = re.sub(r"\(\d+\)(?=\s|$)", "", hypothesis).split()
+    return " ".join(word for word in words if not re.fullmatch(r"<.*>|\[.*\]|\+\+.*\+\+", word))
+
+
+def tune(
+    score_sets: Sequence[np.ndarray],
+    references: Sequence[str],
+    log_prior: np.ndarray,
+    class_of_senone: np.ndarray,
+    language_model: LanguageModel,
+    grid: Mapping[str, Sequence[float]] = GRID,
+    start: Weights = START,
+    search: Search = FAST,
+    threads: int | None = None,
+    progress: str | None = "tuning",
+) -> tuple[Weights, list[dict[str, float]]]:
+    """The weights with the lowest word error rate on validation utterances, one weight at a time.
+
+    Args:
+        score_sets: of validation utterances; see `decode`.
+        references: their words.
+        log_prior: see `senone_scores`.
+        class_of_senone: see `senone_scores`.
+        language_model: see `decode`.
+        grid: by the weight's name, the values to try, in the order of the search: the first weight is
+            settled, then the second with it, and so on.
+        start: the weights before the search; they win where nothing is better.
+        search: see `decode`.
+        threads: see `decode`.
+        progress: see `decode`; a line for each point as well.
+
+    Returns:
+        The best weights, and all that were tried, each as weights and `word_errors` by name.
+
+    Raises:
+        UserError: for a name in the grid that is no weight.
+    """
+    if unknown := set(grid) - set(Weights._fields):
+        raise UserError(f"grid: {sorted(unknown)} are none of the weights {Weights._fields}")
+    tried: dict[Weights, dict[str, float]] = {}
+
+    def rate(weights: Weights) -> float:
+        if weights not in tried:
+            hypotheses = decode(
+                score_sets,
+                log_prior,
+                class_of_senone,
+                language_model,
+                weights,
+                search,
+                threads,
+                progress,
+            )
+            tried[weights] = word_errors(references, hypotheses)
+            if progress:
+                values = ", ".join(f"{name} {value:g}" for name, value in weights._asdict().items())
+                print(
+                    f"{progress}: {tried[weights]['word_error_rate']:.2f} % at {values}", flush=True
+                )
+        return tried[weights]["word_error_rate"]
+
+    best = start
+    rate(best)
+    for name, values in grid.items():
+        best = min([best, *(best._replace(**{name: value}) for value in values)], key=rate)
+    return best, [{**weights._asdict(), **errors} for weights, errors in tried.items()]
