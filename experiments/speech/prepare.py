@@ -28,15 +28,20 @@ _CORPUS = flags.DEFINE_string(
 _OUT = flags.DEFINE_string(
     "out", None, "Folder for the set and its unfinished work.", required=True
 )
-_PROCESSES = flags.DEFINE_integer("processes", 0, "Processes that align; 0 for one per core.")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", 0, "Processes that align; 0 for one per core.", lower_bound=0
+)
 _HIGH = flags.DEFINE_float(
     "high_frequency",
     0.0,
     "Upper edge of the mel bands, Hz; 0: 5000 for debian, whose recordings "
     "hold nothing above, else 7600.",
+    lower_bound=0.0,
 )
 _FRAMES = {
-    split: flags.DEFINE_integer(f"{split}_frames", 0, f"Frames of {split} to keep; 0 for all.")
+    split: flags.DEFINE_integer(
+        f"{split}_frames", 0, f"Frames of {split} to keep; 0 for all.", lower_bound=0
+    )
     for split in pipeline.SPLITS
 }
 _AUDIO_WORDS = flags.DEFINE_integer(
@@ -44,6 +49,7 @@ _AUDIO_WORDS = flags.DEFINE_integer(
     2000,
     "Words of validation and of test whose recordings are kept in the set, for "
     "the decoder's own acoustic model to be compared with; -1 for all.",
+    lower_bound=-1,
 )
 
 

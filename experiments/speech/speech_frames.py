@@ -71,7 +71,7 @@ def write(
         metadata: kept in the set's metadata.json.
 
     Returns:
-        The folder of the set.
+        The folder of the set; one that is there already is left as it is.
     """
     builder = _make_builder(directory, splits, metadata)
     import tensorflow_datasets as tfds
@@ -103,13 +103,20 @@ def load(source: str, splits: tuple[str, ...] = SPLITS) -> Corpus:
     return Corpus(source, read, metadata)
 
 
+def folder_of(directory: Path) -> Path:
+    """Where `write` puts a set; the folder exists once it is whole."""
+    return directory / "speech_frames" / _VERSION
+
+
 def find(source: str) -> Path:
     """The folder of a set: "embedded", its own folder, or a data_dir that it lies in."""
     folder = EMBEDDED if source == "embedded" else Path(source)
-    for candidate in (folder, folder / "speech_frames" / _VERSION):
+    for candidate in (folder, folder_of(folder)):
         if (candidate / "dataset_info.json").exists():
             return candidate
-    partial = sorted(folder.glob("speech_frames/*incomplete*"))
+    partial = (
+        list(folder.glob("speech_frames/*incomplete*")) or (folder / "work/corpus.json").exists()
+    )
     hint = (
         "its preparation did not end: run the same command again"
         if partial
@@ -125,6 +132,7 @@ def open_sources(folder: Path, splits: tuple[str, ...]) -> tuple[dict[str, Any],
     import tensorflow_datasets as tfds
 
     try:
+        json.loads((folder / "dataset_info.json").read_text())  # TFDS's own error is no ValueError
         builder = tfds.builder_from_directory(folder)
         sources = {name: builder.as_data_source(name) for name in splits}
         metadata = json.loads((folder / "metadata.json").read_text())
@@ -165,50 +173,52 @@ def _make_builder(
 
     zlib = tfds.features.Encoding.ZLIB
 
-    class SpeechFrames(tfds.core.GeneratorBasedBuilder):
-        """Recorded utterances with log-mel frames and the tied HMM state of each."""
+    # TFDS would refuse a second class of this name in the process.
+    with tfds.core.registered.skip_registration():
 
-        name = "speech_frames"
-        VERSION = tfds.core.Version(_VERSION)
-        pkg_dir_path = Path(__file__).parent
+        class SpeechFrames(tfds.core.GeneratorBasedBuilder):
+            """Recorded utterances with log-mel frames and the tied HMM state of each."""
 
-        def _info(self) -> Any:
-            tensor = tfds.features.Tensor
-            features = {
-                "id": tfds.features.Text(),
-                "speaker": tfds.features.Text(),
-                "words": tfds.features.Text(),
-                "frames": tensor(shape=(None, NUM_MELS), dtype=np.uint8, encoding=zlib),
-                "states": tensor(shape=(None,), dtype=np.int32, encoding=zlib),
-                "segments": tfds.features.Text(),
-                "starts": tensor(shape=(None,), dtype=np.int32, encoding=zlib),
-                "audio": tensor(shape=(None,), dtype=np.uint8, encoding="bytes"),
-            }
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=self.__doc__,
-                features=tfds.features.FeaturesDict(features),
-                metadata=tfds.core.MetadataDict(metadata),
-            )
+            name = "speech_frames"
+            VERSION = tfds.core.Version(_VERSION)
+            pkg_dir_path = Path(__file__).parent
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            del dl_manager  # Nothing is downloaded.
-            return {name: self._generate_examples(make()) for name, make in splits.items()}
-
-        def _generate_examples(self, utterances: Iterator[Utterance]) -> Iterator[Any]:
-            for one in utterances:
-                yield (
-                    one.id,
-                    {
-                        **one._asdict(),
-                        "words": " ".join(one.words),
-                        "segments": " ".join(one.segments),
-                        "audio": np.frombuffer(one.audio, np.uint8),
-                    },
+            def _info(self) -> Any:
+                tensor = tfds.features.Tensor
+                features = {
+                    "id": tfds.features.Text(),
+                    "speaker": tfds.features.Text(),
+                    "words": tfds.features.Text(),
+                    "frames": tensor(shape=(None, NUM_MELS), dtype=np.uint8, encoding=zlib),
+                    "states": tensor(shape=(None,), dtype=np.int32, encoding=zlib),
+                    "segments": tfds.features.Text(),
+                    "starts": tensor(shape=(None,), dtype=np.int32, encoding=zlib),
+                    "audio": tensor(shape=(None,), dtype=np.uint8, encoding="bytes"),
+                }
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description=self.__doc__,
+                    features=tfds.features.FeaturesDict(features),
+                    metadata=tfds.core.MetadataDict(metadata),
                 )
 
-    with tfds.core.registered.skip_registration():
-        return SpeechFrames(data_dir=directory)
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                del dl_manager  # Nothing is downloaded.
+                return {name: self._generate_examples(make()) for name, make in splits.items()}
+
+            def _generate_examples(self, utterances: Iterator[Utterance]) -> Iterator[Any]:
+                for one in utterances:
+                    yield (
+                        one.id,
+                        {
+                            **one._asdict(),
+                            "words": " ".join(one.words),
+                            "segments": " ".join(one.segments),
+                            "audio": np.frombuffer(one.audio, np.uint8),
+                        },
+                    )
+
+    return SpeechFrames(data_dir=directory)
 
 
 def _text(value: Any) -> str:

@@ -37,8 +37,11 @@ def align(samples: np.ndarray, words: Sequence[str]) -> Alignment | None:
         words: in the dictionary's spelling; `unknown_words` tells those that it lacks.
 
     Returns:
-        The alignment, or None if the words don't fit the recording.
+        The alignment, or None if there is no path through the words: the recording is too short for
+        them, or there are none. Other words than those spoken are aligned as well as they go.
     """
+    if not len(samples) or not words:
+        return None
     decoder = _decoder()
     decoder.reinit_feat()  # forgets the last recording's noise, so that the order doesn't matter
     audio = samples.tobytes()

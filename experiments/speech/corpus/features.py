@@ -1,10 +1,11 @@
-"""Log-mel filter-bank energies, and their normalised form in bytes (section 4: 40 coefficients, 10 ms)."""
+"""Log-mel filter-bank energies, and their normalised form in bytes (section 4: 40, each 10 ms)."""
 
 from typing import NamedTuple
 
 import kaldi_native_fbank as kaldi
 import numpy as np
 
+from distill_jax.errors import UserError
 from experiments.speech.corpus.recordings import RATE
 from experiments.speech.speech_frames import NUM_MELS
 
@@ -28,7 +29,11 @@ def log_mels(samples: np.ndarray, bands: Bands) -> np.ndarray:
         bands: where the filter bank begins and ends.
 
     Returns:
-        float32 `[n, 40]`, `n = (samples - 240) // 160` or 0 where there are fewer than 400.
+        float32 `[n, 40]`, 0 or more, `n = (samples - 240) // 160` or 0 where there are fewer than
+        400.
+
+    Raises:
+        UserError: for bands that can't be: too narrow, or above 8000 Hz.
     """
     options = kaldi.FbankOptions()
     options.frame_opts.samp_freq = RATE
@@ -36,12 +41,20 @@ def log_mels(samples: np.ndarray, bands: Bands) -> np.ndarray:
     options.frame_opts.window_type = "hamming"
     options.mel_opts.num_bins = NUM_MELS
     options.mel_opts.low_freq, options.mel_opts.high_freq = bands
-    options.energy_floor = 1.0
-    bank = kaldi.OnlineFbank(options)
+    try:
+        bank = kaldi.OnlineFbank(options)
+    except ValueError as error:
+        raise UserError(
+            f"no 40 mel bands lie between {bands.low} and {bands.high} Hz ({error})"
+        ) from error
     bank.accept_waveform(RATE, samples.astype(np.float32))
     bank.input_finished()
     frames = [bank.get_frame(i) for i in range(bank.num_frames_ready)]
-    return np.stack(frames) if frames else np.zeros((0, NUM_MELS), np.float32)
+    if not frames:
+        return np.zeros((0, NUM_MELS), np.float32)
+    # Rounding noise of 16 bits lies above 0. Digital silence would be at -16, so far below all sound
+    # that a few per cent of it set the deviation, and so the steps, of the rest.
+    return np.maximum(np.stack(frames), 0.0)
 
 
 def quantise(log_mels: np.ndarray, deviation: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """From recordings to a prepared set: align and analyse each one, split, normalise, write.
 
-OUT/work/               the alignment of every part of 64 recordings, until the set is written
+OUT/work/               the alignment of every part of 16 recordings, until the set is written
 OUT/report.json         what became of every recording
 OUT/speech_frames/      the set
 """
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from experiments.speech.corpus.recordings import RATE, Recording, to_mono_16k
 from experiments.speech.speech_frames import SPLITS, Utterance
 from experiments.study import write_json
 
-_PART = 64  # recordings that a killed run loses at most, per process
+_PART = 16  # recordings that a killed run loses at most, per process
 _SHORTEST = 10  # frames
 _HELD_OUT_SPEAKERS, _VALIDATION, _TEST = 8, 5, 8  # per cent
 
@@ -71,9 +72,14 @@ def prepare(
         The folder of the set; `report.json` beside it says what became of every recording.
 
     Raises:
-        UserError: for a folder with another corpus half prepared, or if no recording can be used.
+        UserError: for a folder that holds a set, or another corpus half prepared; for bands that
+            can't be; if no recording can be used, or none for one of the splits.
     """
     bands = features.Bands(high=high_frequency)
+    features.log_mels(np.zeros(0, np.int16), bands)  # refuses bands before any work is done
+    prepared = speech_frames.folder_of(out)
+    if prepared.exists():
+        raise UserError(f"{prepared} is a prepared set already: name another --out, or delete it")
     work = out / "work"
     _claim(work, corpus, recordings, bands)
     analysed = _analyse_all(recordings, bands, work, processes or os.cpu_count() or 1)
@@ -81,15 +87,18 @@ def prepare(
     usable = [one for one in analysed if one.status == "aligned"]
     _report(out / "report.json", analysed)
     if not usable:
+        shutil.rmtree(work)  # so that repaired recordings are read again
         raise UserError(
             f"{corpus}: none of {len(recordings)} recordings can be used; see {out}/report.json"
         )
-    splits = {name: _first_frames(part, frames[name]) for name, part in _split(usable).items()}
+    whole = _split(usable)
     for name in SPLITS:
-        if not splits[name]:
+        if not whole[name]:
             raise UserError(
                 f"{corpus}: no recording falls to {name}; name it by `split` in a manifest"
             )
+    splits = {name: _first_frames(whole[name], frames[name], name) for name in SPLITS}
+    taken = {one.recording.id for one in splits["train"]}
     deviation = _deviation(splits["train"])
     metadata = {
         "corpus": corpus,
@@ -101,6 +110,10 @@ def prepare(
         "phones": sphinx.phone_names(),
         "recordings": _reasons(analysed),
         "speakers_of_train": len({one.recording.speaker for one in splits["train"]}),
+        # For the language model: what --train_frames leaves out is still text.
+        "transcripts": [
+            " ".join(one.words) for one in whole["train"] if one.recording.id not in taken
+        ],
     }
     for stale in out.glob("speech_frames/*incomplete*"):
         shutil.rmtree(stale)
@@ -128,7 +141,7 @@ def analyse(recording: Recording, bands: features.Bands) -> Analysed:
     try:
         samples, notes = to_mono_16k(*recording.read())
     except UserError as error:
-        return Analysed(recording, str(error))
+        return Analysed(recording, f"unreadable audio: {error}")
     log_mels = features.log_mels(samples, bands)
     if len(log_mels) < _SHORTEST:
         return Analysed(recording, "empty or too short audio", tuple(notes), words)
@@ -150,7 +163,8 @@ def analyse(recording: Recording, bands: features.Bands) -> Analysed:
 def _analyse_part(task: tuple[Path, Sequence[Recording], features.Bands]) -> Path:
     """Analyses a part in a worker and leaves it in a file, whole or not at all."""
     path, recordings, bands = task
-    partial = path.with_suffix(".partial")
+    # A killed run's worker may still be at the same part, so each writes a file of its own.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_bytes(pickle.dumps([analyse(one, bands) for one in recordings]))
     os.replace(partial, path)
     return path
@@ -169,10 +183,22 @@ def _analyse_all(
     ]
     if len(tasks) < len(paths):
         print(f"{len(paths) - len(tasks)} of {len(paths)} parts were aligned before")
+    if tasks:
+        _analyse_parts(tasks, processes)
+    stored = [one for path in paths for one in pickle.loads(path.read_bytes())]
+    # The split, say, may have been changed in a manifest since a part was stored.
+    return [one._replace(recording=new) for one, new in zip(stored, recordings, strict=True)]
+
+
+def _analyse_parts(tasks: Sequence[Any], processes: int) -> None:
     begun = time.monotonic()
     # Fresh processes: what the parent has loaded, and its threads, stay out of them.
-    with multiprocessing.get_context("spawn").Pool(min(processes, len(tasks) or 1)) as pool:
-        for done, _ in enumerate(pool.imap_unordered(_analyse_part, tasks), 1):
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(processes, len(tasks)), _leave_interrupts_to_the_parent) as pool:
+        workers = set(multiprocessing.active_children())
+        results = pool.imap_unordered(_analyse_part, tasks)
+        for done in range(1, len(tasks) + 1):
+            _wait_for_one(results, workers)
             seconds = time.monotonic() - begun
             left = seconds / done * (len(tasks) - done)
             if done % max(1, len(tasks) // 20) == 0 or done == len(tasks):
@@ -180,7 +206,24 @@ def _analyse_all(
                     f"aligned {done}/{len(tasks)} parts, {int(left // 60)}:{int(left % 60):02d} to go",
                     flush=True,
                 )
-    return [one for path in paths for one in pickle.loads(path.read_bytes())]
+
+
+def _wait_for_one(results: Any, workers: set[Any]) -> None:
+    """Waits for the next part. The pool itself would wait forever for that of a worker that died."""
+    while True:
+        try:
+            results.next(timeout=1.0)
+            return
+        except multiprocessing.TimeoutError:
+            if not workers <= set(multiprocessing.active_children()):
+                raise UserError(
+                    "a process that aligned was killed (is there too little memory?); the same "
+                    "command goes on, --processes=1 needs the least memory"
+                ) from None
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _claim(work: Path, corpus: str, recordings: Sequence[Recording], bands: features.Bands) -> None:
@@ -188,7 +231,12 @@ def _claim(work: Path, corpus: str, recordings: Sequence[Recording], bands: feat
     digest = hashlib.sha256()
     for one in recordings:
         digest.update(f"{one.id}\0{one.text}\0".encode())
-    mine = {"corpus": corpus, "recordings": digest.hexdigest()[:16], "bands_hz": list(bands)}
+    mine = {
+        "corpus": corpus,
+        "recordings": digest.hexdigest()[:16],
+        "recordings_per_part": _PART,
+        "bands_hz": list(bands),
+    }
     path = work / "corpus.json"
     if path.exists():
         theirs = json.loads(path.read_text())
@@ -212,16 +260,18 @@ def _without_copies(analysed: Sequence[Analysed]) -> list[Analysed]:
 
 
 def _split(usable: Sequence[Analysed]) -> dict[str, list[Analysed]]:
-    """Train, validation and test: as given, else whole scenes, and some speakers in test alone."""
+    """Train, validation and test: as given, else whole scenes; some speakers are in test alone, and
+    with them the scenes that they speak in."""
     sizes = collections.Counter(one.recording.speaker for one in usable)
     rare = {name for name, size in sizes.items() if name and size <= len(usable) / 50}
     held_out = {name for name in rare if _percentile("speaker " + name) < _HELD_OUT_SPEAKERS}
+    theirs = {_scene(one) for one in usable if one.recording.speaker in held_out}
     parts: dict[str, list[Analysed]] = {name: [] for name in SPLITS}
     for one in usable:
-        place = _percentile(one.recording.scene or one.recording.id)
+        place = _percentile(_scene(one))
         if one.recording.split:
             name = one.recording.split
-        elif one.recording.speaker in held_out or place < _TEST:
+        elif _scene(one) in theirs or place < _TEST:
             name = "test"
         else:
             name = "validation" if place < _TEST + _VALIDATION else "train"
@@ -229,18 +279,27 @@ def _split(usable: Sequence[Analysed]) -> dict[str, list[Analysed]]:
     return parts
 
 
+def _scene(one: Analysed) -> str:
+    return one.recording.scene or one.recording.id
+
+
 def _percentile(name: str) -> int:
     """0 to 99, by a hash: the same on every machine, whatever else is in the corpus."""
     return int(hashlib.md5(name.encode()).hexdigest(), 16) % 100
 
 
-def _first_frames(part: Sequence[Analysed], limit: int) -> list[Analysed]:
+def _first_frames(part: Sequence[Analysed], limit: int, name: str) -> list[Analysed]:
     """Utterances up to a number of frames, in an order by hash; all if the limit is 0."""
     if not limit:
         return list(part)
     order = sorted(part, key=lambda one: hashlib.md5(one.recording.id.encode()).hexdigest())
     ends = np.cumsum([len(one.aligned.states) for one in order])
-    return order[: int(np.searchsorted(ends, limit, side="right"))]
+    kept = order[: int(np.searchsorted(ends, limit, side="right"))]
+    if not kept:
+        raise UserError(
+            f"--{name}_frames={limit} is less than the first utterance's {ends[0]} frames"
+        )
+    return kept
 
 
 def _with_audio(part: Sequence[Analysed], words: int) -> set[str]:
@@ -283,6 +342,7 @@ def _flac(recording: Recording) -> bytes:
 
 
 def _reasons(analysed: Sequence[Analysed]) -> collections.Counter[str]:
+    """How many recordings have each status, without what it says of a single one after a colon."""
     return collections.Counter(one.status.partition(":")[0] for one in analysed)
 
 

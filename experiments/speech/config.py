@@ -1,0 +1,141 @@
+"""Sections 4 and 6 of the paper on recorded speech: presets and sweeps.
+
+    python -m launch.main --config=experiments/speech/config.py:default --workdir=runs/speech
+
+`smoke` takes a minute and shows that everything works; `default` under 20 minutes on two CPU cores, on
+the recordings that are in the project; `paper` is the paper's net, 8 layers of 2560, for an accelerator
+and a prepared corpus: --config.data.source=DIR. Any field can be set: --config.distilled.temperature=5
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.sweeps import Overrides, product
+
+PRESETS = ("smoke", "default", "paper")
+
+
+def get_config(preset: str = "default") -> ConfigDict:
+    """The config of a preset: smoke, default or paper."""
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    config = ConfigDict()
+    config.study = "experiments.speech.study"
+    config.preset = preset
+    config.seeds = (0, 1, 2)  # of the students
+    config.selection = "last"  # epoch; or "validation": the checkpoint with fewest errors there
+    config.mesh = {"member": 1, "data": -1, "model": 1}
+    config.data = {
+        "source": "embedded",  # or a folder made by python -m experiments.speech.prepare
+        "train_frames": 0,  # 0: all
+        "validation_frames": 0,
+        "test_frames": 0,
+        "min_frames": 300,  # a state with fewer in training is tied to its phone's; 0: none is
+        "block_frames": 0,  # above 0: frames are streamed, so many on the device at a time
+    }
+    net = _net(hidden=(256, 256, 256), epochs=2)
+    config.ensemble = {
+        **net,
+        "members": tuple(range(10)),  # seeds: nothing else differs
+        "at_once": 1,  # members trained as one vmapped program
+    }
+    config.soft_targets = {
+        "mean": "arithmetic",  # or geometric
+        "k": 16,  # largest probabilities kept of each frame
+        "temperatures": (1.0, 2.0, 5.0, 10.0),
+        "shard_rows": 65536,
+    }
+    config.distilled = {**net, "temperature": 2.0, "hard_weight": 0.5}
+    config.fractions = {
+        **net,
+        "percent": 3.0,
+        "temperature": 2.0,
+        "hard_weight": 0.0,
+        "epochs": 20,  # of the part
+    }
+    config.compression = {
+        **net,
+        "percent": 10.0,
+        "k": (8, 16, 64),
+        "temperature": 2.0,
+        "hard_weight": 0.5,
+        "epochs": 5,
+    }
+    config.unlabelled = {**net, "hidden": (64, 64), "hard_weight": 0.5, "temperature": 2.0}
+    config.decoding = {
+        "words": 500,  # of the test set, at most
+        "tuning_words": 150,  # of the validation set
+        "members": 3,  # of the ensemble, decoded one by one for the baseline
+    }
+    return {"smoke": _smoke, "default": lambda c: c, "paper": _paper}[preset](config)
+
+
+def sweep(name: str) -> list[Overrides]:
+    """The named sweeps of `python -m launch.sweep`."""
+    sweeps = {
+        "hard_weight": product({"distilled.hard_weight": [0.0, 0.25, 0.5, 0.75]}),
+        "k": product({"soft_targets.k": [4, 8, 16, 32, 64]}),
+        "mean": product({"soft_targets.mean": ["arithmetic", "geometric"]}),
+    }
+    if name not in sweeps:
+        raise ValueError(f"no sweep {name!r}; there are {', '.join(sweeps)}")
+    return sweeps[name]
+
+
+def _net(**changes: Any) -> dict[str, Any]:
+    """How one net is built and trained."""
+    defaults = {
+        "hidden": (256, 256, 256),
+        "input_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "max_norm": 0.0,  # longest incoming weight vector of a hidden unit; 0: no limit
+        "dtype": "float32",  # of the arithmetic; or bfloat16
+        "jitter": 0,
+        "optimizer": "adam",  # or sgd
+        "momentum": 0.9,  # of sgd
+        "learning_rate": 2e-3,
+        "warmup_epochs": 0,
+        "batch_size": 512,
+        "micro_batches": 1,
+        "epochs": 2,
+        "report_every": 1,  # epochs run as one program, between two evaluations
+        "save_every": 1,  # reports between two checkpoints
+    }
+    return {**defaults, **changes}
+
+
+def _smoke(config: ConfigDict) -> ConfigDict:
+    """The same code on a part of the data, in seconds."""
+    small = {"hidden": (32, 32), "epochs": 1, "batch_size": 256}
+    config.seeds = (0, 1)
+    config.data.update(train_frames=30_000, validation_frames=5_000, test_frames=5_000)
+    config.ensemble.update(small, members=(0, 1, 2), at_once=3)
+    config.soft_targets.update(temperatures=(1.0, 2.0), k=8, shard_rows=16384)
+    config.distilled.update(small)
+    config.fractions.update(small, percent=10.0, epochs=4, batch_size=128)
+    config.compression.update(small, k=(8, 16), epochs=1)
+    config.unlabelled.update(small, hidden=(16,))
+    config.decoding.update(words=20, tuning_words=0, members=1)
+    return config
+
+
+def _paper(config: ConfigDict) -> ConfigDict:
+    """The paper's sizes: 85M parameters with 14,000 states; epochs and rates are ours."""
+    large = {
+        "hidden": (2560,) * 8,
+        "dtype": "bfloat16",
+        "learning_rate": 2e-4,
+        "batch_size": 1024,
+        "epochs": 10,
+        "warmup_epochs": 1,
+    }
+    config.data.min_frames = 0
+    config.ensemble.update(large)
+    config.soft_targets.k = 64
+    config.distilled.update(large)
+    config.fractions.update(large, epochs=100, report_every=5)
+    config.compression.update(large, epochs=20, report_every=5, percent=3.0)
+    config.unlabelled.update(large, hidden=(512,) * 4)
+    config.decoding.update(words=0, tuning_words=2000, members=10)
+    return config

@@ -1,0 +1,277 @@
+"""The nets of the speech study: how they are trained, and what they say of frames."""
+
+import functools
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from distill_jax import compressed_targets, soft_targets, training
+from distill_jax.data import frames
+from distill_jax.data.sources import Examples
+from distill_jax.models import Model, Params
+from distill_jax.soft_targets import Mean
+from experiments import members
+from experiments.speech.data import Data, load_data
+from experiments.study import Context
+
+WINDOWS = members.Cases(
+    frames.gather_windows,
+    lambda apply, params, examples: frames.count_errors(apply, params, examples)["errors"],
+)
+
+
+class Net(NamedTuple):
+    """A trained net, or an ensemble whose params have a leading axis `[M, ...]`."""
+
+    model: Model
+    params: Params
+
+
+def train(
+    context: Context,
+    name: str,
+    net: ConfigDict,
+    examples: Sequence[Examples] | members.Stream,
+    loss: training.Loss,
+    variants: Sequence[Mapping[str, float]] = ({},),
+    passes: int = 1,
+    seeds: Sequence[int] | None = None,
+    directory: Path | None = None,
+) -> members.Trained:
+    """`members.train` for this study: counts frame errors on the test and validation sets."""
+    data = load_data(context.config)
+    config = context.config
+    if seeds is not None:
+        config = ConfigDict({**config.to_dict(), "seeds": tuple(seeds)})
+    return members.train(
+        net,
+        config,
+        (directory or context.directory) / name,
+        name,
+        members.build_model(net, data.num_classes, data.byte),
+        examples,
+        loss,
+        variants,
+        {"test_errors": data.test, "validation_errors": data.validation},
+        passes,
+        WINDOWS,
+    )
+
+
+def train_on_targets(
+    context: Context,
+    name: str,
+    net: ConfigDict,
+    store: compressed_targets.Store,
+    temperature: float,
+    hard_weight: float,
+    seeds: Sequence[int],
+) -> members.Trained:
+    """Nets distilled on the whole training set with stored soft targets, one for each seed."""
+    examples = with_targets(context, store, temperature)
+    return train(
+        context,
+        name,
+        net,
+        [examples] * len(seeds),
+        training.top_k_distillation_loss(store.tail_weights),
+        [{"temperature": temperature, "hard_weight": hard_weight}],
+        seeds=seeds,
+    )
+
+
+def train_ensemble(context: Context, directory: Path | None = None) -> list[members.Trained]:
+    """The ensemble in groups of members, each group resumed by itself or restored if it is done."""
+    net = context.config.ensemble
+    data = load_data(context.config)
+    seeds = tuple(net.members)
+    groups = [seeds[i : i + net.at_once] for i in range(0, len(seeds), net.at_once)]
+    return [
+        train(
+            context,
+            f"member_{group[0]}" if len(group) == 1 else f"members_{group[0]}_to_{group[-1]}",
+            net,
+            [data.train] * len(group),
+            training.label_loss,
+            seeds=group,
+            directory=directory,
+        )
+        for group in groups
+    ]
+
+
+def load_ensemble(context: Context) -> Net:
+    """The finished ensemble of the stage of that name."""
+    return stack(train_ensemble(context, context.inputs["ensemble"]))
+
+
+def stack(groups: Sequence[members.Trained]) -> Net:
+    """All groups' members as one ensemble."""
+    params = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves), *[group.params for group in groups]
+    )
+    return Net(groups[0].model, params)
+
+
+def first(net: Net, count: int, start: int = 0) -> Net:
+    """Some of an ensemble's members."""
+    return Net(net.model, jax.tree.map(lambda leaf: leaf[start : start + count], net.params))
+
+
+@functools.cache
+def mean_log_probs(
+    model: Model, temperature: float = 1.0, mean: Mean = "arithmetic"
+) -> Callable[[Params, Array], Array]:
+    """`(params [M, ...], windows [B, 26, 40]) -> [B, C]`: the members' mean at a temperature.
+
+    The same function for the same arguments, so that it is compiled once.
+    """
+
+    def apply(params: Params, windows: Array) -> Array:
+        # One member after another: all members' hidden layers side by side would be M times as large.
+        logits = jax.lax.map(lambda member: model.apply(member, windows), params)
+        return soft_targets.mean_log_probs(logits, jnp.float32(temperature), mean)
+
+    return apply
+
+
+def log_probs(net: Net, examples: Examples, mean: Mean = "arithmetic") -> np.ndarray:
+    """The ensemble's log-probabilities `[N, C]` of all cases at temperature 1."""
+    rows = np.arange(len(examples["label"]))
+    return frames.logits_over_windows(
+        mean_log_probs(net.model, 1.0, mean), net.params, examples, rows
+    )
+
+
+def member_count(net: Net) -> int:
+    """How many nets there are in an ensemble."""
+    return len(jax.tree.leaves(net.params)[0])
+
+
+def accuracies(net: Net, examples: Examples) -> np.ndarray:
+    """Frame accuracy of each member `[M]`, per cent."""
+    shared = {name: jnp.asarray(field) for name, field in examples.items()}
+    count = jax.jit(jax.vmap(lambda params: WINDOWS.count_errors(net.model.apply, params, shared)))
+    return 100.0 * (1.0 - np.asarray(count(net.params)) / len(examples["label"]))
+
+
+def accuracy(log_probs: np.ndarray, examples: Examples) -> float:
+    """Frame accuracy of log-probabilities `[N, C]`, per cent."""
+    return 100.0 * float((log_probs.argmax(axis=-1) == examples["label"]).mean())
+
+
+def write_targets(
+    context: Context,
+    net: Net,
+    names: Mapping[float, str],
+    mean: Mean | None,
+    teacher: str,
+) -> None:
+    """Writes, or goes on writing, soft targets over the training set, a store for each temperature.
+
+    All of them in one pass over the ensemble, which is what takes the time.
+
+    Args:
+        context: of the stage that keeps them.
+        net: the ensemble.
+        names: the stores' folders by temperature.
+        mean: of the members; None for a single one.
+        teacher: its fingerprint.
+    """
+    config, data = context.config.soft_targets, load_data(context.config)
+    held, positions = jnp.asarray(data.train["frames"]), data.train["position"]
+    latest: dict[int, Array] = {}  # the members' logits of one batch, for all temperatures
+
+    def targets_of(rows: np.ndarray, temperature: float) -> Array:
+        if int(rows[0]) not in latest:
+            latest.clear()
+            latest[int(rows[0])] = _member_logits(net.model, net.params, held, positions[rows])
+        return _mean_probs(latest[int(rows[0])], temperature, mean or "arithmetic")
+
+    begun = time.monotonic()
+
+    def progress(done: int, size: int) -> None:
+        rate = done / (time.monotonic() - begun)
+        print(f"soft targets: {done}/{size} frames, {rate:.0f} a second", flush=True)
+
+    writers = [
+        compressed_targets.write_steps(
+            context.directory / name,
+            functools.partial(targets_of, temperature=temperature),
+            train_digests(context.config),
+            num_classes=data.num_classes,
+            k=min(config.k, data.num_classes),
+            temperature=temperature,
+            mean=mean,
+            teacher=teacher,
+            data={"alignment": data.fingerprint},
+            shard_rows=config.shard_rows,
+            progress=progress if temperature == max(names) else None,
+        )
+        for temperature, name in names.items()
+    ]
+    for _ in itertools.zip_longest(*writers):
+        pass
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _member_logits(model: Model, params: Params, held: Array, positions: Array) -> Array:
+    windows = frames.cut(held, positions)
+    return jax.lax.map(lambda member: model.apply(member, windows), params)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _mean_probs(logits: Array, temperature: float, mean: Mean) -> Array:
+    return jnp.exp(soft_targets.mean_log_probs(logits, temperature, mean))
+
+
+_DIGESTS: dict[str, np.ndarray] = {}
+
+
+def train_digests(config: ConfigDict) -> np.ndarray:
+    """A digest of every training window, computed once per process."""
+    data = load_data(config)
+    key = f"{data.corpus.name} {data.fingerprint}"
+    if key not in _DIGESTS:
+        _DIGESTS[key] = frames.digests(data.train)
+    return _DIGESTS[key]
+
+
+def load_targets(config: ConfigDict, directory: Path) -> compressed_targets.Store:
+    """A store, checked to be of this alignment and these classes."""
+    data = load_data(config)
+    return compressed_targets.load(
+        directory, data={"alignment": data.fingerprint}, num_classes=data.num_classes
+    )
+
+
+def with_targets(
+    context: Context, store: compressed_targets.Store, temperature: float, rows: Any = None
+) -> Examples:
+    """The training cases, or those at `rows`, joined to their soft targets."""
+    data = load_data(context.config)
+    digests = train_digests(context.config)
+    examples = data.train if rows is None else frames.select(data.train, rows)
+    chosen = digests if rows is None else digests[rows]
+    return compressed_targets.attach(examples, store, chosen, temperature)
+
+
+def fingerprint(net: Net, section: ConfigDict) -> str:
+    """What names this teacher in a store."""
+    return soft_targets.fingerprint(net.params, json.loads(section.to_json()))
+
+
+def frame_accuracies(nets: members.Trained, data: Data, split: str = "test") -> np.ndarray:
+    """Frame accuracies of the members after the last epoch `[M]`, per cent."""
+    examples = data.test if split == "test" else data.validation
+    errors = np.asarray(nets.history[-1][f"{split}_errors"], np.float64)
+    return 100.0 * (1.0 - errors / len(examples["label"]))

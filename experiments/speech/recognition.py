@@ -1,0 +1,184 @@
+"""From frames to words: word error rates by a real decoder, and one utterance to look at."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from distill_jax.data import frames
+from experiments.speech import decoding, language_model, nets
+from experiments.speech.data import Data, load_data
+from experiments.speech.speech_frames import Utterance
+from experiments.speech.table1 import distil
+from experiments.study import Context, Row, make_row, write_json
+
+_COUNTED = 100  # frames that a phone needs in the test set for its confusions to mean something
+
+
+def recognise(context: Context) -> list[Row]:
+    """Word error rates of members, ensemble, students and of the decoder's own acoustic model.
+
+    The language model is made of the training transcripts. The weights of the decoder are tuned with
+    the ensemble on validation utterances and are the same for all nets.
+    """
+    config, data = context.config, load_data(context.config)
+    model = language_model.write(
+        (one.words for one in data.corpus.splits["train"]), context.directory / "language_model"
+    )
+    teacher = nets.load_ensemble(context)
+    net = config.distilled
+    finished = context._replace(directory=context.inputs["distilled"])
+    trained = distil(finished, "distilled", net, net.temperature, config.seeds)
+    students = nets.Net(trained.model, trained.params)
+    write_json(context.directory / "example.json", _example(data, teacher, students))
+    write_json(context.directory / "confusions.json", _confusions(data, teacher, students))
+    weights = _tune(context, data, model, teacher)
+    spoken = first_words(_with_audio(data), config.decoding.words)
+    references = [" ".join(one.words) for one in spoken]
+    known = {word for one in data.corpus.splits["train"] for word in one.words}
+    words = [word for one in spoken for word in one.words]
+    outside = 100.0 * sum(word not in known for word in words) / max(len(words), 1)
+    print(f"{len(words)} test words, {outside:.1f} % of them not in the training transcripts")
+
+    def rate(name: str, net: nets.Net) -> dict[str, float]:
+        scores = _log_probs(net, data, spoken)
+        found = decoding.decode(
+            scores, data.log_prior, data.class_of_state, model, weights, progress=name
+        )
+        return decoding.word_errors(references, found)
+
+    members = config.decoding.members
+    count = nets.member_count(teacher)
+    groups = {
+        "baseline": [rate(f"member {m}", nets.first(teacher, 1, m)) for m in range(members)],
+        f"{count}xEnsemble": [rate("ensemble", teacher)],
+        f"distilled, T={net.temperature:g}": [
+            rate(f"student {s}", nets.first(students, 1, s)) for s in range(len(config.seeds))
+        ],
+    }
+    paper = dict(zip(groups, (10.9, 10.7, 10.7), strict=True))
+    rows = [
+        row for name, found in groups.items() for row in _rows(context, name, found, paper[name])
+    ]
+    audio = [one.samples() for one in spoken]
+    if all(len(samples) for samples in audio):
+        own = decoding.word_errors(
+            references, decoding.decode_audio(audio, model, weights, progress="decoder's own model")
+        )
+        rows += _rows(context, "the decoder's own acoustic model", [own], None)
+    return rows
+
+
+def first_words(utterances: Sequence[Utterance], words: int) -> list[Utterance]:
+    """The first utterances with at most so many words in all, at least one; 0 stands for all."""
+    ends = np.cumsum([len(one.words) for one in utterances])
+    count = int(np.searchsorted(ends, words, side="right")) if words else len(utterances)
+    return list(utterances[: max(count, 1)])
+
+
+def _rows(
+    context: Context, row: str, found: Sequence[dict[str, float]], paper: float | None
+) -> list[Row]:
+    metrics = ("word_error_rate", "substitutions", "deletions", "insertions", "words")
+    return [
+        make_row(
+            context.config,
+            "speech",
+            row,
+            metric,
+            [one[metric] for one in found],
+            0.0,
+            paper if metric == "word_error_rate" else None,
+        )
+        for metric in metrics
+    ]
+
+
+def _with_audio(data: Data) -> list[Utterance]:
+    """Test utterances whose recordings are in the set, for all rows to be of the same ones."""
+    test = data.corpus.splits["test"]
+    return [one for one in test if one.audio] or test
+
+
+def _log_probs(net: nets.Net, data: Data, spoken: Sequence[Utterance]) -> list[np.ndarray]:
+    """Every utterance's log-probabilities `[n, C]`."""
+    states = [data.class_of_state[one.states] for one in spoken]
+    found = nets.log_probs(net, frames.pack([one.frames for one in spoken], states))
+    return np.split(found, np.cumsum([len(own) for own in states])[:-1])
+
+
+def _tune(
+    context: Context, data: Data, model: language_model.LanguageModel, net: nets.Net
+) -> decoding.Weights:
+    words = context.config.decoding.tuning_words
+    if not words:
+        return decoding.Weights()
+    spoken = first_words(data.corpus.splits["validation"], words)
+    weights, tried = decoding.tune(
+        _log_probs(net, data, spoken),
+        [" ".join(one.words) for one in spoken],
+        data.log_prior,
+        data.class_of_state,
+        model,
+    )
+    write_json(context.directory / "tuning.json", tried)
+    return weights
+
+
+def _phones_of_classes(data: Data) -> list[str]:
+    """The phone that each class is a state of: a class never mixes phones."""
+    names = data.corpus.metadata["phones"]
+    phones = [""] * data.num_classes
+    for state, number in enumerate(data.class_of_state):
+        phones[number] = names[state]
+    return phones
+
+
+def _example(data: Data, teacher: nets.Net, students: nets.Net) -> dict[str, Any]:
+    """One test utterance of some 2 seconds, and what the nets say of each of its frames."""
+    spoken = _with_audio(data)
+    one = min(spoken, key=lambda one: abs(len(one.states) - 200))
+    phones = _phones_of_classes(data)
+    names = sorted(set(phones))
+    of_phone = np.array([[phone == name for name in names] for phone in phones], np.float32)
+    zero, unit = data.byte
+    states = data.class_of_state[one.states]
+    probabilities = {
+        name: np.exp(_log_probs(net, data, [one])[0])
+        for name, net in (("ensemble", teacher), ("distilled", nets.first(students, 1)))
+    }
+    return {
+        "id": one.id,
+        "words": list(one.words),
+        "segments": list(one.segments),
+        "starts": one.starts.tolist(),
+        "phones": [phones[state] for state in states],
+        "states": states.tolist(),
+        "log_mels": np.round((one.frames.astype(np.float32) - zero) / unit, 2).tolist(),
+        "posteriors": {
+            name: {"phones": names, "probability": np.round(found @ of_phone, 4).tolist()}
+            for name, found in probabilities.items()
+        },
+        "top_states": {
+            name: found.argmax(axis=-1).tolist() for name, found in probabilities.items()
+        },
+    }
+
+
+def _confusions(data: Data, teacher: nets.Net, students: nets.Net) -> list[dict[str, Any]]:
+    """How often, per cent, frames of a phone are taken for another one; the ensemble's worst first."""
+    phones = np.array(_phones_of_classes(data))
+    said = phones[data.test["label"]]
+    found = {
+        "ensemble": phones[nets.log_probs(teacher, data.test).argmax(axis=-1)],
+        "distilled": phones[nets.log_probs(nets.first(students, 1), data.test).argmax(axis=-1)],
+    }
+    pairs: list[dict[str, Any]] = []
+    for phone, count in zip(*np.unique(said, return_counts=True), strict=True):
+        here = said == phone
+        for other in set(found["ensemble"][here]) - {phone} if count >= _COUNTED else ():
+            shares = {
+                name: 100.0 * float((taken[here] == other).mean()) for name, taken in found.items()
+            }
+            pairs.append({"said": str(phone), "found": str(other), **shares})
+    return sorted(pairs, key=lambda pair: -pair["ensemble"])[:15]

@@ -1,0 +1,78 @@
+"""Sections 4 and 6 of the paper on recorded speech. The stages, and the rows that they measure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from distill_jax.errors import UserError
+from experiments import report
+from experiments.speech import comparisons, figures, recognition, table1, table5
+from experiments.study import Stage, finished_rows, read_json, run_stages
+
+TITLE = "Distilling the Knowledge in a Neural Network, sections 4 and 6: speech"
+CAPTIONS = {
+    "speech": "Table 1. One net; the average of ten that differ in their seeds alone; and one net of "
+    "the same size distilled from the ten. More than 80 % of the ensemble's gain in frame accuracy is "
+    "transferred. The paper's nets had 2000 hours of speech; read differences here, not levels.",
+    "speech_temperature": "The paper tried temperatures 1, 2, 5 and 10 and used 2.",
+    "speech_mean": "Section 1: the members' predictions are averaged by an arithmetic or a geometric "
+    "mean. And what ever more members give.",
+    "speech_compression": "What it costs to keep only the k largest soft targets of a frame.",
+    "speech_fraction": "Table 5. With 3 % of the data, hard targets overfit badly even with early "
+    "stopping; soft targets recover nearly all of what the full data hold, and need no early stopping.",
+    "speech_unlabelled": "Section 4.1: Li et al. matched class probabilities at a temperature of 1 on "
+    "unlabelled data and closed 28 % of the gap between a small and a large model.",
+}
+
+
+def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[Path]) -> None:
+    """Runs the stages, all or `only` some, and draws the report."""
+    names = [stage.name for stage in STAGES] + ["report"]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise UserError(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
+    run_stages(config, workdir, STAGES, only, reuse)
+    if not only or "report" in only:
+        write_report(workdir)
+
+
+def write_report(workdir: Path) -> None:
+    """Draws report.md and report.html from results.json and what the stages left beside it."""
+    rows = finished_rows(workdir, STAGES)
+    seconds = sum(read_json(path)["seconds"] for path in workdir.glob("stages/*/stage.json"))
+    reference = Path(__file__).with_name("reference.json")
+    left = {
+        name: read_json(workdir / "stages" / path)
+        for name, path in (
+            ("curves", "fractions/curves.json"),
+            ("example", "recognition/example.json"),
+            ("confusions", "recognition/confusions.json"),
+        )
+        if (workdir / "stages" / path).exists()
+    }
+    report.write(
+        workdir,
+        TITLE,
+        CAPTIONS,
+        rows,
+        report.load_rows(reference) if reference.exists() else [],
+        figures.all_figures(rows, **left),
+        seconds,
+    )
+    print(f"report: {workdir / 'report.html'}")
+
+
+_SHARED = ("selection", "mesh", "data", "ensemble")
+_DISTILLED = ("ensemble", "soft_targets", "distilled")
+_TARGETS = ("soft_targets", "compression")
+STAGES = (
+    Stage("ensemble", table1.ensemble, (), _SHARED),
+    Stage("soft_targets", table1.make_soft_targets, ("ensemble",), ("soft_targets", "unlabelled")),
+    Stage("distilled", table1.distilled, ("ensemble", "soft_targets"), ("seeds", "distilled")),
+    Stage("temperature", comparisons.temperature, ("soft_targets",), ("seeds", "distilled")),
+    Stage("compression", comparisons.compression, ("ensemble",), ("seeds", *_TARGETS)),
+    Stage("fractions", table5.fractions, ("ensemble", "soft_targets"), ("seeds", "fractions")),
+    Stage("unlabelled", comparisons.unlabelled, ("ensemble", "soft_targets"), ("seeds",)),
+    Stage("recognition", recognition.recognise, _DISTILLED, ("decoding",)),
+)
