@@ -54,7 +54,7 @@ class Store(NamedTuple):
     meta: dict[str, Any]
 
 
-def write(
+def write_steps(
     directory: str | os.PathLike[str],
     targets_of: TargetsOf,
     digests: np.ndarray,
@@ -68,11 +68,12 @@ def write(
     shard_rows: int = 65536,
     batch_size: int = 1024,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+) -> Iterator[None]:
     """Writes a store, or the shards that an interrupted call with the same arguments left to do.
 
     A folder with `meta.json`, `shards/00000/` and so on, and `tail_weights.npy`. A shard appears whole
-    or not at all, so a kill at any moment loses at most one.
+    or not at all, so a kill at any moment loses at most one. Each step is a batch: several stores are
+    written side by side, of one pass over a teacher, by taking their steps in turn.
 
     Args:
         directory: for the store.
@@ -117,8 +118,11 @@ def write(
     for number, start in enumerate(range(0, len(digests), shard_rows)):
         shard, here = _shard(directory, number), digests[start : start + shard_rows]
         if shard.name not in hashes or not shard.exists():
-            batches = _compressed(targets_of, start, len(here), batch_size, num_classes, k)
-            _write_shard(shard, list(batches), here)
+            batches = []
+            for batch in _compressed(targets_of, start, len(here), batch_size, num_classes, k):
+                batches.append(batch)
+                yield
+            _write_shard(shard, batches, here)
             hashes[shard.name] = _sha256(shard)
             _write_json(directory / "meta.json", meta)
         _check_whole(shard, hashes)
@@ -135,6 +139,12 @@ def write(
         np.save(file, (total / len(digests)).astype(np.float32))
     hashes[WEIGHTS] = _sha256(directory / WEIGHTS)
     _write_json(directory / "meta.json", meta)
+
+
+def write(directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
+    """Writes a store: all steps of `write_steps`, with the same arguments."""
+    for _ in write_steps(directory, *arguments, **options):
+        pass
 
 
 def load(
@@ -209,13 +219,19 @@ def attach(
     Raises:
         UserError: for an id without targets, other inputs under an id, or another temperature.
     """
+    ids = np.asarray(examples["id"])
+    check(store, ids, digests, temperature)
+    return {**examples, **rows(store, ids)}
+
+
+def check(store: Store, ids: np.ndarray, digests: np.ndarray, temperature: float) -> None:
+    """What `attach` checks, for those who read the rows later."""
     teacher, made_at = store.meta["teacher"], store.meta["temperature"]
     if temperature != made_at:
         raise UserError(
             f"the compressed targets of teacher {teacher} were made at temperature {made_at} and can't "
             f"be used at temperature {temperature}"
         )
-    ids = np.asarray(examples["id"])
     if np.shape(digests) != ids.shape:
         raise UserError(f"{len(digests)} digests for {len(ids)} examples")
     differs = _take(store, store.digests, ids) != digests
@@ -225,7 +241,6 @@ def attach(
             f"under their ids, first id {ids[differs.argmax()]}: the data have changed since the soft "
             "targets were made; make them again"
         )
-    return {**examples, **rows(store, ids)}
 
 
 def bytes_per_example(store: Store) -> int:

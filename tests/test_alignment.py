@@ -29,9 +29,15 @@ def words_of(name):
     return words(RECORDINGS[name].text)
 
 
+def align(samples, spoken):
+    found = alignment.align(samples, spoken)
+    assert found is not None
+    return found
+
+
 @functools.cache
 def aligned(name):
-    return alignment.align(samples_of(name), words_of(name))
+    return align(samples_of(name), words_of(name))
 
 
 @functools.cache
@@ -102,7 +108,7 @@ def test_silence_is_where_it_is_quiet():
 
 def test_words_are_found_where_they_are_spoken():
     first, second = (samples_of(name) for name in SOME[:2])
-    both = alignment.align(np.concatenate([first, second]), words_of(SOME[0]) + words_of(SOME[1]))
+    both = align(np.concatenate([first, second]), words_of(SOME[0]) + words_of(SOME[1]))
     spoken = [i for i, segment in enumerate(both.segments) if is_word(segment)]
     start = both.starts[spoken[len(words_of(SOME[0]))]]
     inner = next(i for i, s in enumerate(aligned(SOME[1]).segments) if is_word(s))
@@ -111,7 +117,7 @@ def test_words_are_found_where_they_are_spoken():
 
 
 def test_an_alignment_does_not_depend_on_those_before():
-    again = [alignment.align(samples_of(name), words_of(name)) for name in reversed(SOME)]
+    again = [align(samples_of(name), words_of(name)) for name in reversed(SOME)]
     for name, found in zip(reversed(SOME), again, strict=True):
         np.testing.assert_array_equal(found.states, aligned(name).states)
         assert found.segments == aligned(name).segments
@@ -126,7 +132,7 @@ def test_no_path_through_the_words():
     assert alignment.align(samples_of(name), []) is None
     assert alignment.align(samples_of(name), ["xqzt"]) is None
     # The aligner still works after those.
-    found = alignment.align(samples_of(name), words_of(name))
+    found = align(samples_of(name), words_of(name))
     np.testing.assert_array_equal(found.states, aligned(name).states)
 
 

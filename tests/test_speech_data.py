@@ -1,4 +1,4 @@
-"""The study's classes and cases: tied states, priors, unheard speakers."""
+"""A corpus split by scenes and speakers; the study's classes and cases: tied states, priors."""
 
 import re
 
@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from distill_jax.errors import UserError
 from experiments.speech import data as speech
 from experiments.speech import speech_frames
+from experiments.speech.corpus import pipeline
+from experiments.speech.corpus.recordings import Recording
 
 # Six states; 0 and 1 are those of two phones, of which 2, 3 and 4, 5 are variants.
 PHONE_STATES = np.array([0, 1, 0, 0, 1, 1], np.int32)
@@ -174,3 +176,86 @@ def test_the_fingerprint_is_of_the_classes_too(source):
     assert one.class_of_state.tolist() != other.class_of_state.tolist()
     assert one.fingerprint != other.fingerprint
     assert load(source, min_frames=1).fingerprint == one.fingerprint
+
+
+def made_up(count, speakers=100, scenes=150, seed=0, **changes):
+    """Recordings of many speakers in scenes that some share."""
+    random = np.random.default_rng(seed)
+    return [
+        pipeline.Analysed(
+            Recording(
+                f"r{i}",
+                f"s{random.integers(speakers)}",
+                f"c{random.integers(scenes)}",
+                "",
+                "",
+                _no_audio,
+            )._replace(**changes),
+            "aligned",
+        )
+        for i in range(count)
+    ]
+
+
+def _no_audio():
+    raise AssertionError("a split needs no audio")
+
+
+def sides(parts, field):
+    found: dict[str, set[str]] = {}
+    for name, part in parts.items():
+        for one in part:
+            found.setdefault(getattr(one.recording, field), set()).add(name)
+    return found
+
+
+def test_split_keeps_scenes_together():
+    usable = made_up(4000, speakers=20, scenes=1000)  # no speaker is rare
+    parts = pipeline._split(usable)
+    assert list(parts) == list(speech_frames.SPLITS)
+    assert sorted(one.recording.id for part in parts.values() for one in part) == sorted(
+        one.recording.id for one in usable
+    )
+    assert all(len(names) == 1 for names in sides(parts, "scene").values())
+    shares = {name: len(part) / len(usable) for name, part in parts.items()}
+    assert shares == pytest.approx({"train": 0.87, "validation": 0.05, "test": 0.08}, abs=0.03)
+
+
+def test_split_holds_speakers_out_with_their_scenes():
+    usable = made_up(1000, speakers=100, scenes=600)
+    parts = pipeline._split(usable)
+    assert all(len(names) == 1 for names in sides(parts, "scene").values())
+    held_out = [name for name, found in sides(parts, "speaker").items() if found == {"test"}]
+    assert 2 <= len(held_out) <= 20
+    assert 0.05 < len(parts["test"]) / len(usable) < 0.4
+
+
+def test_split_without_scenes_or_speakers():
+    parts = pipeline._split(made_up(2000, scene="", speaker=""))
+    shares = [len(parts[name]) / 2000 for name in speech_frames.SPLITS]
+    assert shares == pytest.approx([0.87, 0.05, 0.08], abs=0.03)
+
+
+def test_given_splits_are_respected():
+    for split in speech_frames.SPLITS:
+        parts = pipeline._split(made_up(300, split=split))
+        assert [len(parts[name]) for name in speech_frames.SPLITS] == [
+            300 if name == split else 0 for name in speech_frames.SPLITS
+        ]
+
+
+def test_split_does_not_depend_on_the_order_or_on_other_scenes():
+    usable = made_up(1000, speakers=20, scenes=600)
+    parts = sides(pipeline._split(usable), "id")
+    assert sides(pipeline._split(usable[::-1]), "id") == parts
+    some = sides(pipeline._split(usable[:500]), "id")
+    assert all(parts[name] == found for name, found in some.items())
+
+
+def test_copies_are_of_the_first_in_the_order():
+    digests = ["x", "y", "x", "", "", "x"]
+    found = pipeline._without_copies(
+        [one._replace(digest=d) for one, d in zip(made_up(6), digests, strict=True)]
+    )
+    copy = "the same audio as another recording: r0"
+    assert [one.status for one in found] == ["aligned", "aligned", copy, *["aligned"] * 2, copy]

@@ -9,10 +9,10 @@ import numpy as np
 from distill_jax import compressed_targets, training
 from distill_jax.data import frames
 from distill_jax.data.sources import Examples
-from experiments.speech import nets
+from experiments import members
+from experiments.speech import nets, training_set
 from experiments.speech.data import load_data
 from experiments.speech.table1 import distil, store_name
-from experiments.speech.table5 import parts
 from experiments.study import Context, Row, make_row
 
 
@@ -21,8 +21,7 @@ def temperature(context: Context) -> list[Row]:
     config, data = context.config, load_data(context.config)
     rows, validation = [], {}
     for value in config.soft_targets.temperatures:
-        name = store_name(value)
-        trained = distil(context, name, config.distilled, value, config.seeds[:1])
+        trained = _at_temperature(context, value)
         validation[value] = nets.frame_accuracies(trained, data, "validation")
         for metric, found in (
             ("frame_accuracy", nets.frame_accuracies(trained, data)),
@@ -58,7 +57,7 @@ def compression(context: Context) -> list[Row]:
     def add(row: str, metric: str, values: Any, seconds: float = 0.0) -> None:
         rows.append(make_row(config, "speech_compression", row, metric, values, seconds))
 
-    def student(name: str, fields: Examples, loss: training.Loss) -> nets.members.Trained:
+    def student(name: str, fields: Examples, loss: training.Loss) -> members.Trained:
         variant = {"temperature": net.temperature, "hard_weight": net.hard_weight}
         joined = [{**examples, **fields}] * len(config.seeds)
         return nets.train(context, name, net, joined, loss, [variant])
@@ -89,7 +88,14 @@ def unlabelled(context: Context) -> list[Row]:
     net = config.unlabelled
     seeds = config.seeds[:1]
     large = nets.accuracies(nets.first(nets.load_ensemble(context), 1), data.test)
-    small = nets.train(context, "small", net, [data.train], training.label_loss, seeds=seeds)
+    small = nets.train(
+        context,
+        "small",
+        net,
+        training_set.labelled(config, net, 1),
+        training.label_loss,
+        seeds=seeds,
+    )
     base = nets.frame_accuracies(small, data)
     table = "speech_unlabelled"
     rows = [
@@ -113,12 +119,21 @@ def unlabelled(context: Context) -> list[Row]:
     return rows
 
 
+def _at_temperature(context: Context, value: float) -> members.Trained:
+    """A student of the first seed; or all those of Table 1, which were trained before."""
+    config = context.config
+    if value == config.distilled.temperature:
+        finished = context._replace(directory=context.inputs["distilled"])
+        return distil(finished, "distilled", config.distilled, value, config.seeds)
+    return distil(context, store_name(value), config.distilled, value, config.seeds[:1])
+
+
 def _dense_targets(context: Context) -> tuple[np.ndarray, Examples]:
     """The logarithm of a part's soft targets at a temperature `[n, C]`, and that part's cases."""
-    config, data = context.config, load_data(context.config)
+    config = context.config
     net = config.compression
     teacher = nets.load_ensemble(context)
-    examples = frames.select(data.train, parts(data.train["id"], net.percent, (0,))[0])
+    examples = training_set.random_parts(config, net.percent, (0,))[0]
     apply = nets.mean_log_probs(teacher.model, net.temperature, config.soft_targets.mean)
     rows = np.arange(len(examples["label"]))
     return frames.logits_over_windows(apply, teacher.params, examples, rows), examples

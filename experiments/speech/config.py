@@ -32,9 +32,10 @@ def get_config(preset: str = "default") -> ConfigDict:
         "validation_frames": 0,
         "test_frames": 0,
         "min_frames": 300,  # a state with fewer in training is tied to its phone's; 0: none is
-        "block_frames": 0,  # above 0: frames are streamed, so many on the device at a time
+        "block_frames": 0,  # above 0: training is streamed from disk, so many frames at a time
+        "stream_seed": 0,  # of the order in which utterances are dealt to blocks
     }
-    net = _net(hidden=(256, 256, 256), epochs=2)
+    net = _net(hidden=(256, 256, 256), epochs=3)
     config.ensemble = {
         **net,
         "members": tuple(range(10)),  # seeds: nothing else differs
@@ -42,11 +43,11 @@ def get_config(preset: str = "default") -> ConfigDict:
     }
     config.soft_targets = {
         "mean": "arithmetic",  # or geometric
-        "k": 16,  # largest probabilities kept of each frame
+        "k": 64,  # largest probabilities kept of each frame
         "temperatures": (1.0, 2.0, 5.0, 10.0),
         "shard_rows": 65536,
     }
-    config.distilled = {**net, "temperature": 2.0, "hard_weight": 0.5}
+    config.distilled = {**net, "epochs": 4, "temperature": 2.0, "hard_weight": 0.5}
     config.fractions = {
         **net,
         "percent": 3.0,
@@ -56,16 +57,16 @@ def get_config(preset: str = "default") -> ConfigDict:
     }
     config.compression = {
         **net,
-        "percent": 10.0,
+        "percent": 5.0,
         "k": (8, 16, 64),
         "temperature": 2.0,
         "hard_weight": 0.5,
-        "epochs": 5,
+        "epochs": 8,
     }
     config.unlabelled = {**net, "hidden": (64, 64), "hard_weight": 0.5, "temperature": 2.0}
     config.decoding = {
         "words": 500,  # of the test set, at most
-        "tuning_words": 150,  # of the validation set
+        "tuning_words": 200,  # of the validation set
         "members": 3,  # of the ensemble, decoded one by one for the baseline
     }
     return {"smoke": _smoke, "default": lambda c: c, "paper": _paper}[preset](config)
@@ -96,9 +97,9 @@ def _net(**changes: Any) -> dict[str, Any]:
         "momentum": 0.9,  # of sgd
         "learning_rate": 2e-3,
         "warmup_epochs": 0,
-        "batch_size": 512,
+        "batch_size": 256,
         "micro_batches": 1,
-        "epochs": 2,
+        "epochs": 3,
         "report_every": 1,  # epochs run as one program, between two evaluations
         "save_every": 1,  # reports between two checkpoints
     }
@@ -107,7 +108,7 @@ def _net(**changes: Any) -> dict[str, Any]:
 
 def _smoke(config: ConfigDict) -> ConfigDict:
     """The same code on a part of the data, in seconds."""
-    small = {"hidden": (32, 32), "epochs": 1, "batch_size": 256}
+    small = {"hidden": (32, 32), "epochs": 1}
     config.seeds = (0, 1)
     config.data.update(train_frames=30_000, validation_frames=5_000, test_frames=5_000)
     config.ensemble.update(small, members=(0, 1, 2), at_once=3)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +18,15 @@ from experiments.speech.speech_frames import SPLITS, Corpus, Utterance
 class Data(NamedTuple):
     """Cases of `distill_jax.data.frames`, and what belongs to them.
 
-    train, validation, test: packed, "label" a class. num_classes: C. class_of_state: int32
-    `[num_senones]`. log_prior: float32 `[C]`, of the training frames. unheard: bool `[N]`, test frames
-    of speakers who are not in training. fingerprint: of the training split's alignment and classes.
+    lengths: int `[U]`, frames of the training utterances. train, validation, test: packed, "label" a
+    class; train is empty where it is streamed (`training_set` serves both). num_classes: C.
+    class_of_state: int32 `[num_senones]`. log_prior: float32 `[C]`, of the training frames. unheard:
+    bool `[N]`, test frames of speakers who are not in training. fingerprint: of the training split's
+    alignment and classes.
     """
 
     corpus: Corpus
+    lengths: np.ndarray
     train: Examples
     validation: Examples
     test: Examples
@@ -43,12 +47,12 @@ def load_data(config: ConfigDict) -> Data:
     """The config's data, read once per process."""
     data = config.data
     limits = tuple(data[f"{split}_frames"] for split in SPLITS)
-    return _load(data.source, limits, data.min_frames)
+    return _load(data.source, limits, data.min_frames, data.block_frames > 0)
 
 
 @functools.cache
-def _load(source: str, limits: tuple[int, ...], min_frames: int) -> Data:
-    whole = speech_frames.load(source)
+def _load(source: str, limits: tuple[int, ...], min_frames: int, streamed: bool) -> Data:
+    whole = speech_frames.load(source, on_disk=("train",) if streamed else ())
     parts = {
         name: first_frames(whole.splits[name], limit, f"data.{name}_frames")
         for name, limit in zip(SPLITS, limits, strict=True)
@@ -57,14 +61,18 @@ def _load(source: str, limits: tuple[int, ...], min_frames: int) -> Data:
     phone_states = np.array(corpus.metadata["phone_states"], np.int32)
     counts = count_states(parts["train"], len(phone_states))
     class_of_state, num_classes = tie(counts, phone_states, min_frames)
-    packed = {name: _pack(part, class_of_state) for name, part in parts.items()}
-    shares = np.bincount(packed["train"]["label"], minlength=num_classes).astype(np.float64)
+    packed = {
+        name: {} if streamed and name == "train" else _pack(part, class_of_state)
+        for name, part in parts.items()
+    }
+    shares = np.bincount(class_of_state, counts, minlength=num_classes)
     heard = {one.speaker for one in parts["train"]}
     unheard = np.array([one.speaker not in heard for one in parts["test"]])
     alignment = speech_frames.alignment_fingerprint(corpus, "train")
     classes = hashlib.sha256(class_of_state.tobytes()).hexdigest()[:8]
     return Data(
         corpus,
+        np.array([len(one.states) for one in parts["train"]]),
         packed["train"],
         packed["validation"],
         packed["test"],
@@ -76,7 +84,7 @@ def _load(source: str, limits: tuple[int, ...], min_frames: int) -> Data:
     )
 
 
-def first_frames(utterances: list[Utterance], limit: int, key: str) -> list[Utterance]:
+def first_frames(utterances: Sequence[Utterance], limit: int, key: str) -> Sequence[Utterance]:
     """The first utterances with at most `limit` frames in all; 0 stands for all."""
     if limit < 0:
         raise UserError(f"{key} is {limit}, expected 0 (all) or more")
@@ -89,7 +97,7 @@ def first_frames(utterances: list[Utterance], limit: int, key: str) -> list[Utte
     return kept
 
 
-def count_states(utterances: list[Utterance], num_states: int) -> np.ndarray:
+def count_states(utterances: Sequence[Utterance], num_states: int) -> np.ndarray:
     """Frames of each state `[num_states]`."""
     return np.bincount(np.concatenate([one.states for one in utterances]), minlength=num_states)
 
@@ -116,7 +124,7 @@ def tie(counts: np.ndarray, phone_states: np.ndarray, min_frames: int) -> tuple[
     return class_of_state.astype(np.int32), len(classes)
 
 
-def _pack(utterances: list[Utterance], class_of_state: np.ndarray) -> Examples:
+def _pack(utterances: Sequence[Utterance], class_of_state: np.ndarray) -> Examples:
     return frames.pack(
         [one.frames for one in utterances], [class_of_state[one.states] for one in utterances]
     )

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from distill_jax.data.sources import Examples
 from distill_jax.models import Model, Params
 from distill_jax.soft_targets import Mean
 from experiments import members
+from experiments.speech import training_set
 from experiments.speech.data import Data, load_data
 from experiments.study import Context
 
@@ -77,12 +78,11 @@ def train_on_targets(
     seeds: Sequence[int],
 ) -> members.Trained:
     """Nets distilled on the whole training set with stored soft targets, one for each seed."""
-    examples = with_targets(context, store, temperature)
     return train(
         context,
         name,
         net,
-        [examples] * len(seeds),
+        training_set.with_targets(context.config, net, store, temperature, len(seeds)),
         training.top_k_distillation_loss(store.tail_weights),
         [{"temperature": temperature, "hard_weight": hard_weight}],
         seeds=seeds,
@@ -92,7 +92,6 @@ def train_on_targets(
 def train_ensemble(context: Context, directory: Path | None = None) -> list[members.Trained]:
     """The ensemble in groups of members, each group resumed by itself or restored if it is done."""
     net = context.config.ensemble
-    data = load_data(context.config)
     seeds = tuple(net.members)
     groups = [seeds[i : i + net.at_once] for i in range(0, len(seeds), net.at_once)]
     return [
@@ -100,7 +99,7 @@ def train_ensemble(context: Context, directory: Path | None = None) -> list[memb
             context,
             f"member_{group[0]}" if len(group) == 1 else f"members_{group[0]}_to_{group[-1]}",
             net,
-            [data.train] * len(group),
+            training_set.labelled(context.config, net, len(group)),
             training.label_loss,
             seeds=group,
             directory=directory,
@@ -188,13 +187,13 @@ def write_targets(
         teacher: its fingerprint.
     """
     config, data = context.config.soft_targets, load_data(context.config)
-    held, positions = jnp.asarray(data.train["frames"]), data.train["position"]
     latest: dict[int, Array] = {}  # the members' logits of one batch, for all temperatures
 
     def targets_of(rows: np.ndarray, temperature: float) -> Array:
         if int(rows[0]) not in latest:
             latest.clear()
-            latest[int(rows[0])] = _member_logits(net.model, net.params, held, positions[rows])
+            cut = training_set.windows(context.config, rows)
+            latest[int(rows[0])] = _member_logits(net.model, net.params, cut)
         return _mean_probs(latest[int(rows[0])], temperature, mean or "arithmetic")
 
     begun = time.monotonic()
@@ -207,7 +206,7 @@ def write_targets(
         compressed_targets.write_steps(
             context.directory / name,
             functools.partial(targets_of, temperature=temperature),
-            train_digests(context.config),
+            training_set.digests(context.config),
             num_classes=data.num_classes,
             k=min(config.k, data.num_classes),
             temperature=temperature,
@@ -224,8 +223,7 @@ def write_targets(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _member_logits(model: Model, params: Params, held: Array, positions: Array) -> Array:
-    windows = frames.cut(held, positions)
+def _member_logits(model: Model, params: Params, windows: Array) -> Array:
     return jax.lax.map(lambda member: model.apply(member, windows), params)
 
 
@@ -234,35 +232,12 @@ def _mean_probs(logits: Array, temperature: float, mean: Mean) -> Array:
     return jnp.exp(soft_targets.mean_log_probs(logits, temperature, mean))
 
 
-_DIGESTS: dict[str, np.ndarray] = {}
-
-
-def train_digests(config: ConfigDict) -> np.ndarray:
-    """A digest of every training window, computed once per process."""
-    data = load_data(config)
-    key = f"{data.corpus.name} {data.fingerprint}"
-    if key not in _DIGESTS:
-        _DIGESTS[key] = frames.digests(data.train)
-    return _DIGESTS[key]
-
-
 def load_targets(config: ConfigDict, directory: Path) -> compressed_targets.Store:
     """A store, checked to be of this alignment and these classes."""
     data = load_data(config)
     return compressed_targets.load(
         directory, data={"alignment": data.fingerprint}, num_classes=data.num_classes
     )
-
-
-def with_targets(
-    context: Context, store: compressed_targets.Store, temperature: float, rows: Any = None
-) -> Examples:
-    """The training cases, or those at `rows`, joined to their soft targets."""
-    data = load_data(context.config)
-    digests = train_digests(context.config)
-    examples = data.train if rows is None else frames.select(data.train, rows)
-    chosen = digests if rows is None else digests[rows]
-    return compressed_targets.attach(examples, store, chosen, temperature)
 
 
 def fingerprint(net: Net, section: ConfigDict) -> str:

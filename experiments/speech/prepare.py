@@ -47,8 +47,8 @@ _FRAMES = {
 _AUDIO_WORDS = flags.DEFINE_integer(
     "audio_words",
     2000,
-    "Words of validation and of test whose recordings are kept in the set, for "
-    "the decoder's own acoustic model to be compared with; -1 for all.",
+    "Words of test whose recordings are kept in the set, for the decoder's own acoustic model to be "
+    "compared with; -1 for all.",
     lower_bound=-1,
 )
 

@@ -22,9 +22,8 @@ def recognise(context: Context) -> list[Row]:
     the ensemble on validation utterances and are the same for all nets.
     """
     config, data = context.config, load_data(context.config)
-    model = language_model.write(
-        (one.words for one in data.corpus.splits["train"]), context.directory / "language_model"
-    )
+    transcripts = training_transcripts(data)
+    model = language_model.write(transcripts, context.directory / "language_model")
     teacher = nets.load_ensemble(context)
     net = config.distilled
     finished = context._replace(directory=context.inputs["distilled"])
@@ -35,7 +34,7 @@ def recognise(context: Context) -> list[Row]:
     weights = _tune(context, data, model, teacher)
     spoken = first_words(_with_audio(data), config.decoding.words)
     references = [" ".join(one.words) for one in spoken]
-    known = {word for one in data.corpus.splits["train"] for word in one.words}
+    known = {word for words in transcripts for word in words}
     words = [word for one in spoken for word in one.words]
     outside = 100.0 * sum(word not in known for word in words) / max(len(words), 1)
     print(f"{len(words)} test words, {outside:.1f} % of them not in the training transcripts")
@@ -69,6 +68,12 @@ def recognise(context: Context) -> list[Row]:
     return rows
 
 
+def training_transcripts(data: Data) -> list[Sequence[str]]:
+    """The words of the training utterances, those included of which the set has only the transcript."""
+    spoken: list[Sequence[str]] = [one.words for one in data.corpus.splits["train"]]
+    return spoken + [line.split() for line in data.corpus.metadata["transcripts"]]
+
+
 def first_words(utterances: Sequence[Utterance], words: int) -> list[Utterance]:
     """The first utterances with at most so many words in all, at least one; 0 stands for all."""
     ends = np.cumsum([len(one.words) for one in utterances])
@@ -94,7 +99,7 @@ def _rows(
     ]
 
 
-def _with_audio(data: Data) -> list[Utterance]:
+def _with_audio(data: Data) -> Sequence[Utterance]:
     """Test utterances whose recordings are in the set, for all rows to be of the same ones."""
     test = data.corpus.splits["test"]
     return [one for one in test if one.audio] or test

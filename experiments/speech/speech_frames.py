@@ -8,7 +8,7 @@ into log-mel energies, and where the states come from, is in the set's metadata.
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,15 +46,31 @@ class Utterance(NamedTuple):
         return soundfile.read(io.BytesIO(self.audio), dtype="int16")[0]
 
 
+class Records(Sequence[Utterance]):
+    """Utterances that are read from disk when they are asked for."""
+
+    def __init__(self, source: Any, numbers: range):
+        self.source, self.numbers = source, numbers
+
+    def __len__(self) -> int:  # noqa: D105
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: D105
+        if isinstance(index, slice):
+            return Records(self.source, self.numbers[index])
+        return utterance(self.source[self.numbers[index]])
+
+
 class Corpus(NamedTuple):
     """A prepared set.
 
     metadata: among others "mel_deviation" [40] and "byte" (zero, steps), which frames were quantised
     with; and by senone "phones" and "phone_states", the phone's own state that it is a variant of.
+    "transcripts" are the words of training utterances that were left out for their number.
     """
 
     name: str
-    splits: Mapping[str, list[Utterance]]
+    splits: Mapping[str, Sequence[Utterance]]
     metadata: dict[str, Any]
 
 
@@ -80,22 +96,24 @@ def write(
     return Path(builder.data_dir)
 
 
-def load(source: str, splits: tuple[str, ...] = SPLITS) -> Corpus:
+def load(source: str, splits: tuple[str, ...] = SPLITS, on_disk: tuple[str, ...] = ()) -> Corpus:
     """Reads splits of a prepared set into memory.
 
     Args:
         source: "embedded", or a folder that the preparation made (the set's own or a data_dir).
         splits: to read.
+        on_disk: those that are not read into memory, but opened as `Records`.
 
     Raises:
         UserError: for a folder that holds no such set, a half-written or damaged one.
     """
     folder = find(source)
     sources, metadata = open_sources(folder, splits)
-    read = {}
-    for name, records in sources.items():
+    read: dict[str, Sequence[Utterance]] = {}
+    for name, opened in sources.items():
+        records = Records(opened, range(len(opened)))
         try:
-            read[name] = [utterance(records[i]) for i in range(len(records))]
+            read[name] = records if name in on_disk else list(records)
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(
                 f"{folder}: split {name} cannot be read ({error}); prepare the set again"

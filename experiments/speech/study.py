@@ -70,7 +70,7 @@ STAGES = (
     Stage("ensemble", table1.ensemble, (), _SHARED),
     Stage("soft_targets", table1.make_soft_targets, ("ensemble",), ("soft_targets", "unlabelled")),
     Stage("distilled", table1.distilled, ("ensemble", "soft_targets"), ("seeds", "distilled")),
-    Stage("temperature", comparisons.temperature, ("soft_targets",), ("seeds", "distilled")),
+    Stage("temperature", comparisons.temperature, _DISTILLED),
     Stage("compression", comparisons.compression, ("ensemble",), ("seeds", *_TARGETS)),
     Stage("fractions", table5.fractions, ("ensemble", "soft_targets"), ("seeds", "fractions")),
     Stage("unlabelled", comparisons.unlabelled, ("ensemble", "soft_targets"), ("seeds",)),

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from distill_jax import training
-from distill_jax.data import transfer
 from distill_jax.loop import Record
-from experiments.speech import nets
+from experiments.speech import nets, training_set
 from experiments.speech.data import load_data
 from experiments.speech.table1 import store_name
 from experiments.study import Context, Row, make_row, write_json
@@ -20,8 +19,8 @@ def fractions(context: Context) -> list[Row]:
     seeds = len(config.seeds)
     store = nets.load_targets(config, context.inputs["soft_targets"] / store_name(net.temperature))
     examples = [
-        nets.with_targets(context, store, net.temperature, rows)
-        for rows in parts(data.train["id"], net.percent, config.seeds)
+        training_set.part_with_targets(config, cases, store, net.temperature)
+        for cases in training_set.random_parts(config, net.percent, config.seeds)
     ]
     history = nets.train(
         context,
@@ -65,11 +64,6 @@ def fractions(context: Context) -> list[Row]:
                 make_row(config, "speech_fraction", row, metric, values, seconds, paper, selection)
             )
     return rows
-
-
-def parts(ids: np.ndarray, percent: float, seeds: Sequence[int]) -> list[np.ndarray]:
-    """Every seed's own random part of the cases, as rows."""
-    return [transfer.fraction({"id": ids}, percent / 100, seed)["id"] for seed in seeds]
 
 
 def _all_data(context: Context) -> list[Row]:

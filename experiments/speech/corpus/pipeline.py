@@ -65,7 +65,7 @@ def prepare(
         out: folder for all files.
         high_frequency: upper edge of the mel bands, in Hz.
         frames: by split, how many to keep (0: all); utterances are taken in an order of no meaning.
-        audio_words: words of validation and of test whose recordings are kept (-1: all).
+        audio_words: words of test whose recordings are kept (-1: all).
         processes: that align at a time; 0 for one per core.
 
     Returns:
@@ -117,7 +117,7 @@ def prepare(
     }
     for stale in out.glob("speech_frames/*incomplete*"):
         shutil.rmtree(stale)
-    kept = {name: _with_audio(splits[name], audio_words) for name in ("validation", "test")}
+    kept = {"test": _with_audio(splits["test"], audio_words)}
     makers = {
         name: functools.partial(_utterances, splits[name], deviation, kept.get(name, set()))
         for name in SPLITS
