@@ -109,8 +109,14 @@ def train_ensemble(context: Context, directory: Path | None = None) -> list[memb
 
 
 def load_ensemble(context: Context) -> Net:
-    """The finished ensemble of the stage of that name."""
-    return stack(train_ensemble(context, context.inputs["ensemble"]))
+    """The finished ensemble of the stage of that name, restored once per process."""
+    directory = context.inputs["ensemble"]
+    if directory not in _ENSEMBLES:
+        _ENSEMBLES[directory] = stack(train_ensemble(context, directory))
+    return _ENSEMBLES[directory]
+
+
+_ENSEMBLES: dict[Path, Net] = {}
 
 
 def stack(groups: Sequence[members.Trained]) -> Net:
@@ -143,12 +149,10 @@ def mean_log_probs(
     return apply
 
 
-def log_probs(net: Net, examples: Examples, mean: Mean = "arithmetic") -> np.ndarray:
-    """The ensemble's log-probabilities `[N, C]` of all cases at temperature 1."""
+def log_probs(net: Net, examples: Examples) -> np.ndarray:
+    """The logarithm of the members' arithmetic mean `[N, C]`, of all cases, at temperature 1."""
     rows = np.arange(len(examples["label"]))
-    return frames.logits_over_windows(
-        mean_log_probs(net.model, 1.0, mean), net.params, examples, rows
-    )
+    return frames.logits_over_windows(mean_log_probs(net.model), net.params, examples, rows)
 
 
 def member_count(net: Net) -> int:

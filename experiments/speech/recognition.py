@@ -1,5 +1,6 @@
 """From frames to words: word error rates by a real decoder, and one utterance to look at."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,53 +20,82 @@ def recognise(context: Context) -> list[Row]:
     """Word error rates of members, ensemble, students and of the decoder's own acoustic model.
 
     The language model is made of the training transcripts. The weights of the decoder are tuned with
-    the ensemble on validation utterances and are the same for all nets.
+    the ensemble on validation utterances and are the same for all nets; the decoder's own acoustic
+    model has the library's weights and wide beams.
     """
     config, data = context.config, load_data(context.config)
-    transcripts = training_transcripts(data)
-    model = language_model.write(transcripts, context.directory / "language_model")
-    teacher = nets.load_ensemble(context)
-    net = config.distilled
-    finished = context._replace(directory=context.inputs["distilled"])
-    trained = distil(finished, "distilled", net, net.temperature, config.seeds)
-    students = nets.Net(trained.model, trained.params)
+    teacher, students = nets.load_ensemble(context), _students(context)
     write_json(context.directory / "example.json", _example(data, teacher, students))
     write_json(context.directory / "confusions.json", _confusions(data, teacher, students))
+    transcripts = training_transcripts(data)
+    model = language_model.write(transcripts, context.directory / "language_model")
     weights = _tune(context, data, model, teacher)
     spoken = first_words(_with_audio(data), config.decoding.words)
     references = [" ".join(one.words) for one in spoken]
+    _print_unknown(spoken, transcripts)
+
+    def rates(name: str, row: str, net: nets.Net, count: int, paper: float) -> list[Row]:
+        """The rows of `count` nets, decoded one by one; or of all of a net's members together."""
+        begun = time.monotonic()
+        parts = [nets.first(net, 1, m) for m in range(count)] if count else [net]
+        found = []
+        for number, one in enumerate(parts):
+            hypotheses = decoding.decode(
+                _log_probs(one, data, spoken),
+                data.log_prior,
+                data.class_of_state,
+                model,
+                weights,
+                progress=f"{name} {number}" if count else name,
+            )
+            found.append(decoding.word_errors(references, hypotheses))
+        return _rows(context, row, found, (time.monotonic() - begun) / len(parts), paper)
+
+    together = f"{nets.member_count(teacher)}xEnsemble"
+    distilled = f"distilled, T={config.distilled.temperature:g}"
+    return [
+        *rates("member", "baseline", teacher, config.decoding.members, 10.9),
+        *rates("ensemble", together, teacher, 0, 10.7),
+        *rates("student", distilled, students, nets.member_count(students), 10.7),
+        *_own_model(context, spoken, references, model),
+    ]
+
+
+def _students(context: Context) -> nets.Net:
+    """The finished students of Table 1."""
+    config = context.config
+    finished = context._replace(directory=context.inputs["distilled"])
+    net = config.distilled
+    trained = distil(finished, "distilled", net, net.temperature, config.seeds)
+    return nets.Net(trained.model, trained.params)
+
+
+def _own_model(
+    context: Context,
+    spoken: Sequence[Utterance],
+    references: Sequence[str],
+    model: language_model.LanguageModel,
+) -> list[Row]:
+    """The reference: the aligner's own acoustic model; none where the set has no recordings."""
+    if not all(one.audio for one in spoken):
+        return []
+    begun = time.monotonic()
+    hypotheses = decoding.decode_audio(
+        [one.samples() for one in spoken],
+        model,
+        search=decoding.WIDE,
+        progress="decoder's own model",
+    )
+    found = decoding.word_errors(references, hypotheses)
+    row, seconds = "the decoder's own acoustic model", time.monotonic() - begun
+    return _rows(context, row, [found], seconds, None, "last")
+
+
+def _print_unknown(spoken: Sequence[Utterance], transcripts: Sequence[Sequence[str]]) -> None:
     known = {word for words in transcripts for word in words}
     words = [word for one in spoken for word in one.words]
-    outside = 100.0 * sum(word not in known for word in words) / max(len(words), 1)
-    print(f"{len(words)} test words, {outside:.1f} % of them not in the training transcripts")
-
-    def rate(name: str, net: nets.Net) -> dict[str, float]:
-        scores = _log_probs(net, data, spoken)
-        found = decoding.decode(
-            scores, data.log_prior, data.class_of_state, model, weights, progress=name
-        )
-        return decoding.word_errors(references, found)
-
-    members = config.decoding.members
-    count = nets.member_count(teacher)
-    groups = {
-        "baseline": [rate(f"member {m}", nets.first(teacher, 1, m)) for m in range(members)],
-        f"{count}xEnsemble": [rate("ensemble", teacher)],
-        f"distilled, T={net.temperature:g}": [
-            rate(f"student {s}", nets.first(students, 1, s)) for s in range(len(config.seeds))
-        ],
-    }
-    paper = dict(zip(groups, (10.9, 10.7, 10.7), strict=True))
-    rows = [
-        row for name, found in groups.items() for row in _rows(context, name, found, paper[name])
-    ]
-    audio = [one.samples() for one in spoken]
-    if all(len(samples) for samples in audio):
-        own = decoding.word_errors(
-            references, decoding.decode_audio(audio, model, weights, progress="decoder's own model")
-        )
-        rows += _rows(context, "the decoder's own acoustic model", [own], None)
-    return rows
+    share = 100.0 * sum(word not in known for word in words) / len(words)
+    print(f"{len(words)} test words, {share:.1f} % of them not in the training transcripts")
 
 
 def training_transcripts(data: Data) -> list[Sequence[str]]:
@@ -82,9 +112,14 @@ def first_words(utterances: Sequence[Utterance], words: int) -> list[Utterance]:
 
 
 def _rows(
-    context: Context, row: str, found: Sequence[dict[str, float]], paper: float | None
+    context: Context,
+    row: str,
+    found: Sequence[dict[str, float]],
+    seconds: float,
+    paper: float | None,
+    selection: str | None = None,
 ) -> list[Row]:
-    metrics = ("word_error_rate", "substitutions", "deletions", "insertions", "words")
+    tuned = "validation" if context.config.decoding.tuning_words else None
     return [
         make_row(
             context.config,
@@ -92,10 +127,11 @@ def _rows(
             row,
             metric,
             [one[metric] for one in found],
-            0.0,
+            seconds,
             paper if metric == "word_error_rate" else None,
+            selection or tuned,
         )
-        for metric in metrics
+        for metric in ("word_error_rate", "substitutions", "deletions", "insertions", "words")
     ]
 
 
@@ -117,7 +153,7 @@ def _tune(
 ) -> decoding.Weights:
     words = context.config.decoding.tuning_words
     if not words:
-        return decoding.Weights()
+        return decoding.START
     spoken = first_words(data.corpus.splits["validation"], words)
     weights, tried = decoding.tune(
         _log_probs(net, data, spoken),

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from distill_jax.errors import UserError
 from experiments import report
 from experiments.speech import comparisons, figures, recognition, table1, table5
-from experiments.study import Stage, finished_rows, read_json, run_stages
+from experiments.study import Row, Stage, finished_rows, read_json, run_stages
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 4 and 6: speech"
 CAPTIONS = {
@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[
 
 def write_report(workdir: Path) -> None:
     """Draws report.md and report.html from results.json and what the stages left beside it."""
-    rows = finished_rows(workdir, STAGES)
+    rows = _side_by_side(finished_rows(workdir, STAGES))
     seconds = sum(read_json(path)["seconds"] for path in workdir.glob("stages/*/stage.json"))
     reference = Path(__file__).with_name("reference.json")
     left = {
@@ -61,6 +61,16 @@ def write_report(workdir: Path) -> None:
         seconds,
     )
     print(f"report: {workdir / 'report.html'}")
+
+
+def _side_by_side(rows: Sequence[Row]) -> list[Row]:
+    """A net's rows together, though its words were counted by a later stage."""
+    places = {key: i for i, key in reversed(list(enumerate(map(_net, rows))))}
+    return sorted(rows, key=lambda row: places[_net(row)])
+
+
+def _net(row: Row) -> tuple[str, str]:
+    return row["table"], row["row"]
 
 
 _SHARED = ("selection", "mesh", "data", "ensemble")
