@@ -60,6 +60,17 @@ def mean_log_probs(member_logits: Array, temperature: ArrayLike, mean: Mean) -> 
     raise UserError(f"mean must be 'arithmetic' or 'geometric', not {mean!r}")
 
 
+def mean_probs(member_logits: Array, temperature: ArrayLike, mean: Mean) -> Array:
+    """The members' mean distribution itself; arguments as for `mean_log_probs`.
+
+    An arithmetic mean takes a tenth of the time that its logarithm takes on a CPU; a probability below
+    the smallest float32 is 0.
+    """
+    if mean == "arithmetic":
+        return jnp.mean(losses.softmax(member_logits, temperature), axis=0)
+    return jnp.exp(mean_log_probs(member_logits, temperature, mean))
+
+
 def ensemble_logits(member_logits: Array, temperature: ArrayLike, mean: Mean) -> Array:
     """One teacher's worth of logits: `softmax(v / T)` is the members' mean at T (shapes as above)."""
     return mean_log_probs(member_logits, temperature, mean) * temperature

@@ -50,6 +50,8 @@ def test_means_are_those_of_float64(mean, temperature, scale, seed):
     found = soft_targets.mean_log_probs(jnp.asarray(logits), temperature, mean)
     # Logarithms down to -20000, many of probabilities that are 0 in float32.
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    probabilities = soft_targets.mean_probs(jnp.asarray(logits), temperature, mean)
+    np.testing.assert_allclose(probabilities, np.exp(expected), rtol=1e-5, atol=1e-6)
     merged = soft_targets.ensemble_logits(jnp.asarray(logits), temperature, mean)
     again = losses.log_softmax(merged, temperature)
     np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-5)

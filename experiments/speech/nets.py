@@ -231,9 +231,7 @@ def _member_logits(model: Model, params: Params, windows: Array) -> Array:
     return jax.lax.map(lambda member: model.apply(member, windows), params)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _mean_probs(logits: Array, temperature: float, mean: Mean) -> Array:
-    return jnp.exp(soft_targets.mean_log_probs(logits, temperature, mean))
+_mean_probs = jax.jit(soft_targets.mean_probs, static_argnames="mean")
 
 
 def load_targets(config: ConfigDict, directory: Path) -> compressed_targets.Store:
