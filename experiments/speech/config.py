@@ -113,7 +113,7 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.data.update(train_frames=30_000, validation_frames=5_000, test_frames=5_000)
     config.ensemble.update(small, members=(0, 1, 2), at_once=3)
     config.soft_targets.update(temperatures=(1.0, 2.0), k=8, shard_rows=16384)
-    config.distilled.update(small)
+    config.distilled.update(small, epochs=2)
     config.fractions.update(small, percent=10.0, epochs=4, batch_size=128)
     config.compression.update(small, k=(8, 16), epochs=1)
     config.unlabelled.update(small, hidden=(16,))

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, models
+from distill_jax import compressed_targets, models, training
 from distill_jax.data import frames
 from distill_jax.soft_targets import Mean
 from experiments import members
-from experiments.speech import nets
+from experiments.speech import nets, training_set
 from experiments.speech.data import Data, load_data
 from experiments.study import Context, Row, make_row, read_json, write_json
 
@@ -89,13 +90,33 @@ def distilled(context: Context) -> list[Row]:
         make_row(config, "speech", row, "frame_accuracy", found, seconds, 60.8),
         make_row(config, "speech", row, "gain_transferred_percent", share, seconds, 86.4),
         *unheard_rows(context, row, nets.Net(trained.model, trained.params), seconds),
+        *_control(context),
     ]
+
+
+def _control(context: Context) -> list[Row]:
+    """One more baseline, trained on labels for as many epochs as the students, if those are others."""
+    config = context.config
+    net, epochs = config.ensemble, config.distilled.epochs
+    if epochs == net.epochs:
+        return []
+    trained = nets.train(
+        context,
+        "control",
+        ConfigDict({**net.to_dict(), "epochs": epochs}),
+        training_set.labelled(config, net, 1),
+        training.label_loss,
+        seeds=net.members[:1],
+    )
+    found = nets.frame_accuracies(trained, load_data(config))
+    row = f"baseline, {epochs} epochs like the distilled"
+    return [make_row(config, "speech", row, "frame_accuracy", found, trained.seconds)]
 
 
 def distil(
     context: Context,
     name: str,
-    net: nets.ConfigDict,
+    net: ConfigDict,
     temperature: float,
     seeds: Sequence[int],
     hard_weight: float | None = None,
