@@ -54,6 +54,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "temperature": 2.0,
         "hard_weight": 0.0,
         "epochs": 20,  # of the part
+        "report_every": 2,
     }
     config.compression = {
         **net,
@@ -62,6 +63,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "temperature": 2.0,
         "hard_weight": 0.5,
         "epochs": 8,
+        "report_every": 4,
     }
     config.unlabelled = {**net, "hidden": (64, 64), "hard_weight": 0.5, "temperature": 2.0}
     config.decoding = {
@@ -114,8 +116,8 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.ensemble.update(small, members=(0, 1, 2), at_once=3)
     config.soft_targets.update(temperatures=(1.0, 2.0), k=8, shard_rows=16384)
     config.distilled.update(small, epochs=2)
-    config.fractions.update(small, percent=10.0, epochs=4, batch_size=128)
-    config.compression.update(small, k=(8, 16), epochs=1)
+    config.fractions.update(small, percent=10.0, epochs=4, batch_size=128, report_every=1)
+    config.compression.update(small, k=(8, 16), epochs=1, report_every=1)
     config.unlabelled.update(small, hidden=(16,))
     config.decoding.update(words=20, tuning_words=0, members=1)
     return config
