@@ -31,20 +31,18 @@ Evaluation = Mapping[str, Examples]
 class Cases(NamedTuple):
     """How a study's examples are read on the device.
 
-    gather: makes a batch of them. count_errors: `(apply, params, examples) -> int32 []`.
+    gather: makes a batch of them. count_errors: `(model, params, examples) -> int32 []`.
     """
 
     gather: Gather
-    count_errors: Callable[[Callable[..., Array], models.Params, training.Batch], Array]
+    count_errors: Callable[[models.Model, models.Params, training.Batch], Array]
 
 
-def _count_at_once(apply: Callable[..., Array], params: models.Params, examples: Any) -> Array:
-    evaluate = training.make_eval_step(models.Model(lambda key, inputs: None, apply))
-    return evaluate(params, examples)["errors"]
-
-
-PLAIN = Cases(take_rows, _count_at_once)
-"""Examples that are batches already: fields `[N, ...]`."""
+PLAIN = Cases(
+    take_rows,
+    lambda model, params, examples: training.make_eval_step(model)(params, examples)["errors"],
+)
+"""Examples that are a batch already: fields `[N, ...]`."""
 
 
 class Stream(NamedTuple):
@@ -285,6 +283,6 @@ def _evaluator(
 
     @jax.jit
     def count(params: models.Params, examples: training.Batch) -> Array:
-        return jax.vmap(lambda member: cases.count_errors(model.apply, member, examples))(params)
+        return jax.vmap(lambda member: cases.count_errors(model, member, examples))(params)
 
     return lambda states: {name: count(states.params, examples) for name, examples in sets.items()}

@@ -50,6 +50,24 @@ class Stage(NamedTuple):
     sections: tuple[str, ...] = ()
 
 
+def run_study(
+    config: ConfigDict,
+    workdir: Path,
+    stages: Sequence[Stage],
+    write_report: Callable[[Path], None],
+    only: Sequence[str],
+    reuse: Sequence[Path],
+) -> None:
+    """`run_stages`, and then the report; which is also a name for `only`."""
+    names = [stage.name for stage in stages] + ["report"]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise UserError(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
+    run_stages(config, workdir, stages, only, reuse)
+    if not only or "report" in only:
+        write_report(workdir)
+
+
 def run_stages(
     config: ConfigDict,
     workdir: Path,

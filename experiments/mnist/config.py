@@ -7,10 +7,9 @@ cores, one seed; `paper` is sized for one accelerator: the full nets, 5 seeds, t
 can be set: --config.distilled.temperature=8
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
+from experiments import sections
 from experiments.sweeps import Overrides, product
 
 PRESETS = ("smoke", "default", "paper")
@@ -35,7 +34,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "validation": 0,  # examples held out of training; the paper trains on all 60,000
         "seed": 0,  # of the held-out examples and of the partial transfer sets
     }
-    config.teacher = _net(
+    config.teacher = sections.net(
         hidden=(1200, 1200),
         input_dropout=0.1,
         hidden_dropout=0.3,
@@ -44,8 +43,8 @@ def get_config(preset: str = "default") -> ConfigDict:
         learning_rate=2e-3,
         epochs=36,
     )
-    student = _net(hidden=(800, 800), learning_rate=2e-3, epochs=16)
-    config.baseline = _net(hidden=(800, 800), learning_rate=1e-3, batch_size=256, epochs=15)
+    student = sections.net(hidden=(800, 800), learning_rate=2e-3, epochs=16)
+    config.baseline = sections.net(hidden=(800, 800), learning_rate=1e-3, batch_size=256, epochs=15)
     config.distilled = {**student, "epochs": 20, "temperature": 20.0, "hard_weight": 0.02}
     config.sweep = {
         **student,
@@ -87,28 +86,6 @@ def sweep(name: str) -> list[Overrides]:
     if name not in sweeps:
         raise ValueError(f"no sweep {name!r}; there are {', '.join(sweeps)}")
     return sweeps[name]
-
-
-def _net(**changes: Any) -> dict[str, Any]:
-    """How one net is built and trained."""
-    defaults = {
-        "hidden": (800, 800),
-        "input_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "max_norm": 0.0,  # longest incoming weight vector of a hidden unit; 0: no limit
-        "dtype": "float32",  # of the arithmetic; or bfloat16
-        "jitter": 0,  # pixels
-        "optimizer": "adam",  # or sgd, dropout_2012
-        "momentum": 0.9,  # of sgd
-        "learning_rate": 1e-3,
-        "warmup_epochs": 1,
-        "batch_size": 512,
-        "micro_batches": 1,
-        "epochs": 20,
-        "report_every": 1,  # epochs run as one program, between two evaluations
-        "save_every": 5,  # reports between two checkpoints
-    }
-    return {**defaults, **changes}
 
 
 def _smoke(config: ConfigDict) -> ConfigDict:

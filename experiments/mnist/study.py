@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from distill_jax import losses, soft_targets, training
 from distill_jax.data import transfer
 from distill_jax.data.sources import Examples
-from distill_jax.errors import UserError
 from experiments import members, report
 from experiments.mnist import figures
 from experiments.mnist.nets import load_data, train, train_on_labels, with_soft_targets
@@ -24,7 +23,7 @@ from experiments.study import (
     finished_rows,
     make_row,
     read_json,
-    run_stages,
+    run_study,
     write_json,
 )
 
@@ -46,13 +45,7 @@ CAPTIONS = {
 
 def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[Path]) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
-    names = [stage.name for stage in STAGES] + ["report"]
-    unknown = [name for name in only if name not in names]
-    if unknown:
-        raise UserError(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
-    run_stages(config, workdir, STAGES, only, reuse)
-    if not only or "report" in only:
-        write_report(workdir)
+    run_study(config, workdir, STAGES, write_report, only, reuse)
 
 
 def teacher(context: Context) -> list[Row]:

@@ -7,10 +7,9 @@ the recordings that are in the project; `paper` is the paper's net, 8 layers of 
 and a prepared corpus: --config.data.source=DIR. Any field can be set: --config.distilled.temperature=5
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
+from experiments import sections
 from experiments.sweeps import Overrides, product
 
 PRESETS = ("smoke", "default", "paper")
@@ -35,7 +34,14 @@ def get_config(preset: str = "default") -> ConfigDict:
         "block_frames": 0,  # above 0: training is streamed from disk, so many frames at a time
         "stream_seed": 0,  # of the order in which utterances are dealt to blocks
     }
-    net = _net(hidden=(256, 256, 256), epochs=3)
+    net = sections.net(
+        hidden=(256, 256, 256),
+        learning_rate=2e-3,
+        warmup_epochs=0,
+        batch_size=256,
+        epochs=3,
+        save_every=1,
+    )
     config.ensemble = {
         **net,
         "members": tuple(range(10)),  # seeds: nothing else differs
@@ -84,28 +90,6 @@ def sweep(name: str) -> list[Overrides]:
     if name not in sweeps:
         raise ValueError(f"no sweep {name!r}; there are {', '.join(sweeps)}")
     return sweeps[name]
-
-
-def _net(**changes: Any) -> dict[str, Any]:
-    """How one net is built and trained."""
-    defaults = {
-        "hidden": (256, 256, 256),
-        "input_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "max_norm": 0.0,  # longest incoming weight vector of a hidden unit; 0: no limit
-        "dtype": "float32",  # of the arithmetic; or bfloat16
-        "jitter": 0,
-        "optimizer": "adam",  # or sgd
-        "momentum": 0.9,  # of sgd
-        "learning_rate": 2e-3,
-        "warmup_epochs": 0,
-        "batch_size": 256,
-        "micro_batches": 1,
-        "epochs": 3,
-        "report_every": 1,  # epochs run as one program, between two evaluations
-        "save_every": 1,  # reports between two checkpoints
-    }
-    return {**defaults, **changes}
 
 
 def _smoke(config: ConfigDict) -> ConfigDict:

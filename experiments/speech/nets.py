@@ -26,7 +26,7 @@ from experiments.study import Context
 
 WINDOWS = members.Cases(
     frames.gather_windows,
-    lambda apply, params, examples: frames.count_errors(apply, params, examples)["errors"],
+    lambda model, params, examples: frames.count_errors(model.apply, params, examples)["errors"],
 )
 
 
@@ -163,7 +163,7 @@ def member_count(net: Net) -> int:
 def accuracies(net: Net, examples: Examples) -> np.ndarray:
     """Frame accuracy of each member `[M]`, per cent."""
     shared = {name: jnp.asarray(field) for name, field in examples.items()}
-    count = jax.jit(jax.vmap(lambda params: WINDOWS.count_errors(net.model.apply, params, shared)))
+    count = jax.jit(jax.vmap(lambda params: WINDOWS.count_errors(net.model, params, shared)))
     return 100.0 * (1.0 - np.asarray(count(net.params)) / len(examples["label"]))
 
 

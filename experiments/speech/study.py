@@ -5,10 +5,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from distill_jax.errors import UserError
 from experiments import report
 from experiments.speech import comparisons, figures, recognition, table1, table5
-from experiments.study import Row, Stage, finished_rows, read_json, run_stages
+from experiments.study import Row, Stage, finished_rows, read_json, run_study
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 4 and 6: speech"
 CAPTIONS = {
@@ -29,13 +28,7 @@ CAPTIONS = {
 
 def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[Path]) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
-    names = [stage.name for stage in STAGES] + ["report"]
-    unknown = [name for name in only if name not in names]
-    if unknown:
-        raise UserError(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
-    run_stages(config, workdir, STAGES, only, reuse)
-    if not only or "report" in only:
-        write_report(workdir)
+    run_study(config, workdir, STAGES, write_report, only, reuse)
 
 
 def write_report(workdir: Path) -> None:
