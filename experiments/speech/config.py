@@ -44,6 +44,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     )
     config.ensemble = {
         **net,
+        "report_every": 3,
         "members": tuple(range(10)),  # seeds: nothing else differs
         "at_once": 1,  # members trained as one vmapped program
     }
@@ -59,17 +60,17 @@ def get_config(preset: str = "default") -> ConfigDict:
         "percent": 3.0,
         "temperature": 2.0,
         "hard_weight": 0.0,
-        "epochs": 20,  # of the part
+        "epochs": 16,  # of the part
         "report_every": 2,
     }
     config.compression = {
         **net,
-        "percent": 5.0,
+        "percent": 4.0,
         "k": (8, 16, 64),
         "temperature": 2.0,
         "hard_weight": 0.5,
-        "epochs": 8,
-        "report_every": 4,
+        "epochs": 6,
+        "report_every": 6,
     }
     config.unlabelled = {**net, "hidden": (64, 64), "hard_weight": 0.5, "temperature": 2.0}
     config.decoding = {
@@ -97,7 +98,7 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     small = {"hidden": (32, 32), "epochs": 1}
     config.seeds = (0, 1)
     config.data.update(train_frames=30_000, validation_frames=5_000, test_frames=5_000)
-    config.ensemble.update(small, members=(0, 1, 2), at_once=3)
+    config.ensemble.update(small, members=(0, 1, 2), at_once=3, report_every=1)
     config.soft_targets.update(temperatures=(1.0, 2.0), k=8, shard_rows=16384)
     config.distilled.update(small, epochs=2)
     config.fractions.update(small, percent=10.0, epochs=4, batch_size=128, report_every=1)
@@ -118,7 +119,7 @@ def _paper(config: ConfigDict) -> ConfigDict:
         "warmup_epochs": 1,
     }
     config.data.min_frames = 0
-    config.ensemble.update(large)
+    config.ensemble.update(large, report_every=1)
     config.soft_targets.k = 64
     config.distilled.update(large)
     config.fractions.update(large, epochs=100, report_every=5)
