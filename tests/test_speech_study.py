@@ -22,6 +22,8 @@ FEW = (
     "--config.data.validation_frames=2000",
     "--config.data.test_frames=2000",
     "--config.ensemble.at_once=1",
+    "--config.ensemble.epochs=3",
+    "--config.ensemble.report_every=3",
     "--config.soft_targets.shard_rows=2048",
 )
 
@@ -140,6 +142,13 @@ def test_presets_have_the_same_fields():
 
     presets = [fields(get_config(name).to_dict()) for name in PRESETS]
     assert presets[0] == presets[1] == presets[2]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_reports_fit_the_epochs(preset):
+    nets = [part for part in get_config(preset).values() if "report_every" in str(part)]
+    assert len(nets) == 5
+    assert all(net.epochs % net.report_every == 0 for net in nets)
 
 
 def test_a_killed_run_ends_with_the_same_numbers(tmp_path):

@@ -103,7 +103,7 @@ def _control(context: Context) -> list[Row]:
     trained = nets.train(
         context,
         "control",
-        ConfigDict({**net.to_dict(), "epochs": epochs}),
+        ConfigDict({**net.to_dict(), "epochs": epochs, "report_every": 1}),
         training_set.labelled(config, net, 1),
         training.label_loss,
         seeds=net.members[:1],
