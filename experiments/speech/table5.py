@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from distill_jax import training
+from distill_jax.data.sources import Examples
 from distill_jax.loop import Record
+from experiments import members
 from experiments.speech import nets, training_set
 from experiments.speech.data import load_data
 from experiments.speech.table1 import store_name
 from experiments.study import Context, Row, make_row, write_json
+
+_METRICS = ("train_frame_accuracy", "frame_accuracy")
 
 
 def fractions(context: Context) -> list[Row]:
@@ -22,7 +27,7 @@ def fractions(context: Context) -> list[Row]:
         training_set.part_with_targets(config, cases, store, net.temperature)
         for cases in training_set.random_parts(config, net.percent, config.seeds)
     ]
-    history = nets.train(
+    trained = nets.train(
         context,
         "part",
         net,
@@ -32,7 +37,8 @@ def fractions(context: Context) -> list[Row]:
             {"temperature": net.temperature, "hard_weight": weight}
             for weight in (1.0, net.hard_weight)
         ],
-    ).history
+    )
+    history = trained.history
     train = 100.0 * (1.0 - np.array([record["train_errors"] for record in history]))
     test = _accuracies(history, "test_errors", len(data.test["label"]))
     validation = _accuracies(history, "validation_errors", len(data.validation["label"]))
@@ -45,42 +51,54 @@ def fractions(context: Context) -> list[Row]:
             for name, of in (("hard", hard), ("soft", soft))
         },
     )
-    last = np.full(seeds, len(history) - 1)
-    best = validation[:, hard].argmax(axis=0)
+    # Training accuracies are of the finished nets; the one to stop at has that of when it was training.
+    final = _on_own_parts(trained, examples)
+    best, each = validation[:, hard].argmax(axis=0), np.arange(seeds)
     few = f"{net.percent:g} % of the training set"
-    rows = _all_data(context)
-    for row, of, stop, paper_train, paper_test, selection in (
-        (f"hard targets, {few}, early stopping", hard, best, 67.3, 44.5, "validation"),
-        (f"hard targets, {few}, last epoch", hard, last, None, None, "last"),
-        (f"soft targets, {few}, last epoch", soft, last, 65.4, 57.0, "last"),
+    seconds = trained.seconds / (2 * seeds)
+    rows = _all_data(context, examples[0])
+    for row, selection, *found in (
+        (
+            f"hard targets, {few}, early stopping",
+            "validation",
+            (train[best, each], 67.3),
+            (test[best, each], 44.5),
+        ),
+        (f"hard targets, {few}, last epoch", "last", (final[hard], None), (test[-1, hard], None)),
+        (f"soft targets, {few}, last epoch", "last", (final[soft], 65.4), (test[-1, soft], 57.0)),
     ):
-        for metric, found, paper in (
-            ("train_frame_accuracy", train, paper_train),
-            ("frame_accuracy", test, paper_test),
-        ):
-            values = found[:, of][stop, np.arange(seeds)]
-            seconds = history[-1]["seconds"] / (2 * seeds)
+        for metric, (values, paper) in zip(_METRICS, found, strict=True):
             rows.append(
                 make_row(config, "speech_fraction", row, metric, values, seconds, paper, selection)
             )
     return rows
 
 
-def _all_data(context: Context) -> list[Row]:
-    """The ensemble's members once more: all data, hard targets."""
+def _on_own_parts(trained: members.Trained, examples: Sequence[Examples]) -> np.ndarray:
+    """Frame accuracy of each net `[M]` on the part that it was trained on, per cent."""
+    seeds = len(examples)
+    found = [
+        nets.accuracies(
+            nets.Net(trained.model, jax.tree.map(lambda leaf, s=s: leaf[s::seeds], trained.params)),
+            cases,
+        )
+        for s, cases in enumerate(examples)
+    ]
+    return np.stack(found, axis=1).ravel()
+
+
+def _all_data(context: Context, some: Examples) -> list[Row]:
+    """The ensemble's members once more: all data, hard targets; on some of their training cases."""
     config, data = context.config, load_data(context.config)
     groups = nets.train_ensemble(context, context.inputs["ensemble"])
-    train = np.concatenate([np.atleast_1d(group.history[-1]["train_errors"]) for group in groups])
+    train = nets.accuracies(nets.stack(groups), some)
     test = np.concatenate([nets.frame_accuracies(group, data) for group in groups])
     seconds = sum(group.seconds for group in groups) / len(test)
     return [
         make_row(
             config, "speech_fraction", "hard targets, all data", metric, values, seconds, paper
         )
-        for metric, values, paper in (
-            ("train_frame_accuracy", 100.0 * (1.0 - train), 63.4),
-            ("frame_accuracy", test, 58.9),
-        )
+        for metric, (values, paper) in zip(_METRICS, ((train, 63.4), (test, 58.9)), strict=True)
     ]
 
 
