@@ -90,7 +90,9 @@ def source(tmp_path_factory):
 def load(source, min_frames=4, **limits):
     fields = {f"{split}_frames": limits.get(split, 0) for split in speech_frames.SPLITS}
     return speech.load_data(
-        ConfigDict({"data": {"source": source, "min_frames": min_frames, **fields}})
+        ConfigDict(
+            {"data": {"source": source, "min_frames": min_frames, "block_frames": 0, **fields}}
+        )
     )
 
 

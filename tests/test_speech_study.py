@@ -190,7 +190,7 @@ def test_streamed_from_disk(tmp_path):
         "--stages=ensemble,soft_targets,distilled,fractions",
         f"--workdir={tmp_path / 'run'}",
     )
-    assert "member_0: 4/4" in output  # blocks
+    assert "member_0: 12/12" in output  # 3 epochs of 4 blocks
     rows = report.load_rows(tmp_path / "run" / "results.json")
     assert value(rows, "speech", "distilled", "frame_accuracy") > 1
 
