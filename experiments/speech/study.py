@@ -20,7 +20,8 @@ CAPTIONS = {
     "mean. And what ever more members give.",
     "speech_compression": "What it costs to keep only the k largest soft targets of a frame.",
     "speech_fraction": "Table 5. With 3 % of the data, hard targets overfit badly even with early "
-    "stopping; soft targets recover nearly all of what the full data hold, and need no early stopping.",
+    "stopping; soft targets recover nearly all of what the full data hold, and need no early stopping. "
+    "Training accuracies are of the finished nets; at early stopping, of the net while it trained.",
     "speech_unlabelled": "Section 4.1: Li et al. matched class probabilities at a temperature of 1 on "
     "unlabelled data and closed 28 % of the gap between a small and a large model.",
 }

@@ -1,5 +1,7 @@
 """From recordings to a prepared set: align and analyse each one, split, normalise, write.
 
+In the folder that is asked for:
+
 OUT/work/               the alignment of every part of 16 recordings, until the set is written
 OUT/report.json         what became of every recording
 OUT/speech_frames/      the set
