@@ -2,9 +2,9 @@
 
 In the folder that is asked for:
 
-OUT/work/               the alignment of every part of 16 recordings, until the set is written
-OUT/report.json         what became of every recording
-OUT/speech_frames/      the set
+    work/               the alignment of every part of 16 recordings, until the set is written
+    report.json         what became of every recording
+    speech_frames/      the set
 """
 
 import collections
