@@ -22,6 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax.errors import UserError
+from experiments import report
 
 Row = dict[str, Any]
 """One line of a table: table, row, metric, paper, value, std, seeds, selection, preset, source,
@@ -66,6 +67,21 @@ def run_study(
     run_stages(config, workdir, stages, only, reuse)
     if not only or "report" in only:
         write_report(workdir)
+
+
+def draw_report(
+    workdir: Path,
+    title: str,
+    captions: Mapping[str, str],
+    rows: Sequence[Row],
+    reference: Path,
+    figures: Sequence[report.NamedFigure],
+) -> None:
+    """`report.write` with the time of all finished stages, and the published rows if there are any."""
+    seconds = sum(read_json(path)["seconds"] for path in workdir.glob("stages/*/stage.json"))
+    published = report.load_rows(reference) if reference.exists() else []
+    report.write(workdir, title, captions, rows, published, figures, seconds)
+    print(f"report: {workdir / 'report.html'}")
 
 
 def run_stages(

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from distill_jax import losses, soft_targets, training
 from distill_jax.data import transfer
 from distill_jax.data.sources import Examples
-from experiments import members, report
+from experiments import members
 from experiments.mnist import figures
 from experiments.mnist.nets import load_data, train, train_on_labels, with_soft_targets
 from experiments.mnist.omissions import only_7_8, without_3
@@ -20,6 +20,7 @@ from experiments.study import (
     Context,
     Row,
     Stage,
+    draw_report,
     finished_rows,
     make_row,
     read_json,
@@ -212,18 +213,9 @@ def write_report(workdir: Path) -> None:
     }
     digits = workdir / "stages" / "soft_targets" / "digits.json"
     rows = finished_rows(workdir, STAGES)
-    seconds = sum(read_json(path)["seconds"] for path in workdir.glob("stages/*/stage.json"))
     reference = Path(__file__).with_name("reference.json")
-    report.write(
-        workdir,
-        TITLE,
-        CAPTIONS,
-        rows,
-        report.load_rows(reference) if reference.exists() else [],
-        figures.all_figures(rows, curves, read_json(digits) if digits.exists() else []),
-        seconds,
-    )
-    print(f"report: {workdir / 'report.html'}")
+    drawn = figures.all_figures(rows, curves, read_json(digits) if digits.exists() else [])
+    draw_report(workdir, TITLE, CAPTIONS, rows, reference, drawn)
 
 
 STAGES = (

@@ -44,7 +44,6 @@ def train(
     examples: Sequence[Examples] | members.Stream,
     loss: training.Loss,
     variants: Sequence[Mapping[str, float]] = ({},),
-    passes: int = 1,
     seeds: Sequence[int] | None = None,
     directory: Path | None = None,
 ) -> members.Trained:
@@ -63,8 +62,7 @@ def train(
         loss,
         variants,
         {"test_errors": data.test, "validation_errors": data.validation},
-        passes,
-        WINDOWS,
+        cases=WINDOWS,
     )
 
 
@@ -163,8 +161,12 @@ def member_count(net: Net) -> int:
 def accuracies(net: Net, examples: Examples) -> np.ndarray:
     """Frame accuracy of each member `[M]`, per cent."""
     shared = {name: jnp.asarray(field) for name, field in examples.items()}
-    count = jax.jit(jax.vmap(lambda params: WINDOWS.count_errors(net.model, params, shared)))
-    return 100.0 * (1.0 - np.asarray(count(net.params)) / len(examples["label"]))
+    # Passed, not closed over: the frames would be constants of the program.
+    count = jax.vmap(
+        lambda params, examples: WINDOWS.count_errors(net.model, params, examples), (0, None)
+    )
+    errors = jax.jit(count)(net.params, shared)
+    return 100.0 * (1.0 - np.asarray(errors) / len(examples["label"]))
 
 
 def accuracy(log_probs: np.ndarray, examples: Examples) -> float:

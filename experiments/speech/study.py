@@ -5,9 +5,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments import report
 from experiments.speech import comparisons, figures, recognition, table1, table5
-from experiments.study import Row, Stage, finished_rows, read_json, run_study
+from experiments.study import Row, Stage, draw_report, finished_rows, read_json, run_study
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 4 and 6: speech"
 CAPTIONS = {
@@ -35,7 +34,6 @@ def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[
 def write_report(workdir: Path) -> None:
     """Draws report.md and report.html from results.json and what the stages left beside it."""
     rows = _side_by_side(finished_rows(workdir, STAGES))
-    seconds = sum(read_json(path)["seconds"] for path in workdir.glob("stages/*/stage.json"))
     reference = Path(__file__).with_name("reference.json")
     left = {
         name: read_json(workdir / "stages" / path)
@@ -46,16 +44,7 @@ def write_report(workdir: Path) -> None:
         )
         if (workdir / "stages" / path).exists()
     }
-    report.write(
-        workdir,
-        TITLE,
-        CAPTIONS,
-        rows,
-        report.load_rows(reference) if reference.exists() else [],
-        figures.all_figures(rows, **left),
-        seconds,
-    )
-    print(f"report: {workdir / 'report.html'}")
+    draw_report(workdir, TITLE, CAPTIONS, rows, reference, figures.all_figures(rows, **left))
 
 
 def _side_by_side(rows: Sequence[Row]) -> list[Row]:

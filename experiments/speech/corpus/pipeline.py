@@ -290,11 +290,16 @@ def _percentile(name: str) -> int:
     return int(hashlib.md5(name.encode()).hexdigest(), 16) % 100
 
 
+def _by_hash(part: Sequence[Analysed]) -> list[Analysed]:
+    """An order of no meaning, the same on every machine."""
+    return sorted(part, key=lambda one: hashlib.md5(one.recording.id.encode()).hexdigest())
+
+
 def _first_frames(part: Sequence[Analysed], limit: int, name: str) -> list[Analysed]:
     """Utterances up to a number of frames, in an order by hash; all if the limit is 0."""
     if not limit:
         return list(part)
-    order = sorted(part, key=lambda one: hashlib.md5(one.recording.id.encode()).hexdigest())
+    order = _by_hash(part)
     ends = np.cumsum([len(one.aligned.states) for one in order])
     kept = order[: int(np.searchsorted(ends, limit, side="right"))]
     if not kept:
@@ -306,7 +311,7 @@ def _first_frames(part: Sequence[Analysed], limit: int, name: str) -> list[Analy
 
 def _with_audio(part: Sequence[Analysed], words: int) -> set[str]:
     """Ids of utterances with so many words in all, in an order by hash."""
-    order = sorted(part, key=lambda one: hashlib.md5(one.recording.id.encode()).hexdigest())
+    order = _by_hash(part)
     ends = np.cumsum([len(one.words) for one in order])
     count = len(order) if words < 0 else int(np.searchsorted(ends, words, side="right"))
     return {one.recording.id for one in order[:count]}
