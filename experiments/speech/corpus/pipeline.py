@@ -13,12 +13,9 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
-import signal
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +24,7 @@ import numpy as np
 import soundfile
 
 from distill_jax.errors import UserError
+from experiments import workers
 from experiments.speech import speech_frames, sphinx
 from experiments.speech.corpus import alignment, features, text
 from experiments.speech.corpus.recordings import RATE, Recording, to_mono_16k
@@ -84,7 +82,7 @@ def prepare(
         raise UserError(f"{prepared} is a prepared set already: name another --out, or delete it")
     work = out / "work"
     _claim(work, corpus, recordings, bands)
-    analysed = _analyse_all(recordings, bands, work, processes or os.cpu_count() or 1)
+    analysed = _analyse_all(recordings, bands, work, processes)
     analysed = _without_copies(analysed)
     usable = [one for one in analysed if one.status == "aligned"]
     _report(out / "report.json", analysed)
@@ -193,39 +191,7 @@ def _analyse_all(
 
 
 def _analyse_parts(tasks: Sequence[Any], processes: int) -> None:
-    begun = time.monotonic()
-    # Fresh processes: what the parent has loaded, and its threads, stay out of them.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(processes, len(tasks)), _leave_interrupts_to_the_parent) as pool:
-        workers = set(multiprocessing.active_children())
-        results = pool.imap_unordered(_analyse_part, tasks)
-        for done in range(1, len(tasks) + 1):
-            _wait_for_one(results, workers)
-            seconds = time.monotonic() - begun
-            left = seconds / done * (len(tasks) - done)
-            if done % max(1, len(tasks) // 20) == 0 or done == len(tasks):
-                print(
-                    f"aligned {done}/{len(tasks)} parts, {int(left // 60)}:{int(left % 60):02d} to go",
-                    flush=True,
-                )
-
-
-def _wait_for_one(results: Any, workers: set[Any]) -> None:
-    """Waits for the next part. The pool itself would wait forever for that of a worker that died."""
-    while True:
-        try:
-            results.next(timeout=1.0)
-            return
-        except multiprocessing.TimeoutError:
-            if not workers <= set(multiprocessing.active_children()):
-                raise UserError(
-                    "a process that aligned was killed (is there too little memory?); the same "
-                    "command goes on, --processes=1 needs the least memory"
-                ) from None
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    workers.run_all(_analyse_part, tasks, processes, "aligned", "parts")
 
 
 def _claim(work: Path, corpus: str, recordings: Sequence[Recording], bands: features.Bands) -> None:

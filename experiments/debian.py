@@ -1,0 +1,82 @@
+"""Fetches packages of Debian's archive for the data that studies are made on.
+
+A cache is a folder with the packages' files, a folder each with what was in them, and `licences/` with
+their copyright files.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from urllib.parse import unquote
+
+from distill_jax.errors import UserError
+
+
+def unpacked(cache: str | os.PathLike[str], name: str, tried: str) -> Path:
+    """The folder with a package's files, fetched and unpacked on the first call.
+
+    Args:
+        cache: made if it isn't there; the folder appears in it whole or not at all.
+        name: of the package.
+        tried: the version that the caller was tried with, for messages.
+
+    Raises:
+        UserError: the package can't be fetched or unpacked, or has no copyright file.
+    """
+    cache = Path(cache).absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / name
+    if not folder.is_dir():
+        package = _package(cache, name, tried)
+        partial = cache / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        remedy = f"if {package} is damaged, delete it and run this again"
+        _run(["dpkg-deb", "-x", str(package), str(partial)], cache, name, remedy)
+        partial.rename(folder)
+    _copy_copyright(folder / "usr/share/doc" / name, cache / "licences" / name)
+    return folder
+
+
+def version(cache: str | os.PathLike[str], name: str) -> str:
+    """The version of a package in the cache, read off its file's name; "" if the file is gone."""
+    packages = sorted(Path(cache).glob(f"{name}_*.deb"))
+    return unquote(packages[-1].name.split("_")[1]) if packages else ""
+
+
+def _package(cache: Path, name: str, tried: str) -> Path:
+    """A package's file in the cache, fetched if it isn't there."""
+    if not any(cache.glob(f"{name}_*.deb")):
+        remedy = (
+            f"if the package is not known, apt-get update may help; or place {name}_*.deb of Debian "
+            f"(tried with version {tried}) in {cache}"
+        )
+        # Not straight into the cache: what a broken download leaves must not be taken for the package.
+        with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as download:
+            _run(["apt-get", "download", name], Path(download), name, remedy)
+            for package in Path(download).glob("*.deb"):
+                package.rename(cache / package.name)
+    packages = sorted(cache.glob(f"{name}_*.deb"))
+    if not packages:
+        raise UserError(f"apt-get download {name} left no {name}_*.deb")
+    return packages[-1]
+
+
+def _run(command: list[str], folder: Path, package: str, remedy: str) -> None:
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        reason = f"{command[0]} is not installed"
+        raise UserError(f"package {package}: {reason}; {remedy}") from error
+    except subprocess.CalledProcessError as error:
+        said = "; ".join(error.stderr.strip().splitlines()) or f"exit {error.returncode}"
+        reason = f"{command[0]} failed ({said})"
+        raise UserError(f"package {package}: {reason}; {remedy}") from error
+
+
+def _copy_copyright(documents: Path, licences: Path) -> None:
+    if not (documents / "copyright").is_file():
+        raise UserError(f"{documents} has no copyright file; delete its package's folder and retry")
+    licences.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(documents / "copyright", licences / "copyright")
