@@ -1,0 +1,1 @@
+"""From typefaces to the data set `glyphs`."""
