@@ -1,0 +1,387 @@
+r"""Eq. 5 of the paper for one example: the distribution q that agrees best with all predictions.
+
+Forward, as in the paper: `KL(p^g, q) + sum_m KL(p^m, q)`, over the active specialists m; reverse:
+`KL(q, p^g) + sum_m KL(q, p^m)`. A specialist predicts its set S_m and one dustbin of probability
+d_m, which is compared with `Q_m = sum_{i not in S_m} q_i`. The generalist is a model that names all
+classes and has no dustbin.
+
+**Patterns.** A pattern is the classes that belong to the same active sets. Every Q_m takes them
+together, so their shares of the pattern are known from the start, and only the patterns' masses y_p
+are sought: at most 2^A numbers instead of C. There are 1 + A models, k_p of which name the classes
+of pattern p.
+
+**Forward.** With a_i the sum of all predictions that name class i, q minimises
+`-sum_i a_i log q_i - sum_m d_m log Q_m`. The shares are those of a, which sums to a_p in a pattern.
+
+- Fixed point: `y_p <- (a_p + sum_{m: p outside} d_m y_p / Q_m) / (1 + A)`.
+- Dual: with `u_m = d_m / Q_m` and `s = 1 + A - sum_m u_m`, the minimum has `y_p = a_p / r_p` where
+  `r_p = s + sum_{m: p inside} u_m`, and (s, u) maximises the concave
+  `sum_p a_p log r_p + sum_m d_m log u_m - s - sum_m u_m`.
+
+**Reverse.** With l_i the mean of the logarithms of the k_i predictions that name class i, q minimises
+`sum_i k_i q_i (log q_i - l_i) + sum_m Q_m log(Q_m / d_m)`. The shares are those of exp(l), which sums
+to Z_p in a pattern.
+
+- Fixed point, up to a constant:
+  `log y_p <- (k_p log Z_p + sum_{m: p outside} log(d_m y_p / Q_m)) / (1 + A)`.
+- Dual: with `t_m = log(Q_m / d_m)`, the minimum has
+  `log y_p = log Z_p + (s + sum_{m: p inside} t_m) / k_p`, and (s, t) maximises the concave
+  `s + sum_m t_m - sum_p k_p y_p - sum_m d_m exp(t_m)`.
+
+**Fixed point.** It spreads each dustbin over the classes outside as q does, then takes the mean of
+all models, arithmetic or geometric. That is EM for partly observed categories (Dempster, Laird, Rubin
+1977), and never increases the objective. With at most one active specialist its first pass is the
+solution in closed form; where all models name all classes, it is the paper's arithmetic or geometric
+mean. It crawls where a dustbin's mass lies on classes that no model gives any. All methods start from
+y in proportion to a_p or Z_p.
+
+**Newton.** Steps in the dual have 1 + A unknowns and converge quadratically. That s is an unknown of
+its own, not a difference, makes float32 enough: s may be 1e-12 of u. With w the largest relative
+increase of a mass that the step promises, its length 1 / (1 + w) keeps r and u positive and is sure
+to ascend by half the promised gain: `-log(1 - x) - x <= x^2 / (2 (1 - x))` forward, and
+`exp(x) <= 1 / (1 - x)` reverse.
+
+A dustbin with probability 0, or with no class outside, has no term; reverse, a probability of 0 is a
+veto on the classes outside. Probabilities are at least 1e-30, but 0 for a logit of -inf.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from distill_jax.errors import UserError
+
+Direction = Literal["forward", "reverse"]
+State = Any  # a tree of arrays
+
+SMALLEST = 1e-30  # of the probabilities
+
+_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # no TF32 on a GPU
+
+
+class Problem(NamedTuple):
+    """Eq. 5 for one example, in both directions; model 0 is the generalist.
+
+    names: float `[1 + A, n]`, 1 where the model names the classes of the pattern, else 0.
+    dustbins: `[1 + A]`, d_m; 0 where it has no term.
+    patterns: int32 `[C]`, each class's.
+    sums: `[C]`, a_i. masses: `[n]`, a_p. log_means: `[C]`, l_i. log_masses: `[n]`, log Z_p.
+    """
+
+    names: Array
+    dustbins: Array
+    patterns: Array
+    sums: Array
+    masses: Array
+    log_means: Array
+    log_masses: Array
+
+
+class Method(NamedTuple):
+    """A way to solve Eq. 5.
+
+    start: `problem -> state`.
+    step: `(problem, state) -> (state, residual)`, one pass. The residual tells how far the state that
+        it started from is from a minimum, in units of probability.
+    solution: `(problem, state) -> q [C]`, with sum 1.
+    start_passes: the passes that the start takes already.
+    """
+
+    start: Callable[[Problem], State]
+    step: Callable[[Problem, State], tuple[State, Array]]
+    solution: Callable[[Problem, State], Array]
+    start_passes: int = 0
+
+
+def pose(generalist: Array, specialists: Array, class_sets: Array, active: Array) -> Problem:
+    """The problem of one example.
+
+    Args:
+        generalist: logits `[C]`.
+        specialists: logits `[A, S + 1]`, the dustbin's last; -inf where the set is padded.
+        class_sets: int32 `[A, S]`; C where padded.
+        active: bool `[A]`; the rest is ignored.
+
+    Returns:
+        With as many patterns as there may be, 2^A, or one for each class if these are fewer.
+    """
+    num_classes = generalist.shape[0]
+    log_generalist, log_specialists = _log_probs(generalist), _log_probs(specialists)
+    log_named, log_dustbins = log_specialists[:, :-1], log_specialists[:, -1]
+    sets = jnp.where(active[:, None], class_sets.astype(jnp.int32), num_classes)
+    patterns, inside = _patterns(sets, num_classes)
+    n = inside.shape[1]
+
+    sums = jnp.exp(log_generalist).at[sets].add(jnp.exp(log_named), mode="drop")
+    masses = jax.ops.segment_sum(sums, patterns, n)
+    with_term = active & jnp.any(~inside & (masses > 0)[None], axis=1)
+    dustbins = jnp.where(with_term, jnp.exp(log_dustbins), 0.0)
+
+    vetoes = jnp.any((active & jnp.isneginf(log_dustbins))[:, None] & ~inside, axis=0)
+    models = 1 + jnp.sum(inside, axis=0, dtype=sums.dtype)
+    log_means = log_generalist.at[sets].add(log_named, mode="drop") / models[patterns]
+    log_means = jnp.where(vetoes[patterns], -jnp.inf, log_means)
+    return Problem(
+        names=jnp.pad(inside.astype(sums.dtype), ((1, 0), (0, 0)), constant_values=1),
+        dustbins=jnp.pad(dustbins, (1, 0)),
+        patterns=patterns,
+        sums=sums,
+        masses=masses,
+        log_means=log_means,
+        log_masses=_segment_logsumexp(log_means, patterns, n),
+    )
+
+
+def solve(
+    problem: Problem, method: Method, tolerance: Array, max_passes: Array
+) -> tuple[Array, Array]:
+    """q `[C]` and the passes it took, int32: until a residual is at most `tolerance`."""
+
+    def unfinished(carry: tuple[State, Array, Array]) -> Array:
+        _, residual, passes = carry
+        return (residual > tolerance) & (passes < max_passes)
+
+    def one_pass(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+        state, _, passes = carry
+        return *method.step(problem, state), passes + 1
+
+    unknown = jnp.full((), jnp.inf, problem.masses.dtype)
+    start = method.start(problem), unknown, jnp.int32(method.start_passes)
+    state, _, passes = jax.lax.while_loop(unfinished, one_pass, start)
+    return method.solution(problem, state), passes
+
+
+def fixed_point(direction: Direction = "forward") -> Method:
+    """The fixed point on the patterns' masses; its residual is how much a pass changes one."""
+    return _either(direction, _FIXED_POINT)
+
+
+def newton(direction: Direction = "forward") -> Method:
+    """Newton's method in the dual, after one pass of the fixed point.
+
+    Its residual is that of `sum q = 1` and of each `Q_m`, the conditions that the dual relaxes.
+    """
+    return _either(direction, _NEWTON)
+
+
+def descent(optimizer: optax.GradientTransformation, direction: Direction = "forward") -> Method:
+    """Gradient descent on logits z with `q = softmax(z)`, as in the paper.
+
+    The objective is Eq. 5 over the number of models, so that one step length suits any; the residual
+    is the largest entry of its gradient. Programs are compiled for a method: make it once.
+    """
+    objective = _either(direction, {"forward": _forward_objective, "reverse": _reverse_objective})
+
+    def loss(z: Array, problem: Problem) -> Array:
+        total = jnp.sum(problem.masses) + jnp.sum(problem.dustbins)
+        return objective(problem, jax.nn.log_softmax(z)) / total
+
+    def start(problem: Problem) -> State:
+        z = jnp.log(problem.sums) if direction == "forward" else problem.log_means
+        return z, optimizer.init(z)
+
+    def step(problem: Problem, state: State) -> tuple[State, Array]:
+        z, memory = state
+        gradient = jax.grad(loss)(z, problem)
+        updates, memory = optimizer.update(gradient, memory, z)
+        return (z + updates, memory), jnp.max(jnp.abs(gradient))
+
+    return Method(start, step, lambda problem, state: jax.nn.softmax(state[0]))
+
+
+def _either(direction: Direction, choices: dict[Direction, Any]) -> Any:
+    if direction not in choices:
+        raise UserError(f"direction must be 'forward' or 'reverse', not {direction!r}")
+    return choices[direction]
+
+
+def _log_probs(logits: Array) -> Array:
+    logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
+    log_p = jnp.maximum(jax.nn.log_softmax(logits), math.log(SMALLEST))
+    return jnp.where(jnp.isneginf(logits), -jnp.inf, log_p)
+
+
+def _patterns(sets: Array, num_classes: int) -> tuple[Array, Array]:
+    """Each class's pattern, int32 `[C]`, and whether it is in the sets, bool `[A, n]`."""
+    bits = (1 << jnp.arange(len(sets), dtype=jnp.int32))[:, None]
+    if 2 ** len(sets) <= num_classes:
+        nothing = jnp.zeros(num_classes, jnp.int32)
+        patterns = nothing.at[sets].add(jnp.broadcast_to(bits, sets.shape), mode="drop")
+        return patterns, (jnp.arange(2 ** len(sets), dtype=jnp.int32)[None] & bits) > 0
+    nothing = jnp.zeros((len(sets), num_classes), bool)
+    inside = nothing.at[jnp.arange(len(sets))[:, None], sets].set(True, mode="drop")
+    return jnp.arange(num_classes, dtype=jnp.int32), inside
+
+
+def _segment_logsumexp(values: Array, segments: Array, n: int) -> Array:
+    top = jax.ops.segment_max(values, segments, n)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    return top + jnp.log(jax.ops.segment_sum(jnp.exp(values - top[segments]), segments, n))
+
+
+def _over(numerator: Array, denominator: Array) -> Array:
+    """The quotient, where the numerator is not 0; else 0."""
+    return jnp.where(numerator > 0, numerator / jnp.where(numerator > 0, denominator, 1.0), 0.0)
+
+
+def _outside(problem: Problem, y: Array) -> Array:
+    """Q_m `[1 + A]`; a sum of masses, which is more exact than 1 less those inside."""
+    return _dot(1.0 - problem.names, y)
+
+
+def _log_ratios(problem: Problem, outside: Array) -> Array:
+    """`log(Q_m / d_m)` of the dustbins with a term; else 0."""
+    d = problem.dustbins
+    return jnp.where(d > 0, jnp.log(outside + SMALLEST) - jnp.log(jnp.where(d > 0, d, 1.0)), 0.0)
+
+
+def _forward_objective(problem: Problem, log_q: Array) -> Array:
+    """Eq. 5 less what does not depend on q."""
+    y = jax.ops.segment_sum(jnp.exp(log_q), problem.patterns, len(problem.masses))
+    named = problem.sums * jnp.where(problem.sums > 0, log_q, 0.0)
+    return -jnp.sum(named) - jnp.sum(problem.dustbins * _log_ratios(problem, _outside(problem, y)))
+
+
+def _reverse_objective(problem: Problem, log_q: Array) -> Array:
+    possible = jnp.isfinite(problem.log_means)
+    models = jnp.sum(problem.names, axis=0)[problem.patterns]
+    gaps = jnp.where(possible, log_q, 0.0) - jnp.where(possible, problem.log_means, 0.0)
+    y = jax.ops.segment_sum(jnp.exp(log_q), problem.patterns, len(problem.masses))
+    outside = _outside(problem, y)
+    named = jnp.sum(models * jnp.exp(log_q) * gaps)
+    return named + jnp.sum(outside * _log_ratios(problem, outside))
+
+
+def _forward_start(problem: Problem) -> Array:
+    return problem.masses / jnp.sum(problem.masses)
+
+
+def _forward_pass(problem: Problem, y: Array) -> tuple[Array, Array]:
+    u = _over(problem.dustbins, _outside(problem, y))
+    completed = problem.masses + y * _dot(u, 1.0 - problem.names)
+    new = completed / (jnp.sum(problem.masses) + jnp.sum(problem.dustbins))
+    return new, jnp.max(jnp.abs(new - y))
+
+
+def _forward_solution(problem: Problem, y: Array) -> Array:
+    q = problem.sums * _over(y, problem.masses)[problem.patterns]
+    return q / jnp.sum(q)
+
+
+def _reverse_start(problem: Problem) -> Array:
+    return jax.nn.log_softmax(problem.log_masses)
+
+
+def _reverse_pass(problem: Problem, log_y: Array) -> tuple[Array, Array]:
+    y, possible = jnp.exp(log_y), jnp.isfinite(problem.log_masses)
+    models = jnp.sum(problem.names, axis=0)
+    filling = (1.0 - problem.names) * (problem.dustbins > 0)[:, None].astype(y.dtype)
+    count = jnp.sum(filling, axis=0)
+    t = _log_ratios(problem, _outside(problem, y))
+    named, filled = (jnp.where(possible, x, 0.0) for x in (problem.log_masses, log_y))
+    mean = (models * named + count * filled - _dot(t, filling)) / (models + count)
+    new = jax.nn.log_softmax(jnp.where(possible, mean, -jnp.inf))
+    return new, jnp.max(jnp.abs(jnp.exp(new) - y))
+
+
+def _reverse_solution(problem: Problem, log_y: Array) -> Array:
+    rises = jnp.where(jnp.isfinite(log_y), log_y - problem.log_masses, 0.0)
+    return jax.nn.softmax(problem.log_means + rises[problem.patterns])
+
+
+def _forward_dual(problem: Problem) -> Array:
+    """(s, u) `[1 + A]` after a pass of the fixed point."""
+    y, _ = _forward_pass(problem, _forward_start(problem))
+    u = _over(problem.dustbins, _outside(problem, y))
+    # The patterns agree on s at the minimum only; the largest keeps every r_p positive.
+    s = _over(problem.masses, y) - _dot(u, problem.names)
+    return u.at[0].set(jnp.max(jnp.where(problem.masses > 0, s, -jnp.inf)))
+
+
+def _forward_newton(problem: Problem, dual: Array) -> tuple[Array, Array]:
+    r = _dot(dual, problem.names)
+    y, told = _over(problem.masses, r), _over(problem.dustbins, dual)  # Q_m as u tells it
+    excess = jnp.sum(y) - 1.0
+    misfits = jnp.where(problem.dustbins > 0, told - _outside(problem, y), 0.0)
+    change = _newton_change(problem, _over(y, r), _over(told, dual), excess, misfits)
+    relative = jnp.where(y > 0, -_dot(change, problem.names) / r, 0.0)
+    damping = _damping(relative, jnp.where(told > 0, -change / dual, 0.0))
+    return dual + change * damping, _largest(excess, misfits)
+
+
+def _forward_dual_solution(problem: Problem, dual: Array) -> Array:
+    return _forward_solution(problem, _over(problem.masses, _dot(dual, problem.names)))
+
+
+def _reverse_dual(problem: Problem) -> Array:
+    """(s, t) `[1 + A]` after a pass of the fixed point."""
+    log_y, _ = _reverse_pass(problem, _reverse_start(problem))
+    y = jnp.exp(log_y)
+    t = _log_ratios(problem, _outside(problem, y))
+    rises = jnp.where(y > 0, log_y - problem.log_masses, 0.0)
+    s = jnp.sum(problem.names, axis=0) * rises - _dot(t, problem.names)
+    return t.at[0].set(jnp.sum(y * s))  # the patterns agree on s at the minimum only
+
+
+def _reverse_primal(problem: Problem, dual: Array) -> Array:
+    models = jnp.sum(problem.names, axis=0)
+    return problem.log_masses + _dot(dual, problem.names) / models
+
+
+def _reverse_newton(problem: Problem, dual: Array) -> tuple[Array, Array]:
+    y, models = jnp.exp(_reverse_primal(problem, dual)), jnp.sum(problem.names, axis=0)
+    term = problem.dustbins > 0
+    told = problem.dustbins * jnp.exp(jnp.where(term, dual, 0.0))  # Q_m as t tells it
+    excess = 1.0 - jnp.sum(y)
+    misfits = jnp.where(term, _outside(problem, y) - told, 0.0)
+    change = _newton_change(problem, y / models, told, excess, misfits)
+    relative = jnp.where(y > 0, _dot(change, problem.names) / models, 0.0)
+    damping = _damping(relative, jnp.where(term, change, 0.0))
+    return dual + change * damping, _largest(excess, misfits)
+
+
+def _reverse_dual_solution(problem: Problem, dual: Array) -> Array:
+    return _reverse_solution(problem, _reverse_primal(problem, dual))
+
+
+def _newton_change(
+    problem: Problem, curvatures: Array, dustbin_curvatures: Array, excess: Array, misfits: Array
+) -> Array:
+    """The full step `[1 + A]`; curvatures are those of the patterns `[n]` and dustbins `[1 + A]`.
+
+    The gradient is `excess + misfits`. An unknown without a term stays.
+    """
+    free = (problem.dustbins > 0).at[0].set(True)
+    hessian = _dot(problem.names * curvatures[None], problem.names.T) + jnp.diag(dustbin_curvatures)
+    identity = jnp.eye(len(free), dtype=hessian.dtype)
+    hessian = jnp.where(free[:, None] & free[None], hessian, identity)
+    scale = jax.lax.rsqrt(jnp.diag(hessian))  # the unknowns may differ by many orders
+    ridge = 4 * len(free) * jnp.finfo(hessian.dtype).eps  # above the rounding of a singular one
+    factor = jnp.linalg.cholesky(hessian * scale[:, None] * scale[None] + ridge * identity)
+    gradient = scale * jnp.where(free, excess + misfits, 0.0)
+    return scale * jax.scipy.linalg.cho_solve((factor, True), gradient)
+
+
+def _damping(*increases: Array) -> Array:
+    """1 / (1 + w), see the module; a little less, so that rounding can't take r or u to 0."""
+    return 1.0 / (1.0 + 1.01 * jnp.maximum(0.0, jnp.max(jnp.concatenate(increases))))
+
+
+def _largest(excess: Array, misfits: Array) -> Array:
+    return jnp.maximum(jnp.abs(excess), jnp.max(jnp.abs(misfits)))
+
+
+_FIXED_POINT: dict[Direction, Method] = {
+    "forward": Method(_forward_start, _forward_pass, _forward_solution),
+    "reverse": Method(_reverse_start, _reverse_pass, _reverse_solution),
+}
+_NEWTON: dict[Direction, Method] = {
+    "forward": Method(_forward_dual, _forward_newton, _forward_dual_solution, start_passes=1),
+    "reverse": Method(_reverse_dual, _reverse_newton, _reverse_dual_solution, start_passes=1),
+}
