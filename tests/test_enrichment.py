@@ -314,6 +314,110 @@ def test_a_set_of_all_classes_has_a_dustbin_of_no_probability():
     np.testing.assert_allclose(found[:, :-1], expected, atol=1e-5)
 
 
+def test_collapse_by_hand():
+    p = np.array([0.1, 0.2, 0.3, 0.4])
+    found = enrichment.collapse(jnp.log(jnp.asarray(p, jnp.bfloat16)), jnp.array([2, 0, 4]))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(np.exp(found), [0.3, 0.1, 0, 0.6], rtol=0.01)
+    np.testing.assert_array_equal(jnp.isneginf(found), [False, False, True, False])
+
+
+@few
+@given(seeds)
+def test_a_collapsed_distribution_is_the_generalists_with_the_others_summed(seed):
+    z = np.random.default_rng(seed).uniform(-60, 60, (2, 5, C)).astype(np.float32)
+    found = jax.vmap(enrichment.collapse, (None, 0))(z, SETS)
+    assert found.shape == (3, 2, 5, 4)
+    p = softmax64(z)
+    for class_set, collapsed in zip(np.asarray(SETS), softmax64(found), strict=True):
+        real = class_set[class_set < C]
+        np.testing.assert_allclose(collapsed[..., : len(real)], p[..., real], rtol=1e-4)
+        assert (collapsed[..., len(real) : 3] == 0).all()
+        outside = np.delete(p, real, axis=-1).sum(-1)
+        np.testing.assert_allclose(collapsed[..., 3], outside, rtol=1e-4)
+
+
+def test_collapsing_all_classes_leaves_a_dustbin_of_no_probability():
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((4, C)), jnp.float32)
+    found = enrichment.collapse(z, jnp.arange(C)[::-1])
+    np.testing.assert_array_equal(found[:, :-1], z[:, ::-1])
+    assert jnp.isneginf(found[:, -1]).all()
+
+
+def values_and_gradients(loss, logits):
+    values, pullback = jax.vjp(loss, logits)
+    return np.asarray(values), np.asarray(pullback(jnp.ones_like(values))[0])
+
+
+@few
+@given(seeds, st.sampled_from([1.0, 30.0, 1e4]))
+def test_collapsed_loss_and_its_gradient(seed, scale):
+    random = np.random.default_rng(seed)
+    z = jnp.asarray(scale * random.uniform(-1, 1, (3, 12, C)), jnp.float32)
+    label = jnp.asarray(random.integers(0, C, (3, 12)), jnp.int32)
+
+    def loss(z):
+        fields = {"label": label, "class_set": SETS}
+        return jax.vmap(enrichment.collapsed_loss, (0, 0, None))(z, fields, {})
+
+    values, gradients = values_and_gradients(loss, z)
+    assert values.shape == (3, 12) and values.dtype == np.float32
+    z64 = np.asarray(z, np.float64)
+    for m, class_set in enumerate(np.asarray(SETS)):
+        others = ~np.isin(np.arange(C), class_set)
+        named = np.where(others[label[m]][:, None], others, np.eye(C, dtype=bool)[label[m]])
+        kept = np.where(named, z64[m], -np.inf)  # what the label stands for
+        expected = logsumexp(z64[m], axis=1) - logsumexp(kept, axis=1)
+        np.testing.assert_allclose(values[m], expected, rtol=1e-5, atol=2e-6)
+        slopes = softmax64(z64[m]) - softmax64(kept)
+        np.testing.assert_allclose(gradients[m], slopes, atol=2e-6)
+        targets = enrichment.dustbin_labels(jnp.asarray(class_set), C)[label[m]]
+        alone = losses.hard_cross_entropy(enrichment.collapse(z[m], SETS[m]), targets)
+        np.testing.assert_allclose(values[m], alone, rtol=1e-6)
+
+
+def test_collapsed_loss_without_others_is_the_plain_cross_entropy():
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((C, C)), jnp.float32)
+    label, class_set = jnp.arange(C, dtype=jnp.int32), jnp.arange(C, dtype=jnp.int32)
+
+    def loss(z):
+        return enrichment.collapsed_loss(z, {"label": label, "class_set": class_set}, {})
+
+    plain = values_and_gradients(lambda z: losses.hard_cross_entropy(z, label), z)
+    for found, expected in zip(values_and_gradients(loss, z), plain, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_collapsed_loss_of_classes_left_out_by_their_logits():
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((4, C)), jnp.float32)
+    outside = np.setdiff1d(np.arange(C), SETS[0])
+    batch = {"label": jnp.array([1, 4, 7, 1], jnp.int32), "class_set": SETS[0]}
+    for out in (outside, outside[1:], np.array([4])):  # class 4 costs the example of it inf
+        values, gradients = values_and_gradients(
+            lambda z: enrichment.collapsed_loss(z, batch, {}), z.at[:, out].set(-jnp.inf)
+        )
+        possible = ~np.isin(batch["label"], out)
+        assert np.isfinite(values[possible]).all() and np.isfinite(gradients[possible]).all()
+        assert (gradients[possible][:, out] == 0).all()
+
+
+def test_collapsed_loss_names_missing_fields():
+    with pytest.raises(UserError, match=r"no class_set, only \['label'\]: a collapsed specialist"):
+        jax.jit(enrichment.collapsed_loss)(jnp.zeros((4, C)), {"label": jnp.zeros(4, int)}, {})
+    with pytest.raises(UserError, match=r"no label and no class_set, only \[\]"):
+        jax.jit(enrichment.collapsed_loss)(jnp.zeros((4, C)), {}, {})
+
+
+def test_a_generalist_collapsed_starts_as_itself_where_one_unit_does_not():
+    params, inputs = generalist(0, hidden=2)
+    logits = models.mlp([2], C).apply(params, inputs)
+    expected = np.delete(softmax64(logits), [1, 4, 7], axis=1).sum(1)
+    collapsed = softmax64(enrichment.collapse(logits, SETS[0]))[:, -1]
+    unit = models.mlp([2], 4).apply(enrichment.reduce_output(params, SETS[0], C), inputs)
+    np.testing.assert_allclose(collapsed, expected, atol=1e-6)
+    assert np.abs(softmax64(unit)[:, -1] - expected).max() > 0.05
+
+
 @few
 @given(seeds, st.floats(0.5, 10, width=32))
 def test_full_softmax_loss_is_hard_for_special_examples_and_soft_for_others(seed, temperature):

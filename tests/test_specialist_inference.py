@@ -99,6 +99,31 @@ def test_one_program_serves_all_specialists_and_rows():
     assert traces == [(16, 4)]
 
 
+def test_full_softmax_specialists_and_the_generalist_make_their_arithmetic_mean():
+    generalist, sets, _, inputs = ensemble(4)
+    sets[2, 1:] = 10
+    weights = np.random.default_rng(4).standard_normal((6, 4, 10)).astype(np.float32)
+
+    def apply(weights, x):
+        return jnp.pad(x @ weights, ((0, 0), (0, 1)), constant_values=-jnp.inf)
+
+    outputs = np.tile(np.arange(10, dtype=np.int32), (6, 1))
+    evidence = inference.run_active(
+        apply, weights, sets, generalist, inputs, batch_size=16, n=2, outputs=outputs
+    )
+    assert evidence.specialists.shape == (*evidence.active.shape, 11)
+    np.testing.assert_array_equal(evidence.class_sets[evidence.active][:, 9], 9)
+    q, _ = inference.combine(evidence)
+    top = np.argsort(-generalist, -1)[:, :2]
+    counts = []
+    for i in range(50):
+        active = [k for k in range(6) if set(sets[k]) & set(top[i])]  # by the special sets
+        models = [generalist[i], *(inputs[i] @ weights[k] for k in active)]
+        counts.append(len(active))
+        np.testing.assert_allclose(q[i], jax.nn.softmax(np.array(models)).mean(0), atol=2e-6)
+    assert min(counts) < 2 < max(counts)
+
+
 def test_mistakes_are_named():
     generalist, sets, weights, inputs = ensemble(3)
     evidence = all_run(generalist, sets, weights, inputs)
@@ -113,13 +138,22 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="max_active is 7, but there are 6"):
         inference.active_specialists(jnp.asarray(generalist), sets, 7)
 
-    def run(weights=weights, sets=sets, inputs=inputs):
-        return inference.run_active(jnp.matmul, weights, sets, generalist, inputs)
+    def apply(weights, x):
+        return x @ weights
+
+    def run(weights=weights, sets=sets, inputs=inputs, outputs=None):
+        return inference.run_active(apply, weights, sets, generalist, inputs, outputs=outputs)
 
     with pytest.raises(UserError, match="class 11; there are 10"):
         run(sets=np.where(sets == 0, 11, sets))
     with pytest.raises(UserError, match=r"leading axes \[5\] for 6 class sets"):
         run(weights=weights[:5])
+    with pytest.raises(UserError, match="outputs name class 11; there are 10"):
+        run(outputs=np.where(sets == 0, 11, sets))
+    with pytest.raises(UserError, match="outputs are of 5 specialists, class_sets of 6"):
+        run(outputs=sets[:5])
+    with pytest.raises(UserError, match=r"\(256, 4\) for 256 inputs and a set of 2 classes"):
+        run(outputs=sets[:, :2])
     with pytest.raises(UserError, match="49 inputs for 50 rows"):
         run(inputs=inputs[:49])
 

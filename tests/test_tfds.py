@@ -163,6 +163,27 @@ class TestTfdsSets:
                 expected = np.array([0, 1, 2, 1, 0])[examples["image"][:, 0, 0, 0]]
                 np.testing.assert_array_equal(examples["label"], expected)
 
+    @pytest.mark.parametrize("splits", [("test", "validation"), ("test", "val"), ("test",)])
+    def test_unlabelled_splits_are_passed_over(self, tmp_path, splits):
+        # The last one is taken as it is; the first is unlabelled.
+        data = {"train": ([grey(4)], [0]), "test": ([grey(4, 1)] * 2, [-1, -1])}
+        data |= {split: ([grey(4, 2)] * 3, [0, 1, 2]) for split in splits[1:]}
+        prepare_tiny(tmp_path, data)
+        if len(splits) == 1:
+            with pytest.raises(UserError, match="test: 2 of 2 labels are outside"):
+                sources.load("tfds:tiny", str(tmp_path))
+        else:
+            source = sources.load("tfds:tiny", str(tmp_path))
+            assert source.test["image"][:, 0, 0].tolist() == [2, 2, 2]
+            assert sorted(source.test["label"].tolist()) == [0, 1, 2]
+
+    def test_a_partly_labelled_test_split_is_not_passed_over(self, tmp_path):
+        labelled = ([grey(4)], [0])
+        data = {"train": labelled, "test": ([grey(4)] * 3, [-1, 1, -1]), "validation": labelled}
+        prepare_tiny(tmp_path, data)
+        with pytest.raises(UserError, match="test: 2 of 3 labels are outside"):
+            sources.load("tfds:tiny", str(tmp_path))
+
     def test_neither_test_nor_validation(self, tmp_path):
         prepare_tiny(tmp_path, {"train": ([grey(4)], [0]), "dev": ([grey(4)], [0])})
         with pytest.raises(UserError, match="this set has dev, train"):
@@ -176,8 +197,12 @@ class TestTfdsSets:
     def test_images_of_different_sizes(self, tmp_path):
         data = ([grey(4), grey(4), grey(6)], [0, 1, 2])
         prepare_tiny(tmp_path, {"train": ([grey(4)], [0]), "test": data})
-        with pytest.raises(UserError, match=r"test: all images must have one size, .*\[6, 6, 1\]"):
+        with pytest.raises(
+            UserError, match=r"test: all images must have one size, .*\[6, 6, 1\]"
+        ) as caught:
             sources.load("tfds:tiny", str(tmp_path))
+        assert "data.side" in str(caught.value)
+        assert sources.load("tfds:tiny", str(tmp_path), side=4).test["image"].shape == (3, 4, 4)
 
     def test_label_that_is_not_a_class(self, tmp_path):
         data = {"train": ([grey(4)], [7]), "test": ([grey(4)], [7])}
@@ -227,6 +252,73 @@ class TestTfdsSets:
         records.unlink()
         with pytest.raises(UserError, match=f"train: the files in {folder} cannot be read"):
             sources.load("tfds:tiny", str(tmp_path))
+
+
+def frame(height, width, value):
+    """One colour in the square about the centre, white on the longer sides' ends."""
+    side = min(height, width)
+    image = np.full((height, width, 3), 255, np.uint8)
+    top, left = (height - side) // 2, (width - side) // 2
+    image[top : top + side, left : left + side] = [value, 2 * value, 7]
+    return image
+
+
+class TestSide:
+    def test_colour_images_of_many_sizes_and_classes(self, tmp_path):
+        sizes = [(40, 40), (70, 33), (20, 91), (5, 5)]  # both larger and smaller than the side
+        images = [frame(*sizes[label % 4], label) for label in range(120)]
+        prepare_tiny(
+            tmp_path,
+            {"train": (images, range(120)), "test": (images[:7], range(7))},
+            image_feature=tfds.features.Image(shape=(None, None, 3)),
+            label_feature=tfds.features.ClassLabel(num_classes=120),
+        )
+        source = sources.load("tfds:tiny", str(tmp_path), side=32)
+        assert source.num_classes == 120
+        assert source.train["image"].shape == (120, 32, 32, 3)
+        assert source.train["image"].dtype == np.uint8
+        assert source.test["id"].tolist() == list(range(120, 127))
+        assert sorted(source.train["label"].tolist()) == list(range(120))
+        for examples in (source.train, source.test):
+            value = examples["label"]
+            expected = np.stack([value, 2 * value, np.full_like(value, 7)], axis=-1)
+            everywhere = np.broadcast_to(expected[:, None, None], examples["image"].shape)
+            np.testing.assert_array_equal(examples["image"], everywhere)
+
+    def test_shrinking_is_antialiased(self, tmp_path):
+        # A checkerboard of single pixels: a half of white, not one or the other colour.
+        board = np.uint8(255) * (np.indices((64, 64)).sum(0) % 2).astype(np.uint8)
+        prepare_tiny(tmp_path, {"train": ([board], [0]), "test": ([board], [0])})
+        image = sources.load("tfds:tiny", str(tmp_path), side=8).train["image"]
+        assert image.shape == (1, 8, 8)
+        assert np.abs(image.astype(int) - 128).max() <= 2
+
+    def test_images_of_that_size_are_left_as_they_are(self, tmp_path):
+        images = np.random.default_rng(0).integers(0, 256, (5, 9, 9), np.uint8)
+        prepare_tiny(tmp_path, {"train": (images, [0] * 5), "test": (images, [0] * 5)})
+        kept, resized = (sources.load("tfds:tiny", str(tmp_path), side=side) for side in (0, 9))
+        np.testing.assert_array_equal(resized.train["image"], kept.train["image"])
+
+    @pytest.mark.parametrize(("name", "side"), [("tfds:tiny", -1), ("embedded", 14)])
+    def test_what_has_no_side(self, name, side):
+        with pytest.raises(UserError, match=rf"data\.side must be 0 .* not {side} for {name}"):
+            sources.load(name, side=side)
+
+
+def test_progress_of_a_long_read(tmp_path, monkeypatch, capsys):
+    data = ([grey(4)] * 3, [0, 1, 2])
+    prepare_tiny(tmp_path, {"train": data, "test": data})
+    capsys.readouterr()
+    sources.load("tfds:tiny", str(tmp_path))
+    assert "images read" not in capsys.readouterr().out
+    monkeypatch.setattr(sources, "_PROGRESS_SECONDS", 0)
+    sources.load("tfds:tiny", str(tmp_path))
+    assert "tfds:tiny, test: 3 of 3 images read\n" in capsys.readouterr().out
+
+
+def test_images_that_do_not_fit_the_memory():
+    with pytest.raises(UserError, match=r"x, train: images \[1099511627776, .*data\.side"):
+        sources._allocate((2**40, 2**10, 2**10, 3), "x, train")
 
 
 class TestAbsentTfdsSets:

@@ -7,14 +7,17 @@ network is used. All mistakes that a user can put right are `UserError`s.
 
 import gzip
 import hashlib
+import itertools
 import re
 import shlex
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from distill_jax.errors import UserError
 
@@ -46,7 +49,11 @@ _MNIST_CLASSES = 10
 # NAME[/CONFIG][:VERSION]. TFDS also takes namespaces and builder arguments: the first may go to the
 # network, the second are never prepared data.
 _TFDS_NAME = re.compile(r"(?P<set>\w+)(/[\w.-]+)?(:[\d.*]+)?")
-_TFDS_CHUNK = 1000
+# Examples decoded together: photographs as they were taken are about 1 MB each.
+_TFDS_CHUNK = 100
+_TEST_SPLITS = ("test", "validation", "val")
+_UNLABELLED = -1  # TFDS's mark of an example whose label isn't known
+_PROGRESS_SECONDS = 5
 
 
 class Source(NamedTuple):
@@ -58,27 +65,39 @@ class Source(NamedTuple):
     test: Examples
 
 
-def load(name: str, data_dir: str | None = None) -> Source:
+def load(name: str, data_dir: str | None = None, side: int = 0) -> Source:
     """Reads a whole data set into memory and validates it.
 
     Args:
         name: "embedded" for the MNIST of this package (60,000 and 10,000 examples in file order),
             or "tfds:NAME[/CONFIG][:VERSION]" for a prepared TFDS set with the features `image` and
-            `label`, the split "train", and "test" or else "validation" as the test set. Ids follow
-            the order on disk, which TFDS hashes from its keys: they are not the embedded ones.
+            `label`. Its split "train" is the training set; the test set is the first of "test",
+            "validation" and "val" that it has and that is labelled. A split counts as unlabelled,
+            as the tests of imagenet2012 and i_naturalist2021 are, if its first 100 labels are all
+            -1; the last of the three that there is isn't asked. Ids follow the order on disk, which
+            TFDS hashes from its keys: they are not the embedded ones.
         data_dir: for "embedded", another folder with the four files (still checked); for "tfds:",
             TFDS's data_dir, None for its default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+        side: of "tfds:" only. 0 leaves images as they are; they must then be of one size. Else
+            each becomes side x side pixels as it is read: the largest square about its centre,
+            which keeps the aspect ratio and cuts off the longer sides' ends, is resized by
+            antialiased bilinear interpolation.
 
     Raises:
-        UserError: unknown name; a missing or damaged file; a TFDS set that is missing, not
-            prepared, or prepared without random access (the message has the command that prepares
-            it), or damaged, or without the splits, features or images of one size; see `validate`.
+        UserError: unknown name; a side below 0, or for "embedded"; a missing or damaged file; a TFDS
+            set that is missing, not prepared, or prepared without random access (the message has the
+            command that prepares it), or damaged, or without the splits, features or images of one
+            size, or too large for the memory; see `validate`.
     """
     kind, _, set_name = name.partition(":")
+    if side < 0 or (side and name == "embedded"):
+        raise UserError(
+            f"data.side must be 0 or, for a TFDS set, pixels to resize images to, not {side} for {name}"
+        )
     if name == "embedded":
         source = _load_embedded(EMBEDDED_DIR if data_dir is None else Path(data_dir))
     elif kind == "tfds" and _TFDS_NAME.fullmatch(set_name):
-        source = _load_tfds(name, set_name, data_dir)
+        source = _load_tfds(name, set_name, data_dir, side)
     else:
         raise UserError(
             f"unknown data source {name!r}: expected 'embedded' (the MNIST of this package) or "
@@ -175,7 +194,7 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
 
 
-def _load_tfds(source_name: str, set_name: str, data_dir: str | None) -> Source:
+def _load_tfds(source_name: str, set_name: str, data_dir: str | None, side: int) -> Source:
     # Imported here because it can take seconds and the embedded set doesn't need it.
     import tensorflow_datasets as tfds
 
@@ -188,16 +207,25 @@ def _load_tfds(source_name: str, set_name: str, data_dir: str | None) -> Source:
             f"{source_name}: an image classification set has the features image (uint8) and label "
             f"(ClassLabel), this one has {found}"
         )
+    test_split = _find_test_split(builder, source_name)
+    train = _read_tfds_split(builder, source_name, "train", side, first_id=0)
+    test = _read_tfds_split(builder, source_name, test_split, side, first_id=len(train["id"]))
+    return Source(source_name, found["label"].num_classes, train, test)
+
+
+def _find_test_split(builder: Any, source_name: str) -> str:
     splits = sorted(builder.info.splits)
-    test_split = "test" if "test" in splits else "validation"
-    if not {"train", test_split} <= set(splits):
+    candidates = [split for split in _TEST_SPLITS if split in splits]
+    if "train" not in splits or not candidates:
         raise UserError(
-            f"{source_name}: splits 'train' and 'test' (or 'validation') are needed, "
+            f"{source_name}: splits 'train' and 'test' (or 'validation', 'val') are needed, "
             f"this set has {', '.join(splits)}"
         )
-    train = _read_tfds_split(builder, source_name, "train", first_id=0)
-    test = _read_tfds_split(builder, source_name, test_split, first_id=len(train["id"]))
-    return Source(source_name, found["label"].num_classes, train, test)
+    for split in candidates[:-1]:
+        first = itertools.islice(_tfds_examples(builder, source_name, split), _TFDS_CHUNK)
+        if any(example["label"] != _UNLABELLED for example in first):
+            return split
+    return candidates[-1]
 
 
 def _prepared_builder(tfds: Any, set_name: str, data_dir: str | None) -> Any:
@@ -239,27 +267,57 @@ def _prepare_command(set_name: str, data_dir: str | None) -> str:
     return f"pip install tensorflow && tfds build {set_name}{where} --file_format=array_record"
 
 
-def _read_tfds_split(builder: Any, source_name: str, split: str, first_id: int) -> Examples:
-    images: list[np.ndarray] = []
-    labels: list[int] = []
-    for chunk in _tfds_chunks(builder, source_name, split):
-        for example in chunk:
-            image = example["image"]
-            # Checked as they come, before a set of many large images fills the memory.
-            if images and image.shape != images[0].shape:
-                raise UserError(
-                    f"{source_name}, {split}: all images must have one size, the first is "
-                    f"{list(images[0].shape)}, the one with id {first_id + len(images)} is "
-                    f"{list(image.shape)}"
-                )
-            images.append(image)
-            labels.append(example["label"])
-    if not images:
+def _read_tfds_split(
+    builder: Any, source_name: str, split: str, side: int, first_id: int
+) -> Examples:
+    size = builder.info.splits[split].num_examples
+    images: np.ndarray | None = None
+    labels = np.empty(size, np.int32)
+    shown = time.monotonic()
+    for row, example in enumerate(_tfds_examples(builder, source_name, split)):
+        image = _resize(example["image"], side) if side else example["image"]
+        if images is None:
+            images = _allocate((size, *image.shape), f"{source_name}, {split}")
+        # Checked as they come, before a set of many large images fills the memory.
+        if image.shape != images.shape[1:]:
+            raise UserError(
+                f"{source_name}, {split}: all images must have one size, the first is "
+                f"{list(images.shape[1:])}, the one with id {first_id + row} is "
+                f"{list(image.shape)}; data.side is the size to which they can be resized"
+            )
+        images[row], labels[row] = image, example["label"]
+        if time.monotonic() - shown > _PROGRESS_SECONDS:
+            shown = time.monotonic()
+            print(f"{source_name}, {split}: {row + 1} of {size} images read", flush=True)
+    if images is None:
         raise UserError(f"{source_name}, {split}: no examples")
-    return _examples(np.stack(images), np.asarray(labels), first_id)
+    return _examples(images, labels, first_id)
 
 
-def _tfds_chunks(builder: Any, source_name: str, split: str) -> Iterator[list[dict[str, Any]]]:
+def _allocate(shape: tuple[int, ...], what: str) -> np.ndarray:
+    """All images at once: a list of them, joined at the end, would need twice the memory."""
+    try:
+        return np.empty(shape, np.uint8)
+    except MemoryError as error:
+        raise UserError(
+            f"{what}: images {list(shape)} don't fit the memory; data.side is the size to which they "
+            "can be resized"
+        ) from error
+
+
+def _resize(image: np.ndarray, side: int) -> np.ndarray:
+    """The square about the centre of `[H, W, channels]` -> `[side, side, channels]`, all uint8."""
+    image = np.atleast_3d(image)
+    height, width, channels = image.shape
+    size = min(height, width)
+    top, left = (height - size) // 2, (width - size) // 2
+    square = image[top : top + size, left : left + size]
+    planes = [Image.fromarray(square[..., channel]) for channel in range(channels)]
+    resized = [plane.resize((side, side), Image.Resampling.BILINEAR) for plane in planes]
+    return np.stack([np.asarray(plane) for plane in resized], axis=-1)
+
+
+def _tfds_examples(builder: Any, source_name: str, split: str) -> Iterator[dict[str, Any]]:
     """The decoded examples of a split, in the order on disk."""
     source = builder.as_data_source(split)
     for start in range(0, len(source), _TFDS_CHUNK):
@@ -271,4 +329,4 @@ def _tfds_chunks(builder: Any, source_name: str, split: str) -> Iterator[list[di
                 f"{source_name}, {split}: the files in {builder.data_dir} cannot be read "
                 f"({error}). Delete that folder and prepare the set again"
             ) from error
-        yield chunk
+        yield from chunk

@@ -4,6 +4,11 @@ A specialist of S classes tells them apart and puts all others in a dustbin, its
 the generalist and sees batches of which half are examples of its classes. For K specialists at a time
 every function here is vmapped over sets int32 `[K, S]`; a smaller set is padded with C at its end.
 
+The dustbin has two forms. It is a unit of its own, which `reduce_output` starts; the paper's "one
+logit". Or the generalist's output layer is kept whole, and the dustbin's logit is the log-sum-exp of
+all logits that it stands for (`collapse`, `collapsed_loss`). Such a specialist starts as exactly the
+generalist; one unit can't be the log-sum-exp of many, least of all above few hidden units.
+
 The correction. Let pi be the share of special examples in the training set. Batches have the priors
 1/2 and 1/2 in place of pi and 1 - pi, and inside either half the classes keep their proportions. By
 Bayes' rule a posterior changes with the priors as `p(y|x) ~ p'(y|x) P(y) / P'(y)`: the dustbin's odds
@@ -203,6 +208,54 @@ def reduce_output(params: Params, class_set: Array, num_classes: int) -> Params:
     return {**params, "output": output}
 
 
+def collapse(logits: Array, class_set: Array) -> Array:
+    """Logits of all classes as those of a set and a dustbin: probabilities outside are summed.
+
+    Args:
+        logits: `[..., C]`.
+        class_set: int32 `[S]`, padded with C.
+
+    Returns:
+        float32 `[..., S + 1]`: the set's, in its order (-inf where padded), and last the log-sum-exp
+        of all others (-inf if there are none).
+    """
+    logits = logits.astype(jnp.float32)
+    special = jnp.take(logits, class_set, axis=-1, mode="fill", fill_value=-jnp.inf)
+    outside = jnp.broadcast_to(_outside(class_set, logits.shape[-1]), logits.shape)
+    # Masked before the sum, and also where it is -inf, so that no gradient is NaN if all of it is.
+    others = jnp.where(outside & (logits > -jnp.inf), logits, -jnp.inf)
+    dustbin = jax.nn.logsumexp(others, axis=-1)
+    return jnp.concatenate([special, dustbin[..., None]], axis=-1)
+
+
+def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+    """Cross-entropy of collapsed logits with the specialist's label (`dustbin_labels`).
+
+    With lse the log-sum-exp, `lse(z) - z_y` for an example of a special class y, and
+    `lse(z) - lse(z outside the set)` for any other.
+
+    Args:
+        logits: `[B, C]` of the specialist.
+        batch: with "label" int32 `[B]`, of the generalist's classes, all known, and "class_set" int32
+            `[S]`, padded with C, which has no batch axis.
+        hyper: not read.
+
+    Returns:
+        `[B]` float32, in nats.
+
+    Raises:
+        UserError: naming fields that the batch lacks.
+    """
+    _check_fields(
+        batch,
+        ("label", "class_set"),
+        "a collapsed specialist needs the generalist's labels, and the set of its own classes",
+    )
+    targets = dustbin_labels(batch["class_set"], logits.shape[-1])
+    collapsed = collapse(logits, batch["class_set"])
+    return losses.hard_cross_entropy(collapsed, targets[batch["label"]])
+
+
 def full_softmax_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
     """Hard targets for special classes, the generalist's soft targets for all others (section 6.1).
 
@@ -221,12 +274,12 @@ def full_softmax_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
     Raises:
         UserError: naming fields that the batch lacks.
     """
-    missing = [name for name in ("is_special", "teacher_logits") if name not in batch]
-    if missing:
-        raise UserError(
-            f"the batch has no {' and no '.join(missing)}, only {sorted(batch)}: a specialist with a "
-            "full softmax needs to know which examples are special, and the generalist's logits"
-        )
+    _check_fields(
+        batch,
+        ("is_special", "teacher_logits"),
+        "a specialist with a full softmax needs to know which examples are special, and the "
+        "generalist's logits",
+    )
     special, temperature = batch["is_special"], hyper["temperature"]
     hard = losses.hard_cross_entropy(logits, jnp.where(special, batch["label"], 0))
     targets = losses.softmax(batch["teacher_logits"], temperature)
@@ -236,3 +289,11 @@ def full_softmax_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
 def _outside(class_set: Array, num_classes: int) -> Array:
     """The classes that are not in a set: bool `[C]`."""
     return jnp.ones(num_classes, bool).at[class_set].set(False, mode="drop")
+
+
+def _check_fields(batch: Batch, names: tuple[str, ...], reason: str) -> None:
+    missing = [name for name in names if name not in batch]
+    if missing:
+        raise UserError(
+            f"the batch has no {' and no '.join(missing)}, only {sorted(batch)}: {reason}"
+        )

@@ -99,6 +99,7 @@ def run_active(
     inputs: np.ndarray,
     batch_size: int = 256,
     n: int = 1,
+    outputs: np.ndarray | None = None,
 ) -> Evidence:
     """Runs each specialist on the examples that it is active on, and on no others.
 
@@ -107,20 +108,25 @@ def run_active(
     Args:
         apply: `(params of one, inputs [batch_size, ...]) -> logits [batch_size, S + 1]`.
         params: of all specialists, each leaf `[K, ...]`.
-        class_sets: int32 `[K, S]`, padded with C.
+        class_sets: int32 `[K, S]`, padded with C; who is active goes by these.
         generalist_logits: `[N, C]`.
         inputs: `[N, ...]`.
         batch_size: rows given to `apply` at a time.
         n: as for `active_specialists`.
+        outputs: int32 `[K, S']`, padded with C, the classes that the logits `[batch_size, S' + 1]` name
+            where these are not the sets'. A full softmax (section 6.1) names all C, and has a dustbin
+            of -inf.
 
     Returns:
-        On the host, for all N, with A the most that are active for an example.
+        On the host, for all N, with A the most that are active for an example; its class sets are
+        `outputs` where given.
 
     Raises:
         UserError: for a class that doesn't exist, or counts or shapes that don't fit, naming them.
     """
-    num_specialists, size = class_sets.shape
-    _check_run(params, class_sets, generalist_logits, inputs)
+    outputs = class_sets if outputs is None else outputs
+    num_specialists, size = outputs.shape
+    _check_run(params, class_sets, outputs, generalist_logits, inputs)
     ids, active = _active_of_all(generalist_logits, class_sets, batch_size, n)
     run = jax.jit(apply)
     specialists = np.zeros((*ids.shape, size + 1), np.float32)
@@ -135,7 +141,7 @@ def run_active(
                     f"{size} classes; expected {(batch_size, size + 1)}"
                 )
             specialists[rows[at], places[at]] = logits[: len(at)]
-    return Evidence(generalist_logits, specialists, class_sets[ids], active)
+    return Evidence(generalist_logits, specialists, outputs[ids], active)
 
 
 def combine(
@@ -203,20 +209,29 @@ def _combine(
     return jax.lax.map(one, tuple(evidence), batch_size=batch_size)
 
 
-def check_class_sets(class_sets: np.ndarray, num_classes: int) -> None:
-    """Raises UserError unless all classes are in 0..C, C being padding."""
+def check_class_sets(class_sets: np.ndarray, num_classes: int, name: str = "class_sets") -> None:
+    """Raises UserError with that name unless all classes are in 0..C, C being padding."""
     wrong = class_sets[(class_sets < 0) | (class_sets > num_classes)]
     if len(wrong):
         raise UserError(
-            f"class_sets name class {wrong[0]}; there are {num_classes}, so expected 0 to "
+            f"{name} name class {wrong[0]}; there are {num_classes}, so expected 0 to "
             f"{num_classes - 1}, or {num_classes} for padding"
         )
 
 
 def _check_run(
-    params: Params, class_sets: np.ndarray, generalist_logits: np.ndarray, inputs: np.ndarray
+    params: Params,
+    class_sets: np.ndarray,
+    outputs: np.ndarray,
+    generalist_logits: np.ndarray,
+    inputs: np.ndarray,
 ) -> None:
     check_class_sets(class_sets, generalist_logits.shape[1])
+    check_class_sets(outputs, generalist_logits.shape[1], "outputs")
+    if len(outputs) != len(class_sets):
+        raise UserError(
+            f"outputs are of {len(outputs)} specialists, class_sets of {len(class_sets)}"
+        )
     leading = {leaf.shape[0] for leaf in jax.tree.leaves(params)}
     if leading != {len(class_sets)}:
         raise UserError(
