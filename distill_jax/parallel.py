@@ -114,10 +114,17 @@ def compile_epoch(run_epoch: Epoch, mesh: Mesh, per_member: Mapping[str, bool]) 
     )
 
 
-def init_members(init: Callable[[Array], TrainState], keys: Array, mesh: Mesh) -> TrainState:
-    """M fresh states `[M, ...]`, one from each key `[M]`, split over "member"."""
-    check_divides(keys.shape[0], mesh.shape["member"], "the number of members", "member devices")
-    return jax.jit(jax.vmap(init), out_shardings=_split(mesh, "member"))(keys)
+def init_members(init: Callable[[Any], TrainState], starts: Any, mesh: Mesh) -> TrainState:
+    """M fresh states `[M, ...]`, split over "member".
+
+    Args:
+        init: makes one state of one start.
+        starts: keys `[M]`, or parameters to start from, each leaf `[M, ...]`.
+        mesh: its size of "member" divides M.
+    """
+    count = jax.tree.leaves(starts)[0].shape[0]
+    check_divides(count, mesh.shape["member"], "the number of members", "member devices")
+    return jax.jit(jax.vmap(init), out_shardings=_split(mesh, "member"))(starts)
 
 
 def put_examples(examples: Mapping[str, Any], mesh: Mesh, per_member: Mapping[str, bool]) -> Batch:

@@ -50,7 +50,11 @@ def init_state(
     model: Model, optimizer: optax.GradientTransformation, key: Array, inputs: Array
 ) -> TrainState:
     """A fresh state at step 0; `inputs` is any batch `[B, ...]` of the right shape."""
-    params = model.init(key, inputs)
+    return state_of(model.init(key, inputs), optimizer)
+
+
+def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 that starts from given parameters."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 

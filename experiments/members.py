@@ -15,7 +15,15 @@ from ml_collections import ConfigDict
 
 from distill_jax import checkpoints, loop, models, optimizers, parallel, training
 from distill_jax.data import streaming
-from distill_jax.data.epochs import Gather, make_epoch, steps_per_epoch, take_rows
+from distill_jax.data.epochs import (
+    Draw,
+    Gather,
+    count_labels,
+    make_epoch,
+    shuffle,
+    steps_per_epoch,
+    take_rows,
+)
 from distill_jax.data.jitter import jitter
 from distill_jax.data.sources import Examples
 from distill_jax.errors import UserError
@@ -24,18 +32,22 @@ from experiments.study import write_json
 
 BEST = "validation_errors"  # the metric that the best checkpoint has the least of
 
-Evaluation = Mapping[str, Examples]
-"""Sets to count errors on after every report, by the metric's name: {"test_errors": examples}."""
+Evaluation = Mapping[str, Examples | Sequence[Examples]]
+"""Sets to count errors on after every report, by the metric's name: {"test_errors": examples}; one for
+all members, or each member's own."""
 
 
 class Cases(NamedTuple):
     """How a study's examples are read on the device.
 
-    gather: makes a batch of them. count_errors: `(model, params, examples) -> int32 []`.
+    gather: makes a batch of them. count_errors: `(model, params, examples) -> int32 []`. draw and size:
+    as for `make_epoch`.
     """
 
     gather: Gather
     count_errors: Callable[[models.Model, models.Params, training.Batch], Array]
+    draw: Draw = shuffle
+    size: Callable[[Any], int] = count_labels
 
 
 PLAIN = Cases(
@@ -82,6 +94,7 @@ def train(
     evaluation: Evaluation = types.MappingProxyType({}),
     passes: int = 1,
     cases: Cases = PLAIN,
+    start: models.Params | None = None,
 ) -> Trained:
     """Trains one net per variant and seed as one vmapped program, resumed from its checkpoints.
 
@@ -99,13 +112,14 @@ def train(
         evaluation: sets to count errors on.
         passes: epochs over small examples for each of the net's epochs.
         cases: how the examples are read.
+        start: parameters to start from, each leaf `[M, ...]`; fresh ones if not given.
 
     Returns:
         The nets after the last epoch; or, if the config's selection is "validation", at the checkpoint
         with the fewest validation errors, as the mean over members.
     """
     mesh = parallel.make_mesh(**config.mesh)
-    steps, units, unit_epochs = _cut_training(net, name, examples, passes)
+    steps, units, unit_epochs = _cut_training(net, name, examples, passes, cases)
     optimizer = build_optimizer(net, steps, net.epochs * passes)
     step = training.make_train_step(
         model,
@@ -115,10 +129,15 @@ def train(
         micro_batches=net.micro_batches,
     )
     init_keys, train_keys = _member_keys(config.seeds, name, len(variants))
-    sample = _sample_input(examples, cases.gather)
-    states = parallel.init_members(
-        lambda key: training.init_state(model, optimizer, key, sample), init_keys, mesh
-    )
+    if start is None:
+        sample = _sample_input(examples, cases.gather)
+        states = parallel.init_members(
+            lambda key: training.init_state(model, optimizer, key, sample), init_keys, mesh
+        )
+    else:
+        states = parallel.init_members(
+            lambda params: training.state_of(params, optimizer), start, mesh
+        )
     hyper = _hyper(net, variants, len(config.seeds))
     advance = _advance(
         net,
@@ -155,7 +174,11 @@ def train(
 
 
 def _cut_training(
-    net: ConfigDict, name: str, examples: Sequence[Examples] | Stream, passes: int
+    net: ConfigDict,
+    name: str,
+    examples: Sequence[Examples] | Stream,
+    passes: int,
+    cases: Cases,
 ) -> tuple[int, int, float]:
     """Steps in an epoch, units (dispatches) in all, and epochs in a unit."""
     if isinstance(examples, Stream):  # a unit is a block
@@ -164,7 +187,7 @@ def _cut_training(
         raise UserError(
             f"{name}: epochs {net.epochs} is not a multiple of report_every {net.report_every}"
         )
-    steps = steps_per_epoch(len(examples[0]["id"]), net.batch_size)
+    steps = steps_per_epoch(cases.size(examples[0]), net.batch_size)
     return steps, net.epochs // net.report_every, net.report_every * passes
 
 
@@ -200,7 +223,9 @@ def _advance(
             hyper,
         )
     fields, per_member = _stack(examples, variants)
-    run_epoch = make_epoch(step, net.batch_size, unit_passes, shard, cases.gather)
+    run_epoch = make_epoch(
+        step, net.batch_size, unit_passes, shard, cases.gather, cases.draw, cases.size
+    )
     compiled = parallel.compile_epoch(run_epoch, mesh, per_member)
     resident = parallel.put_examples(fields, mesh, per_member)
     return lambda states, unit: compiled(states, resident, keys, hyper)
@@ -217,12 +242,19 @@ def build_model(
     net: ConfigDict, num_classes: int, byte: tuple[float, float] = (0.0, 255.0)
 ) -> models.Model:
     """The net of a config section; `byte` as for `models.mlp`."""
-    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if net.dtype not in dtypes:
-        raise UserError(f"dtype must be one of {', '.join(dtypes)}, not {net.dtype!r}")
     return models.mlp(
-        net.hidden, num_classes, net.input_dropout, net.hidden_dropout, dtypes[net.dtype], byte
+        net.hidden, num_classes, net.input_dropout, net.hidden_dropout, dtype_of(net), byte
     )
+
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def dtype_of(net: ConfigDict) -> Any:
+    """The dtype that a config section names."""
+    if net.dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {net.dtype!r}")
+    return DTYPES[net.dtype]
 
 
 def build_optimizer(
@@ -276,13 +308,21 @@ def _hyper(net: ConfigDict, variants: Sequence[Mapping[str, float]], seeds: int)
 def _evaluator(
     model: models.Model, evaluation: Evaluation, cases: Cases
 ) -> Callable[[training.TrainState], dict[str, Array]]:
-    sets = {
-        name: {field: jnp.asarray(array) for field, array in examples.items()}
-        for name, examples in evaluation.items()
-    }
-
     @jax.jit
-    def count(params: models.Params, examples: training.Batch) -> Array:
-        return jax.vmap(lambda member: cases.count_errors(model, member, examples))(params)
+    def count(params: models.Params, own: training.Batch, shared: training.Batch) -> Array:
+        return jax.vmap(
+            lambda member, own: cases.count_errors(model, member, {**own, **shared}),
+        )(params, own)
 
-    return lambda states: {name: count(states.params, examples) for name, examples in sets.items()}
+    sets = {name: _own_and_shared(examples) for name, examples in evaluation.items()}
+    return lambda states: {name: count(states.params, *parts) for name, parts in sets.items()}
+
+
+def _own_and_shared(
+    examples: Examples | Sequence[Examples],
+) -> tuple[training.Batch, training.Batch]:
+    """On the device: the fields that each member has of its own `[M, ...]`, and those of all."""
+    fields, per_member = _stack([examples] if isinstance(examples, Mapping) else examples, 1)
+    arrays = jax.tree.map(jnp.asarray, fields)
+    own = {name: array for name, array in arrays.items() if per_member[name]}
+    return own, {name: array for name, array in arrays.items() if not per_member[name]}

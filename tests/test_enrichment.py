@@ -357,7 +357,8 @@ def test_collapsed_loss_and_its_gradient(seed, scale):
     label = jnp.asarray(random.integers(0, C, (3, 12)), jnp.int32)
 
     def loss(z):
-        fields = {"label": label, "class_set": SETS}
+        rows = jnp.broadcast_to(SETS[:, None], (len(SETS), label.shape[1], SETS.shape[1]))
+        fields = {"label": label, "class_set": rows}
         return jax.vmap(enrichment.collapsed_loss, (0, 0, None))(z, fields, {})
 
     values, gradients = values_and_gradients(loss, z)
@@ -381,7 +382,7 @@ def test_collapsed_loss_without_others_is_the_plain_cross_entropy():
     label, class_set = jnp.arange(C, dtype=jnp.int32), jnp.arange(C, dtype=jnp.int32)
 
     def loss(z):
-        return enrichment.collapsed_loss(z, {"label": label, "class_set": class_set}, {})
+        return enrichment.collapsed_loss(z, {"label": label, "class_set": class_set[None]}, {})
 
     plain = values_and_gradients(lambda z: losses.hard_cross_entropy(z, label), z)
     for found, expected in zip(values_and_gradients(loss, z), plain, strict=True):
@@ -391,7 +392,7 @@ def test_collapsed_loss_without_others_is_the_plain_cross_entropy():
 def test_collapsed_loss_of_classes_left_out_by_their_logits():
     z = jnp.asarray(np.random.default_rng(0).standard_normal((4, C)), jnp.float32)
     outside = np.setdiff1d(np.arange(C), SETS[0])
-    batch = {"label": jnp.array([1, 4, 7, 1], jnp.int32), "class_set": SETS[0]}
+    batch = {"label": jnp.array([1, 4, 7, 1], jnp.int32), "class_set": jnp.tile(SETS[0], (4, 1))}
     for out in (outside, outside[1:], np.array([4])):  # class 4 costs the example of it inf
         values, gradients = values_and_gradients(
             lambda z: enrichment.collapsed_loss(z, batch, {}), z.at[:, out].set(-jnp.inf)

@@ -1,6 +1,7 @@
 """Epochs of a data set that is resident on the device, each run as one scanned program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ Epoch = Callable[[TrainState, Batch, Array, Hyper], tuple[TrainState, dict[str, 
 
 Gather = Callable[[Batch, Array], Batch]
 """`(examples, rows [B]) -> batch`: how a batch is made of a resident set, inside the program."""
+
+Draw = Callable[[Batch, Array, int, int], Array]
+"""`(examples, key, steps, batch size) -> rows int32 [steps, B]`: which examples an epoch takes."""
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -27,12 +31,25 @@ def take_rows(examples: Batch, rows: Array) -> Batch:
     return {name: field[rows] for name, field in examples.items()}
 
 
+def count_labels(examples: Mapping[str, Any]) -> int:
+    """The examples in an epoch: all, N."""
+    return examples["label"].shape[0]
+
+
+def shuffle(examples: Batch, key: Array, steps: int, batch_size: int) -> Array:
+    """Each example at most once, in random order: rows int32 `[steps, B]`."""
+    order = jax.random.permutation(key, count_labels(examples))
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
 def make_epoch(
     step: TrainStep,
     batch_size: int,
     passes: int = 1,
     shard_batch: Callable[[Batch], Batch] = lambda batch: batch,
     gather: Gather = take_rows,
+    draw: Draw = shuffle,
+    size: Callable[[Batch], int] = count_labels,
 ) -> Epoch:
     """Builds `run_epoch(state, examples, key, hyper) -> (state, metrics)`.
 
@@ -44,7 +61,9 @@ def make_epoch(
         batch_size: B.
         passes: epochs to run in one call; for small sets, where one epoch is too short a program.
         shard_batch: lays a gathered batch out over devices (`parallel.shard_batch`).
-        gather: makes the batch of the examples at some rows; N is the length of their "label".
+        gather: makes the batch of the examples at some rows.
+        draw: chooses the rows of an epoch's batches.
+        size: how many examples make an epoch, from the shapes of their fields.
 
     Returns:
         The epoch; `examples` are fields `[N, ...]` (or what `gather` takes), the metrics
@@ -53,13 +72,10 @@ def make_epoch(
     run_steps = make_steps(step, shard_batch, gather)
 
     def one_pass(state: TrainState, examples: Batch, key: Array, hyper: Hyper):
-        size = examples["label"].shape[0]
-        steps = steps_per_epoch(size, batch_size)
+        steps = steps_per_epoch(size(examples), batch_size)
         order_key, step_key = jax.random.split(key)
-        order = jax.random.permutation(
-            jax.random.fold_in(order_key, state.step // jnp.int32(steps)), size
-        )
-        rows = order[: steps * batch_size].reshape(steps, batch_size)
+        epoch_key = jax.random.fold_in(order_key, state.step // jnp.int32(steps))
+        rows = draw(examples, epoch_key, steps, batch_size)
         return run_steps(state, examples, rows, step_key, hyper)
 
     def run_epoch(state: TrainState, examples: Batch, key: Array, hyper: Hyper):

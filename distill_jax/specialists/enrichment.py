@@ -237,7 +237,7 @@ def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
     Args:
         logits: `[B, C]` of the specialist.
         batch: with "label" int32 `[B]`, of the generalist's classes, all known, and "class_set" int32
-            `[S]`, padded with C, which has no batch axis.
+            `[B, S]`, padded with C, the same for every example (rows, so that a batch can be cut).
         hyper: not read.
 
     Returns:
@@ -251,8 +251,9 @@ def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
         ("label", "class_set"),
         "a collapsed specialist needs the generalist's labels, and the set of its own classes",
     )
-    targets = dustbin_labels(batch["class_set"], logits.shape[-1])
-    collapsed = collapse(logits, batch["class_set"])
+    class_set = batch["class_set"][0]
+    targets = dustbin_labels(class_set, logits.shape[-1])
+    collapsed = collapse(logits, class_set)
     return losses.hard_cross_entropy(collapsed, targets[batch["label"]])
 
 

@@ -1,0 +1,145 @@
+"""Which classes each specialist gets (section 5.3); Table 2."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from distill_jax.errors import UserError
+from distill_jax.specialists import clustering
+from experiments.specialists import nets
+from experiments.specialists.data import load_data
+from experiments.study import Context, Row, make_row
+
+_BATCH = 2000
+
+
+def cluster(context: Context) -> list[Row]:
+    """Class sets for every seed's generalist, and what they cover of its mistakes.
+
+    By the covariance of its predictions, which needs no labels; and for comparison by its confusions
+    (section 7), and at random. All on training examples, but what is covered, on validation examples.
+    """
+    config, data = context.config, load_data(context.config)
+    found: dict[str, list[dict[str, float]]] = {}
+    for s, seed in enumerate(config.seeds):
+        base = nets.load_bases(context)[s]
+        rows = _sample(config, len(data.train["id"]))
+        inputs = nets.training_inputs(context, s)[rows]
+        logits, labels = base.logits(inputs), data.train["label"][rows]
+        held_out = base.logits(base.inputs(data.validation["image"])).argmax(axis=-1)
+        matrices = {
+            "covariance": clustering.prediction_covariance(
+                _batches(logits), config.clusters.temperature
+            ),
+            "confusions": clustering.confusion(
+                zip(_batches(labels), _batches(logits), strict=True), config.clusters.temperature
+            ),
+        }
+        sets = {}
+        for name, matrix in matrices.items():
+            points = clustering.columns(matrix)
+            centroids = clustering.online_k_means(
+                points, config.clusters.count, jax.random.key(seed), config.clusters.epochs
+            )
+            sets[name] = _class_sets(config, points, centroids, data.num_classes)
+            if name == "covariance":
+                path = context.directory / f"seed_{seed}.npz"
+                _keep(path, sets[name], matrix, points, centroids, data.class_images)
+        sets["random"] = random_sets(config, seed, data.num_classes)
+        for name, chosen in sets.items():
+            statistics = clustering.coverage_statistics(chosen, data.num_classes)
+            share = clustering.mistakes_covered(
+                chosen, data.num_classes, data.validation["label"], held_out
+            )
+            found.setdefault(name, []).append(
+                {
+                    "classes_covered_percent": 100.0 * statistics["covered"],
+                    "sets_per_covered_class": statistics["mean_cover"],
+                    "mistakes_covered_percent": 100.0 * share,
+                }
+            )
+    return [
+        make_row(
+            config,
+            "specialists_clusters",
+            f"by {name}" if name != "random" else "at random",
+            metric,
+            [one[metric] for one in values],
+            0.0,
+        )
+        for name, values in found.items()
+        for metric in values[0]
+    ]
+
+
+def random_sets(config: ConfigDict, seed: int, num_classes: int) -> np.ndarray:
+    """As many sets of the same size, of classes that have nothing in common."""
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    chosen = clustering.random_sets(
+        num_classes, config.clusters.count, _size(config, num_classes), key
+    )
+    return np.asarray(chosen, np.int32)
+
+
+def load_sets(context: Context, seed: int) -> np.ndarray:
+    """The class sets `[K, S]` of a seed, from the stage of that name."""
+    path = context.inputs["clusters"] / f"seed_{context.config.seeds[seed]}.npz"
+    return np.load(path)["sets"]
+
+
+def _sample(config: ConfigDict, size: int) -> np.ndarray:
+    random = np.random.default_rng(config.data.seed)
+    return np.sort(random.permutation(size)[: config.clusters.examples or size])
+
+
+def _batches(array: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(array), _BATCH):
+        yield array[start : start + _BATCH]
+
+
+def _size(config: ConfigDict, num_classes: int) -> int:
+    if config.clusters.partition:
+        return -(-num_classes // config.clusters.count)
+    if not 0 < config.clusters.size < num_classes:
+        raise UserError(
+            f"clusters.size is {config.clusters.size}; it must be above 0 and below the {num_classes} "
+            "classes, for a dustbin to be left"
+        )
+    return config.clusters.size
+
+
+def _class_sets(
+    config: ConfigDict, points: jax.Array, centroids: jax.Array, num_classes: int
+) -> np.ndarray:
+    if not config.clusters.partition:
+        size = _size(config, num_classes)
+        return np.asarray(clustering.class_sets(points, centroids, size), np.int32)
+    sets = clustering.pad_sets(clustering.partition(points, centroids), num_classes)
+    clustering.check_disjoint(sets, num_classes)
+    return np.asarray(sets, np.int32)
+
+
+def _keep(
+    path: Path,
+    sets: np.ndarray,
+    matrix: jax.Array,
+    points: jax.Array,
+    centroids: jax.Array,
+    class_images: np.ndarray,
+) -> None:
+    """What the other stages and the report need of a seed's clusters."""
+    distances = jnp.sum(jnp.square(points[:, None] - centroids[None]), axis=-1)
+    size = sets.shape[1]
+    central = jnp.argsort(distances, axis=0)[:size].T
+    np.savez(
+        path,
+        sets=sets,
+        central=np.asarray(central, np.int32),
+        matrix=np.asarray(matrix, np.float32),
+        assignment=np.asarray(jnp.argmin(distances, axis=1), np.int32),
+        class_images=class_images,
+    )

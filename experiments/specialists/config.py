@@ -1,0 +1,143 @@
+"""Sections 5, 6.1 and 8 of the paper on a thousand Han characters: presets and sweeps.
+
+    python -m launch.main --config=experiments/specialists/config.py:default --workdir=runs/specialists
+
+`smoke` takes a minute and shows that everything works; `default` under 20 minutes on two CPU cores, on
+the glyphs that are in the project; `paper` has the paper's 61 specialists of 300 classes, for an
+accelerator and a set of 2,965 characters (python -m experiments.specialists.prepare
+--characters=2965): --config.data.source=DIR. Any field can be set: --config.data.difficulty=1.5
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import sections
+from experiments.sweeps import Overrides, product
+
+PRESETS = ("smoke", "default", "paper")
+
+
+def get_config(preset: str = "default") -> ConfigDict:
+    """The config of a preset: smoke, default or paper."""
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    config = ConfigDict()
+    config.study = "experiments.specialists.study"
+    config.preset = preset
+    config.seeds = (0, 1, 2)  # a generalist each, with specialists of its own
+    config.selection = "last"  # epoch; or "validation": the checkpoint with fewest errors there
+    config.mesh = {"member": 1, "data": -1, "model": 1}
+    config.data = {
+        "source": "embedded",  # or a folder made by experiments.specialists.prepare, or tfds:NAME
+        "data_dir": "",  # of TFDS
+        "side": 0,  # pixels; above 0: images of a TFDS set are resized
+        "classes": 0,  # the first so many; 0: all
+        "views": 6,  # distorted views of each training example
+        "difficulty": 1.65,  # of the distortion; 0 (with one view): none
+        "validation": 0.1,  # of a TFDS set's training examples; glyphs have typefaces for it
+        "seed": 0,
+    }
+    config.generalist = {
+        **sections.net(
+            hidden=(32,),
+            learning_rate=2e-3,
+            batch_size=256,
+            epochs=12,
+            report_every=2,
+            save_every=1,
+        ),
+        "channels": (16, 64),
+        "strides": (4, 2),
+        "activation": "gelu",  # or relu
+        "output_scale": 0.15,  # of the first output weights
+    }
+    config.clusters = {
+        "count": 20,  # specialists
+        "size": 100,  # classes of each; sets may overlap
+        "partition": False,  # True: every class in exactly one set, of whatever size
+        "temperature": 2.0,  # of the predictions whose covariance is clustered
+        "examples": 30_000,  # of the training set; 0: all
+        "epochs": 15,  # of K-means
+    }
+    config.specialists = {
+        "kind": "logsumexp",  # form of the output: see kinds.py
+        "frozen_trunk": True,  # the convolutions stay the generalist's, and run once for all
+        "active_by": 1,  # of the generalist's most probable classes (the paper's n)
+        "learning_rate": 3e-3,
+        "batch_size": 256,
+        "epochs": 3,  # passes over the special examples
+        "report_every": 3,
+        "save_every": 1,
+        "warmup_epochs": 0,
+        "at_once": 5,  # trained as one program
+    }
+    config.controls = {"epochs": 2}  # of a generalist, that take as long as the specialists
+    config.soft = {
+        "kinds": ("unit", "logsumexp", "full_hard", "full_soft"),
+        "count": 5,  # specialists of each seed
+        "epochs": 12,
+        "report_every": 2,
+        "temperature": 2.0,
+        "evaluated": 4000,  # examples of a set, while they learn; 0: all
+    }
+    config.distilled = {
+        "examples": 100_000,  # of the training set; 0: all
+        "k": 64,  # largest probabilities kept of each example
+        "hard_weight": 0.3,
+        "learning_rate": 2e-3,
+        "epochs": 8,
+        "report_every": 4,
+        "scratch_epochs": 16,
+    }
+    config.inference = {"examples": 256, "max_passes": 1000}
+    return {"smoke": _smoke, "default": lambda c: c, "paper": _paper}[preset](config)
+
+
+def sweep(name: str) -> list[Overrides]:
+    """The named sweeps of `python -m launch.sweep`."""
+    sweeps = {
+        "size": product({"clusters.size": [50, 75, 100, 150]}),
+        "count": product({"clusters.count": [10, 20, 30, 40]}),
+        "temperature": product({"clusters.temperature": [1.0, 2.0, 4.0]}),
+        "epochs": product({"specialists.epochs": [1, 2, 3, 6]}),
+        "learning_rate": product({"specialists.learning_rate": [1e-3, 3e-3, 5e-3]}),
+        "kind": product({"specialists.kind": ["unit", "logsumexp", "full_hard", "full_soft"]}),
+        "active_by": product({"specialists.active_by": [1, 2, 3]}),
+    }
+    if name not in sweeps:
+        raise ValueError(f"no sweep {name!r}; there are {', '.join(sweeps)}")
+    return sweeps[name]
+
+
+def _smoke(config: ConfigDict) -> ConfigDict:
+    """The same code on a part of the data, in seconds."""
+    config.seeds = (0, 1)
+    config.data.update(classes=60, views=2, difficulty=1.0)
+    config.generalist.update(hidden=(24,), channels=(8, 16), batch_size=64, epochs=6)
+    config.clusters.update(count=4, size=20, examples=2000)
+    config.specialists.update(epochs=2, report_every=2, batch_size=64, at_once=4)
+    config.controls.epochs = 2
+    config.soft.update(count=2, epochs=4, evaluated=500)
+    config.distilled.update(examples=3000, k=16, epochs=4, report_every=2, scratch_epochs=4)
+    config.inference.update(examples=32, max_passes=300)
+    return config
+
+
+def _paper(config: ConfigDict) -> ConfigDict:
+    """The paper's 61 specialists of 300 classes; epochs and rates are ours."""
+    config.data.update(views=20)
+    config.generalist.update(
+        hidden=(512,),
+        channels=(64, 256, 512),
+        strides=(2, 2, 2),
+        dtype="bfloat16",
+        batch_size=1024,
+        epochs=30,
+        report_every=5,
+    )
+    config.clusters.update(count=61, size=300, examples=200_000)
+    config.specialists.update(frozen_trunk=False, learning_rate=5e-4, batch_size=512, at_once=4)
+    config.controls.epochs = 5
+    config.soft.update(count=61, report_every=3)
+    config.distilled.update(examples=0, learning_rate=1e-3, epochs=20, scratch_epochs=40)
+    config.inference.update(examples=1024, max_passes=5000)
+    return config

@@ -1,0 +1,130 @@
+"""The examples of the specialist study: distorted glyphs, or any image set that TFDS prepared."""
+
+import functools
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from distill_jax.data import distortion, sources, transfer
+from distill_jax.data.sources import Examples
+from distill_jax.errors import UserError
+from experiments.specialists import glyphs
+
+BYTE = (40.0, 64.0)
+"""(zero, unit) of a pixel: about the mean and the deviation of distorted glyphs."""
+
+
+class Data(NamedTuple):
+    """The study's examples.
+
+    train: what nets learn from. seen: other examples of the typefaces in train; empty for other sets.
+    validation, test: typefaces of their own. class_images: uint8 `[C, ...]`, a picture of each class.
+    fingerprint: of all of it, with what the config makes of the set.
+    """
+
+    num_classes: int
+    train: Examples
+    seen: Examples
+    validation: Examples
+    test: Examples
+    class_images: np.ndarray
+    fingerprint: str
+
+    def evaluation(self) -> dict[str, Examples]:
+        """The sets to measure accuracy on, by the name of its metric."""
+        named = {"test": self.test, "seen": self.seen, "validation": self.validation}
+        return {name: examples for name, examples in named.items() if len(examples["id"])}
+
+
+def load_data(config: ConfigDict) -> Data:
+    """The config's data, made once per process."""
+    data = config.data
+    names = ("source", "data_dir", "side", "classes", "views", "difficulty", "validation", "seed")
+    return _load(*(data[name] for name in names))
+
+
+@functools.cache
+def _load(
+    source: str,
+    data_dir: str,
+    side: int,
+    classes: int,
+    views: int,
+    difficulty: float,
+    validation: float,
+    seed: int,
+) -> Data:
+    if source.startswith("tfds:"):
+        num_classes, splits = _tfds(source, data_dir, side, validation, seed)
+        typical = splits["train"]
+    else:
+        found = glyphs.load(source)
+        num_classes, splits = len(found.characters), dict(found.splits)
+        typical = _usual_typeface(splits["train"])
+    num_classes, splits = _first_classes(num_classes, splits, classes)
+    digest = hashlib.sha256(repr((source, num_classes, views, difficulty, seed)).encode())
+    for name, examples in splits.items():
+        digest.update(name.encode() + examples["id"].tobytes() + examples["image"].tobytes())
+    # Held-out typefaces are few: two views of them make the accuracies steadier.
+    counts = {"train": views, "seen": min(views, 2), "validation": min(views, 2), "test": 1}
+    made = {
+        name: distortion.views(examples, counts[name], difficulty, seed)
+        for name, examples in splits.items()
+    }
+    return Data(
+        num_classes,
+        **made,
+        class_images=_class_images([typical, splits["train"]], num_classes),
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def _tfds(
+    source: str, data_dir: str, side: int, validation: float, seed: int
+) -> tuple[int, dict[str, Examples]]:
+    found = sources.load(source, data_dir or None, side)
+    train, held_out = transfer.hold_out(
+        found.train, round(validation * len(found.train["id"])), seed
+    )
+    nothing = transfer.select(found.test, np.zeros(0, np.int64))
+    return found.num_classes, {
+        "train": train,
+        "seen": nothing,
+        "validation": held_out,
+        "test": found.test,
+    }
+
+
+def _first_classes(
+    num_classes: int, splits: dict[str, Examples], classes: int
+) -> tuple[int, dict[str, Examples]]:
+    """The examples of the first classes; 0 stands for all."""
+    if not 0 <= classes <= num_classes:
+        raise UserError(f"data.classes is {classes}, but there are {num_classes} classes")
+    kept = classes or num_classes
+    return kept, {
+        name: transfer.select(examples, examples["label"] < kept)
+        for name, examples in splits.items()
+    }
+
+
+def _usual_typeface(train: Examples) -> Examples:
+    """The examples of the typeface nearest to the mean of those that are all but complete."""
+    faces, counts = np.unique(train["typeface"], return_counts=True)
+    full = faces[counts >= 0.99 * counts.max()]
+    means = [train["image"][train["typeface"] == face].mean(axis=0) for face in full]
+    centre = np.mean(means, axis=0)
+    distances = [np.square(mean - centre).sum() for mean in means]
+    return transfer.select(train, train["typeface"] == full[int(np.argmin(distances))])
+
+
+def _class_images(sets: list[Examples], num_classes: int) -> np.ndarray:
+    """A picture of each class, of the first set that has one; black where none has."""
+    pictures = np.zeros((num_classes, *sets[0]["image"].shape[1:]), np.uint8)
+    for examples in reversed(sets):
+        here = examples["label"] < num_classes
+        # Reversed, so that a class's first example is what stays.
+        pictures[examples["label"][here][::-1]] = examples["image"][here][::-1]
+    return pictures

@@ -1,0 +1,152 @@
+"""Section 8's open question: the specialists' knowledge distilled back into a single net."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from distill_jax import compressed_targets, soft_targets, training
+from distill_jax.data import transfer
+from distill_jax.data.sources import Examples
+from distill_jax.models import Params
+from experiments import members
+from experiments.specialists import nets
+from experiments.specialists import training as specialist_training
+from experiments.specialists.data import load_data
+from experiments.study import Context, Row, make_row
+
+
+def make_soft_targets(context: Context) -> list[Row]:
+    """q of Eq. 5 for the transfer set, one store for each seed's generalist and specialists."""
+    config, data = context.config, load_data(context.config)
+    examples, rows = transfer_set(config)
+    digests = soft_targets.digests(examples["image"])
+    for s, seed in enumerate(config.seeds):
+        base = nets.load_bases(context)[s]
+        found = specialist_training.load(
+            context.inputs["specialists"] / "specialists" / f"seed_{seed}", base, data
+        )
+        inputs = nets.training_inputs(context, s)[rows]
+
+        def targets_of(wanted: np.ndarray, base=base, found=found, inputs=inputs) -> np.ndarray:
+            return specialist_training.combined(config, base, found, inputs[wanted])
+
+        compressed_targets.write(
+            context.directory / f"seed_{seed}",
+            targets_of,
+            digests,
+            num_classes=data.num_classes,
+            k=min(config.distilled.k, data.num_classes),
+            temperature=1.0,
+            mean=None,
+            teacher=f"{base.fingerprint} and specialists",
+            data={"examples": data.fingerprint},
+            batch_size=4096,
+            progress=_progress(seed),
+        )
+    return []
+
+
+def distilled(context: Context) -> list[Row]:
+    """Single nets of the generalist's size taught by the specialists, and one taught by labels."""
+    config, data = context.config, load_data(context.config)
+    examples, _ = transfer_set(config)
+    digests = soft_targets.digests(examples["image"])
+    taught = []
+    for seed in config.seeds:
+        stored = compressed_targets.load(
+            context.inputs["soft_targets"] / f"seed_{seed}",
+            data={"examples": data.fingerprint},
+            num_classes=data.num_classes,
+        )
+        taught.append(compressed_targets.attach(examples, stored, digests, 1.0))
+    generalists = nets.load_generalists(context)
+    before, after = _teachers(context)
+    rows = _rows(config, "generalist", before, before, after, 0.0)
+    rows += _rows(
+        config, f"generalist + {config.clusters.count} specialists", after, before, after, 0.0
+    )
+    from_scratch = config.distilled.scratch_epochs
+    for name, start, epochs, targets in (
+        ("distilled, from the generalist", generalists, config.distilled.epochs, taught),
+        ("distilled, from scratch", None, from_scratch, taught),
+        ("trained as long on labels", generalists, config.distilled.epochs, None),
+    ):
+        trained = _train(context, name, start, epochs, targets or [examples] * len(config.seeds))
+        values = nets.accuracies(trained, data)["test"]
+        rows += _rows(config, name, list(values), before, after, trained.seconds)
+    return rows
+
+
+def transfer_set(config: ConfigDict) -> tuple[Examples, np.ndarray]:
+    """A random part of the training set, with ids 0..n-1, and its rows there."""
+    train, size = load_data(config).train, config.distilled.examples
+    random = np.random.default_rng(config.data.seed)
+    rows = np.sort(random.permutation(len(train["id"]))[: size or None])
+    part = transfer.select(train, rows)
+    return {**part, "id": np.arange(len(rows), dtype=np.int32)}, rows
+
+
+def _train(
+    context: Context,
+    name: str,
+    start: Params | None,
+    epochs: int,
+    examples: Sequence[Examples],
+) -> members.Trained:
+    config = context.config
+    with_targets = "teacher_ids" in examples[0]
+    recipe = {**config.generalist.to_dict(), **config.distilled.to_dict(), "epochs": epochs}
+    return nets.train(
+        context,
+        name.replace(", ", "_").replace(" ", "_"),
+        ConfigDict(recipe),
+        examples,
+        training.top_k_distillation_loss() if with_targets else training.label_loss,
+        [{"temperature": 1.0, "hard_weight": config.distilled.hard_weight}],
+        start=start,
+    )
+
+
+def _teachers(context: Context) -> tuple[list[float], list[float]]:
+    """Test accuracy of each seed's generalist, and of it with its specialists, per cent."""
+    config, data = context.config, load_data(context.config)
+    before: list[float] = []
+    after: list[float] = []
+    for s, seed in enumerate(config.seeds):
+        base = nets.load_bases(context)[s]
+        found = specialist_training.load(
+            context.inputs["specialists"] / "specialists" / f"seed_{seed}", base, data
+        )
+        inputs, label = base.inputs(data.test["image"]), data.test["label"]
+        q = specialist_training.combined(config, base, found, inputs)
+        for values, predicted in ((before, base.logits(inputs)), (after, q)):
+            values.append(100.0 * float((predicted.argmax(axis=-1) == label).mean()))
+    return before, after
+
+
+def _rows(
+    config: ConfigDict,
+    name: str,
+    values: Sequence[float],
+    before: Sequence[float],
+    after: Sequence[float],
+    seconds: float,
+) -> list[Row]:
+    table = "specialists_distilled"
+    rows = [make_row(config, table, name, "test_accuracy", values, seconds)]
+    if name != "generalist":
+        kept = 100.0 * (np.array(values) - before) / (np.array(after) - before)
+        rows.append(make_row(config, table, name, "gain_kept_percent", kept, seconds))
+    return rows
+
+
+def _progress(seed: int) -> Callable[[int, int], None]:
+    begun = time.monotonic()
+
+    def show(done: int, size: int) -> None:
+        rate = done / (time.monotonic() - begun)
+        print(f"soft targets, seed {seed}: {done}/{size} examples, {rate:.0f} a second", flush=True)
+
+    return show

@@ -1,0 +1,186 @@
+"""Section 6.1: a full softmax, and soft targets that keep specialists from overfitting."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from distill_jax.specialists import store
+from experiments.specialists import nets
+from experiments.specialists import training as specialist_training
+from experiments.specialists.clusters import load_sets
+from experiments.specialists.data import load_data
+from experiments.specialists.kinds import KINDS
+from experiments.study import Context, Row, make_row, write_json
+
+NAMES = {
+    "unit": "dustbin",
+    "logsumexp": "dustbin of many outputs",
+    "full_hard": "full softmax, hard targets",
+    "full_soft": "full softmax, the generalist's soft targets",
+}
+
+
+def soft(context: Context) -> list[Row]:
+    """Each kind of specialist, trained long: what it gains on its classes and loses on the others."""
+    config, data = context.config, load_data(context.config)
+    seeds = range(len(config.seeds))
+    rows, curves = [], {}
+    reference: dict[str, list[float]] = {}
+    for kind in config.soft.kinds:
+        histories, seconds, combined = [], 0.0, []
+        for s in seeds:
+            base = nets.load_bases(context)[s]
+            sets = load_sets(context, s)[: config.soft.count]
+            examples = specialist_training.enriched_examples(context, s, sets)
+            evaluation = _evaluation(config, base, sets, kind)
+            trained = specialist_training.train_group(
+                context,
+                context.directory / kind / f"seed_{config.seeds[s]}",
+                s,
+                range(len(sets)),
+                examples,
+                ConfigDict({**config.specialists.to_dict(), **config.soft.to_dict()}),
+                kind,
+                evaluation,
+            )
+            histories.append(_accuracies(trained.history, evaluation))
+            seconds += trained.seconds
+            if kind == config.soft.kinds[0]:
+                for name, value in _generalist(config, base, sets).items():
+                    reference.setdefault(name, []).append(value)
+            found = store.Specialists(
+                trained.params,
+                sets,
+                specialist_training.corrections(examples),
+                {"kind": kind, "num_classes": data.num_classes, "generalist": "", "data": ""},
+            )
+            combined.append(_combined(config, base, found))
+        rows += _rows(config, kind, histories, seconds)
+        rows.append(_row(config, NAMES[kind], "test_accuracy", combined, seconds))
+        curves[NAMES[kind]] = _curve(histories)
+    write_json(context.directory / "curves.json", curves)
+    return [
+        _row(config, "generalist", name, values, 0.0) for name, values in reference.items()
+    ] + rows
+
+
+def _evaluation(
+    config: ConfigDict, base: nets.Base, sets: np.ndarray, kind: str
+) -> dict[str, list[dict[str, Any]]]:
+    """What errors are counted on while specialists learn, of each its own, by the metric's name.
+
+    Special examples with predictions restricted to special classes, and, of a full softmax, the others
+    with predictions restricted to those.
+    """
+    data = load_data(config)
+    evaluation = {}
+    for split, part in (("validation", data.validation), ("test", data.test)):
+        rows = _sample(config, len(part["id"]))
+        inputs, label = base.inputs(part["image"][rows]), part["label"][rows]
+        for group in ("special", "other"):
+            if group == "other" and KINDS[kind].has_dustbin:
+                continue
+            evaluation[f"{split}_{group}_errors"] = [
+                {"image": inputs, **_wanted(kind, own, label, data.num_classes, group == "special")}
+                for own in sets
+            ]
+    return evaluation
+
+
+def _wanted(
+    kind: str, class_set: np.ndarray, label: np.ndarray, num_classes: int, special: bool
+) -> dict[str, np.ndarray]:
+    """Fields that `training.count_errors` reads; the network's outputs are the set's or all classes'."""
+    inside = np.isin(np.arange(num_classes), class_set)
+    counted = inside[label] == special
+    if kind != "unit":
+        return {"allowed": inside == special, "wanted": label, "counted": counted}
+    real = class_set[class_set < num_classes]
+    place = np.searchsorted(real, np.where(counted, label, real[0]))
+    allowed = np.arange(len(class_set) + 1) < len(real)
+    return {"allowed": allowed, "wanted": place.astype(np.int32), "counted": counted}
+
+
+def _accuracies(
+    history: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, np.ndarray]:
+    """Accuracies `[reports, K]`, per cent, by names such as "test_special"."""
+    found = {}
+    for name, examples in evaluation.items():
+        errors = np.array([record[name] for record in history], np.float64)
+        counts = np.array([one["counted"].sum() for one in examples])
+        found[name.removesuffix("_errors")] = 100.0 * (1.0 - errors / np.maximum(counts, 1))
+    found["step"] = np.array([np.ravel(record["step"])[0] for record in history])
+    return found
+
+
+def _generalist(config: ConfigDict, base: nets.Base, sets: np.ndarray) -> dict[str, float]:
+    """The generalist's accuracy on special and other classes, restricted alike; mean over the sets."""
+    data = load_data(config)
+    rows = _sample(config, len(data.test["id"]))
+    logits, label = base.logits(base.inputs(data.test["image"][rows])), data.test["label"][rows]
+    found: dict[str, list[float]] = {"special_accuracy": [], "other_accuracy": []}
+    for class_set in sets:
+        for name, special in (("special_accuracy", True), ("other_accuracy", False)):
+            wanted = _wanted("full_hard", class_set, label, data.num_classes, special)
+            predicted = np.where(wanted["allowed"], logits, -np.inf).argmax(axis=-1)
+            found[name].append(100.0 * float((predicted == label)[wanted["counted"]].mean()))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def _combined(config: ConfigDict, base: nets.Base, found: store.Specialists) -> float:
+    test = load_data(config).test
+    q = specialist_training.combined(config, base, found, base.inputs(test["image"]))
+    return 100.0 * float((q.argmax(axis=-1) == test["label"]).mean())
+
+
+def _rows(
+    config: ConfigDict, kind: str, histories: Sequence[Mapping[str, np.ndarray]], seconds: float
+) -> list[Row]:
+    """After the last epoch, and where each specialist was best on validation examples of its classes."""
+    rows = []
+    for name, selection in (
+        (NAMES[kind], "last"),
+        (f"{NAMES[kind]}, early stopping", "validation"),
+    ):
+        for group in ("special", "other"):
+            if f"test_{group}" not in histories[0]:
+                continue
+            values = []
+            for history in histories:
+                accuracy = history[f"test_{group}"]
+                best = history["validation_special"].argmax(axis=0)
+                at = best if selection == "validation" else np.full_like(best, len(accuracy) - 1)
+                values.append(float(accuracy[at, np.arange(accuracy.shape[1])].mean()))
+            rows.append(_row(config, name, f"{group}_accuracy", values, seconds, selection))
+    return rows
+
+
+def _curve(histories: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Test accuracies `[reports][seeds]` while the specialists learned, as means over them."""
+    curve: dict[str, Any] = {"step": histories[0]["step"].tolist()}
+    for group in ("special", "other"):
+        if f"test_{group}" in histories[0]:
+            means = np.stack(
+                [history[f"test_{group}"].mean(axis=1) for history in histories], axis=1
+            )
+            curve[f"{group}_accuracy"] = means.tolist()
+    return curve
+
+
+def _sample(config: ConfigDict, size: int) -> np.ndarray:
+    random = np.random.default_rng(config.data.seed)
+    return np.sort(random.permutation(size)[: config.soft.evaluated or size])
+
+
+def _row(
+    config: ConfigDict,
+    row: str,
+    metric: str,
+    values: Sequence[float],
+    seconds: float,
+    selection: str = "last",
+) -> Row:
+    return make_row(config, "specialists_soft", row, metric, values, seconds, selection=selection)

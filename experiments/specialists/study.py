@@ -1,0 +1,135 @@
+"""Sections 5, 6.1 and 8 of the paper: a generalist and specialists. The stages, and their rows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from distill_jax.specialists import inference
+from experiments.specialists import (
+    clusters,
+    distilled,
+    figures,
+    nets,
+    soft,
+    solver_comparison,
+    table3,
+)
+from experiments.specialists import training as specialist_training
+from experiments.specialists.data import load_data
+from experiments.study import (
+    Context,
+    Row,
+    Stage,
+    draw_report,
+    finished_rows,
+    make_row,
+    read_json,
+    run_study,
+)
+
+TITLE = "Distilling the Knowledge in a Neural Network, sections 5, 6.1 and 8: specialists"
+CAPTIONS = {
+    "specialists": "Table 3. A generalist of all classes, and with specialists of classes that it "
+    "confuses, by Eq. 5. The paper's set has 15,000 classes and 100 million images: read differences "
+    "here, not levels. Conditional accuracy is that on examples of special classes with predictions "
+    "restricted to them, of each specialist on its own classes. Test has typefaces that no net has "
+    "seen; seen, other characters of those it has. The controls cost as much as the specialists did: "
+    "compare training seconds, which are per seed and include the features that specialists are fed.",
+    "specialists_coverage": "Table 4. Accuracy improvements are larger when more specialists cover a "
+    "class. By the number of specialists that cover the correct class.",
+    "specialists_clusters": "Table 2 and section 5.3. Clusters by the covariance of predictions, which "
+    "needs no labels, by confusions, and at random: how many classes are in some set, and which share "
+    "of the generalist's mistakes on validation typefaces is between two classes of one set.",
+    "specialists_soft": "Section 6.1. Specialists tend to overfit on their special classes. With a full "
+    "softmax and the generalist's soft targets for all other classes they keep what it knows. Accuracy "
+    "on examples of special classes restricted to these, and of the others restricted to those; test "
+    "accuracy is that of the generalist with these few specialists.",
+    "specialists_distilled": "Section 8 leaves open whether the specialists' knowledge can be distilled "
+    "back into the single net. Here it is: soft targets are the q of Eq. 5.",
+    "specialists_inference": "Section 5.4. Ways to solve Eq. 5 on this study's predictions, for "
+    "examples with an active specialist: passes until the probability of every class is within 1e-6 of "
+    "the solution.",
+}
+
+
+def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[Path]) -> None:
+    """Runs the stages, all or `only` some, and draws the report."""
+    run_study(config, workdir, STAGES, write_report, only, reuse)
+
+
+def compare_solvers(context: Context) -> list[Row]:
+    """Passes, rate and agreement of the ways to solve Eq. 5, on real predictions of the test set."""
+    config, data = context.config, load_data(context.config)
+    base = nets.load_bases(context)[0]
+    chosen = specialist_training.load(
+        context.inputs["specialists"] / "specialists" / f"seed_{config.seeds[0]}", base, data
+    )
+    random = np.random.default_rng(config.data.seed)
+    rows = random.permutation(len(data.test["id"]))[: 4 * config.inference.examples]
+    inputs = base.inputs(data.test["image"][np.sort(rows)])
+    evidence = specialist_training.gather_evidence(
+        config, base, chosen, inputs, base.logits(inputs)
+    )
+    active = np.flatnonzero(evidence.active.any(axis=1))[: config.inference.examples]
+    evidence = inference.Evidence(*(np.asarray(field)[active] for field in evidence))
+    np.savez(context.directory / "predictions.npz", **evidence._asdict())
+    found = solver_comparison.compare(evidence, config.inference.max_passes)
+    for name, numbers in found.items():
+        for other in ("adam", "gradient_descent"):
+            if name in ("newton", "fixed_point"):
+                for metric, more in (
+                    ("passes_median", lambda a, b: b / a),
+                    ("passes_p99", lambda a, b: b / a),
+                    ("examples_per_second", lambda a, b: a / b),
+                ):
+                    ratio = more(numbers[metric], found[other][metric])
+                    numbers[f"{metric}_against_{other}"] = ratio
+    return [
+        make_row(config, "specialists_inference", name.replace("_", " "), metric, [value], 0.0)
+        for name, numbers in found.items()
+        for metric, value in numbers.items()
+    ]
+
+
+def write_report(workdir: Path) -> None:
+    """Draws report.md and report.html from results.json and what the stages left beside it."""
+    rows = _side_by_side(finished_rows(workdir, STAGES))
+    stages = workdir / "stages"
+    left = {}
+    pictures = sorted((stages / "clusters").glob("seed_*.npz"))
+    if pictures:
+        left["clusters"] = dict(np.load(pictures[0]))
+    if (stages / "specialists" / "gallery.npz").exists():
+        left["gallery"] = dict(np.load(stages / "specialists" / "gallery.npz"))
+    if (stages / "soft" / "curves.json").exists():
+        left["curves"] = read_json(stages / "soft" / "curves.json")
+    drawn = figures.all_figures(rows, **left)
+    reference = Path(__file__).with_name("reference.json")
+    draw_report(workdir, TITLE, CAPTIONS, rows, reference, drawn)
+
+
+def _side_by_side(rows: Sequence[Row]) -> list[Row]:
+    """A system's rows together, though a later stage measured some of them."""
+    places: dict[tuple[str, str], int] = {}
+    for i, row in enumerate(rows):
+        places.setdefault((row["table"], row["row"]), i)
+    tables = list(dict.fromkeys(row["table"] for row in rows))
+    return sorted(rows, key=lambda r: (tables.index(r["table"]), places[r["table"], r["row"]]))
+
+
+_DATA = ("seeds", "selection", "data")
+_SPECIALISTS = ("generalist", "clusters", "specialists")
+STAGES = (
+    Stage("generalist", table3.generalist, (), (*_DATA, "generalist")),
+    Stage("clusters", clusters.cluster, ("generalist",), ("clusters",)),
+    Stage("specialists", table3.specialists, ("generalist", "clusters"), ("specialists",)),
+    Stage("random", table3.random_specialists, ("generalist",), ("clusters", "specialists")),
+    Stage("longer", table3.longer, ("generalist",), ("controls",)),
+    Stage("ensemble", table3.ensemble, ("generalist",), ("controls", "specialists")),
+    Stage("soft", soft.soft, ("generalist", "clusters"), ("specialists", "soft")),
+    Stage("soft_targets", distilled.make_soft_targets, _SPECIALISTS, ("distilled",)),
+    Stage("distilled", distilled.distilled, (*_SPECIALISTS, "soft_targets"), ("distilled",)),
+    Stage("inference", compare_solvers, _SPECIALISTS, ("inference",)),
+)

@@ -1,0 +1,324 @@
+"""Tables 3 and 4: the generalist, its specialists, and controls that cost as much (section 5.5)."""
+
+import types
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from distill_jax import losses, soft_targets, training
+from distill_jax.specialists import clustering
+from experiments.specialists import nets
+from experiments.specialists import training as specialist_training
+from experiments.specialists.clusters import load_sets, random_sets
+from experiments.specialists.data import Data, load_data
+from experiments.specialists.nets import Base
+from experiments.study import Context, Row, make_row, write_json
+
+PAPER = types.MappingProxyType(
+    {
+        ("generalist", "test_accuracy"): 25.0,
+        ("generalist", "conditional_test_accuracy"): 43.1,
+        ("specialists", "test_accuracy"): 26.1,
+        ("specialists", "conditional_test_accuracy"): 45.9,
+        ("specialists", "relative_change_percent"): 4.4,
+    }
+)
+TABLE_4 = (  # examples, change in top-1 correct, relative change, by the number of specialists
+    (350037, 0, 0.0),
+    (141993, 1421, 3.4),
+    (67161, 1572, 7.4),
+    (38801, 1124, 8.8),
+    (26298, 835, 10.5),
+    (16474, 561, 11.1),
+    (10682, 362, 11.3),
+    (7376, 232, 12.8),
+    (4703, 182, 13.6),
+    (4706, 208, 16.6),
+    (9082, 324, 14.1),
+)
+_MOST = len(TABLE_4) - 1  # "10 or more"
+_GALLERY = 12  # examples of each sort
+_TOP = 5
+
+
+def generalist(context: Context) -> list[Row]:
+    """The generalists: one net of all classes for each seed."""
+    trained = nets.train_generalists(context)
+    write_json(context.directory / "seconds.json", trained.seconds)
+    measured = nets.accuracies(trained, load_data(context.config))
+    return [
+        _row(context.config, "generalist", f"{split}_accuracy", values, trained.seconds)
+        for split, values in measured.items()
+        if split != "validation"
+    ] + [
+        _row(
+            context.config,
+            "generalist",
+            "training_seconds",
+            [trained.seconds / len(context.config.seeds)],
+            trained.seconds,
+        )
+    ]
+
+
+def specialists(context: Context) -> list[Row]:
+    """The specialists, their gain by Eq. 5, and Table 4."""
+    config, data = context.config, load_data(context.config)
+    rows, tables = [], []
+    runs = []
+    for s in range(len(config.seeds)):
+        sets = load_sets(context, s)
+        run = specialist_training.train(
+            context, "specialists", s, sets, config.specialists, config.specialists.kind
+        )
+        runs.append(_measure(context, s, run))
+        tables.append(_coverage(data, sets, runs[-1]["correct"]))
+        if s == 0:
+            _keep_gallery(context, data, runs[-1])
+        print(
+            f"seed {config.seeds[s]}: {runs[-1]['before']['test']:.2f} to "
+            f"{runs[-1]['after']['test']:.2f} % of test"
+        )
+    name = f"generalist + {config.clusters.count} specialists"
+    rows += _rows(context, name, runs, paper=True)
+    rows += [
+        _row(
+            config,
+            "generalist",
+            f"conditional_{split}_accuracy",
+            [run["conditional"][split][0] for run in runs],
+            0.0,
+        )
+        for split in runs[0]["conditional"]
+    ]
+    return rows + _coverage_rows(config, tables, sum(run["seconds"] for run in runs))
+
+
+def random_specialists(context: Context) -> list[Row]:
+    """The same with sets of random classes, at the same cost."""
+    config, data = context.config, load_data(context.config)
+    runs = []
+    for s, seed in enumerate(config.seeds):
+        sets = random_sets(config, seed, data.num_classes)
+        run = specialist_training.train(
+            context, "random", s, sets, config.specialists, config.specialists.kind
+        )
+        runs.append(_measure(context, s, run))
+    return _rows(
+        context, f"generalist + {config.clusters.count} specialists of random classes", runs
+    )
+
+
+def longer(context: Context) -> list[Row]:
+    """The generalist, trained on for as long as its specialists took."""
+    config, data = context.config, load_data(context.config)
+    net = ConfigDict({**config.generalist.to_dict(), "epochs": config.controls.epochs})
+    trained = nets.train(
+        context,
+        "longer",
+        net,
+        [data.train] * len(config.seeds),
+        training.label_loss,
+        start=nets.load_generalists(context),
+    )
+    measured = nets.accuracies(trained, data)
+    return _control_rows(context, "generalist, trained as much longer", measured, trained.seconds)
+
+
+def ensemble(context: Context) -> list[Row]:
+    """The generalist and what second one the specialists' time pays for: their mean prediction."""
+    config, data = context.config, load_data(context.config)
+    net = ConfigDict({**config.generalist.to_dict(), "epochs": config.controls.epochs})
+    second = nets.train(
+        context, "second", net, [data.train] * len(config.seeds), training.label_loss
+    )
+    measured: dict[str, list[float]] = {}
+    for s, base in enumerate(nets.load_bases(context)):
+        for split, part in data.evaluation().items():
+            both = np.stack(
+                [base.logits(base.inputs(part["image"])), second.logits(s, part["image"])]
+            )
+            mean = soft_targets.mean_probs(jnp.asarray(both), 1.0, "arithmetic")
+            right = np.asarray(mean).argmax(axis=-1) == part["label"]
+            measured.setdefault(split, []).append(100.0 * float(right.mean()))
+    return _control_rows(
+        context, "ensemble of 2 generalists at equal cost", measured, second.seconds
+    )
+
+
+def _measure(context: Context, seed: int, run: specialist_training.Trained) -> dict:
+    """What specialists make of a seed's generalist, on all sets."""
+    config, data = context.config, load_data(context.config)
+    base, chosen = nets.load_bases(context)[seed], run.specialists
+    found: dict = {"seconds": run.seconds, "before": {}, "after": {}, "conditional": {}}
+    for split, part in data.evaluation().items():
+        inputs = base.inputs(part["image"])
+        logits = base.logits(inputs)
+        q = specialist_training.combined(config, base, chosen, inputs)
+        before, after = (x.argmax(axis=-1) == part["label"] for x in (logits, q))
+        found["before"][split] = 100.0 * float(before.mean())
+        found["after"][split] = 100.0 * float(after.mean())
+        found["conditional"][split] = conditional(config, base, chosen, inputs, part["label"])
+        if split == "test":
+            found |= {"correct": (before, after), "logits": logits, "q": q}
+    return found
+
+
+def conditional(
+    config: ConfigDict, base: Base, chosen, inputs: np.ndarray, labels: np.ndarray
+) -> tuple[float, float]:
+    """Accuracy on the examples of special classes with predictions restricted to these, per cent.
+
+    Of the generalist and of each specialist on its own classes, over all pairs of a specialist and an
+    example of its set.
+    """
+    apply = jax.jit(specialist_training.reader(config, base, chosen))
+    params = specialist_training.reader_params(chosen)
+    right, count = np.zeros(2), 0
+    for k, class_set in enumerate(np.asarray(chosen.class_sets)):
+        real = class_set[class_set < chosen.meta["num_classes"]]
+        rows = np.flatnonzero(np.isin(labels, real))
+        own = jax.tree.map(lambda leaf, k=k: leaf[k], params)
+        # Filled up to a multiple, so that few programs serve all sets.
+        filled = np.resize(rows, -(-len(rows) // 512) * 512)
+        theirs = np.asarray(apply(own, inputs[filled]))[: len(rows)]
+        named = theirs[:, real] if theirs.shape[1] > len(class_set) + 1 else theirs[:, : len(real)]
+        for i, logits in enumerate((base.logits(inputs[filled])[: len(rows)][:, real], named)):
+            right[i] += (real[logits.argmax(axis=-1)] == labels[rows]).sum()
+        count += len(rows)
+    first, second = 100.0 * right / count
+    return float(first), float(second)
+
+
+def _rows(context: Context, name: str, runs: Sequence[dict], paper: bool = False) -> list[Row]:
+    """Rows of a generalist with specialists, one run per seed."""
+    config = context.config
+    seconds = float(sum(run["seconds"] for run in runs))
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        for split in run["after"]:
+            if split != "validation":
+                values.setdefault(f"{split}_accuracy", []).append(run["after"][split])
+                values.setdefault(f"conditional_{split}_accuracy", []).append(
+                    run["conditional"][split][1]
+                )
+        for metric, value in _gains(run["before"], run["after"]).items():
+            values.setdefault(metric, []).append(value)
+        values.setdefault("training_seconds", []).append(run["seconds"])
+    kind = "specialists" if paper else ""
+    return [
+        _row(config, name, metric, numbers, seconds, PAPER.get((kind, metric)))
+        for metric, numbers in values.items()
+    ]
+
+
+def _control_rows(
+    context: Context, name: str, after: Mapping[str, Sequence[float] | np.ndarray], seconds: float
+) -> list[Row]:
+    config, data = context.config, load_data(context.config)
+    before = nets.accuracies(nets.train_generalists(context, context.inputs["generalist"]), data)
+    values = {
+        f"{split}_accuracy": numbers for split, numbers in after.items() if split != "validation"
+    }
+    gains = [
+        _gains(
+            {split: before[split][s] for split in after},
+            {split: after[split][s] for split in after},
+        )
+        for s in range(len(config.seeds))
+    ]
+    values |= {metric: [gain[metric] for gain in gains] for metric in gains[0]}
+    values["training_seconds"] = [seconds / len(config.seeds)]
+    return [_row(config, name, metric, numbers, seconds) for metric, numbers in values.items()]
+
+
+def _gains(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    old, new = before["test"], after["test"]
+    gains = {
+        "relative_change_percent": 100.0 * (new - old) / old,
+        "errors_removed_percent": 100.0 * (new - old) / (100.0 - old),
+    }
+    if "seen" in after:
+        change = after["seen"] - before["seen"]
+        gains["seen_relative_change_percent"] = 100.0 * change / before["seen"]
+    change = after["validation"] - before["validation"]
+    gains["validation_relative_change_percent"] = 100.0 * change / before["validation"]
+    return gains
+
+
+def _coverage(
+    data: Data, sets: np.ndarray, correct: tuple[np.ndarray, np.ndarray]
+) -> dict[int, tuple[int, int, int]]:
+    """By the number of specialists that cover the correct class: examples, right before and after."""
+    covers = clustering.coverage(sets, data.num_classes)[data.test["label"]]
+    covers = np.minimum(covers, _MOST)
+    return {
+        int(cover): (
+            int((covers == cover).sum()),
+            int(correct[0][covers == cover].sum()),
+            int(correct[1][covers == cover].sum()),
+        )
+        for cover in np.unique(covers)
+    }
+
+
+def _coverage_rows(
+    config: ConfigDict, tables: Sequence[Mapping[int, tuple[int, int, int]]], seconds: float
+) -> list[Row]:
+    rows = []
+    for cover in sorted({cover for table in tables for cover in table}):
+        name = f"covered by {cover}" + (" or more" if cover == _MOST else "")
+        found = [table[cover] for table in tables if cover in table and table[cover][1]]
+        measured: dict[str, list[float]] = {
+            "examples": [n for n, _, _ in found],
+            "change_in_top1_correct": [after - before for _, before, after in found],
+            "relative_change_percent": [100.0 * (a - b) / b for _, b, a in found],
+        }
+        rows += [
+            make_row(
+                config, "specialists_coverage", name, metric, values, seconds, paper, cover=cover
+            )
+            for (metric, values), paper in zip(measured.items(), TABLE_4[cover], strict=True)
+            if values
+        ]
+    return rows
+
+
+def _keep_gallery(context: Context, data: Data, run: dict) -> None:
+    """Some of the examples that the specialists corrected and broke, in the order of the test set."""
+    before, after = run["correct"]
+    chosen = []
+    for mask in (~before & after, before & ~after):
+        rows = np.flatnonzero(mask)
+        random = np.random.default_rng(context.config.data.seed)
+        chosen.append(np.sort(random.permutation(rows)[:_GALLERY]))
+    rows = np.concatenate(chosen)
+    p = np.asarray(losses.softmax(jnp.asarray(run["logits"][rows])))
+    q = run["q"][rows]
+    old, new = (np.argsort(-x, axis=-1)[:, :_TOP].astype(np.int32) for x in (p, q))
+    np.savez(
+        context.directory / "gallery.npz",
+        image=data.test["image"][rows],
+        label=data.test["label"][rows],
+        before_class=old,
+        after_class=new,
+        before=np.take_along_axis(p, old, axis=-1),
+        after=np.take_along_axis(q, new, axis=-1),
+        corrected=np.arange(len(rows)) < len(chosen[0]),
+    )
+
+
+def _row(
+    config: ConfigDict,
+    row: str,
+    metric: str,
+    values: Sequence[float] | np.ndarray,
+    seconds: float,
+    paper: float | None = None,
+) -> Row:
+    if row == "generalist":
+        paper = PAPER.get((row, metric))
+    return make_row(config, "specialists", row, metric, values, seconds, paper)
