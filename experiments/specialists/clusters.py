@@ -27,9 +27,10 @@ def cluster(context: Context) -> list[Row]:
     found: dict[str, list[dict[str, float]]] = {}
     for s, seed in enumerate(config.seeds):
         base = nets.load_bases(context)[s]
-        rows = _sample(config, len(data.train["id"]))
+        part = nets.specialist_part(config)
+        rows = _sample(config, len(part["id"]))
         inputs = nets.training_inputs(context, s)[rows]
-        logits, labels = base.logits(inputs), data.train["label"][rows]
+        logits, labels = base.logits(inputs), part["label"][rows]
         held_out = base.logits(base.inputs(data.validation["image"])).argmax(axis=-1)
         matrices = {
             "covariance": clustering.prediction_covariance(

@@ -11,7 +11,7 @@ accelerator and a set of 2,965 characters (python -m experiments.specialists.pre
 from ml_collections import ConfigDict
 
 from experiments import sections
-from experiments.sweeps import Overrides, product
+from experiments.sweeps import Overrides, product, zipped
 
 PRESETS = ("smoke", "default", "paper")
 
@@ -60,6 +60,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     }
     config.specialists = {
         "kind": "logsumexp",  # form of the output: see kinds.py
+        "examples": 100_000,  # of the training set, at random; 0: all
         "frozen_trunk": True,  # the convolutions stay the generalist's, and run once for all
         "active_by": 1,  # of the generalist's most probable classes (the paper's n)
         "learning_rate": 3e-3,
@@ -80,7 +81,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "evaluated": 4000,  # examples of a set, while they learn; 0: all
     }
     config.distilled = {
-        "examples": 100_000,  # of the training set; 0: all
+        "examples": 0,  # of those that specialists are trained on; 0: all
         "k": 64,  # largest probabilities kept of each example
         "hard_weight": 0.3,
         "learning_rate": 2e-3,
@@ -98,7 +99,9 @@ def sweep(name: str) -> list[Overrides]:
         "size": product({"clusters.size": [50, 75, 100, 150]}),
         "count": product({"clusters.count": [10, 20, 30, 40]}),
         "temperature": product({"clusters.temperature": [1.0, 2.0, 4.0]}),
-        "epochs": product({"specialists.epochs": [1, 2, 3, 6]}),
+        "epochs": zipped(
+            {"specialists.epochs": [1, 2, 3, 6], "specialists.report_every": [1, 2, 3, 6]}
+        ),
         "learning_rate": product({"specialists.learning_rate": [1e-3, 3e-3, 5e-3]}),
         "kind": product({"specialists.kind": ["unit", "logsumexp", "full_hard", "full_soft"]}),
         "active_by": product({"specialists.active_by": [1, 2, 3]}),
@@ -114,7 +117,7 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.data.update(classes=60, views=2, difficulty=1.0)
     config.generalist.update(hidden=(24,), channels=(8, 16), batch_size=64, epochs=6)
     config.clusters.update(count=4, size=20, examples=2000)
-    config.specialists.update(epochs=2, report_every=2, batch_size=64, at_once=4)
+    config.specialists.update(examples=0, epochs=2, report_every=2, batch_size=64, at_once=4)
     config.controls.epochs = 2
     config.soft.update(count=2, epochs=4, evaluated=500)
     config.distilled.update(examples=3000, k=16, epochs=4, report_every=2, scratch_epochs=4)
@@ -135,7 +138,9 @@ def _paper(config: ConfigDict) -> ConfigDict:
         report_every=5,
     )
     config.clusters.update(count=61, size=300, examples=200_000)
-    config.specialists.update(frozen_trunk=False, learning_rate=5e-4, batch_size=512, at_once=4)
+    config.specialists.update(
+        examples=0, frozen_trunk=False, learning_rate=5e-4, batch_size=512, at_once=4
+    )
     config.controls.epochs = 5
     config.soft.update(count=61, report_every=3)
     config.distilled.update(examples=0, learning_rate=1e-3, epochs=20, scratch_epochs=40)

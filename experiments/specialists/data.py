@@ -85,9 +85,14 @@ def _tfds(
     source: str, data_dir: str, side: int, validation: float, seed: int
 ) -> tuple[int, dict[str, Examples]]:
     found = sources.load(source, data_dir or None, side)
-    train, held_out = transfer.hold_out(
-        found.train, round(validation * len(found.train["id"])), seed
-    )
+    size = len(found.train["id"])
+    count = round(validation * size)
+    if not 0 < count < size:
+        raise UserError(
+            f"data.validation is {validation}, which holds out {count} of {size} training examples; "
+            "some must be held out, and some left"
+        )
+    train, held_out = transfer.hold_out(found.train, count, seed)
     nothing = transfer.select(found.test, np.zeros(0, np.int64))
     return found.num_classes, {
         "train": train,

@@ -80,11 +80,11 @@ def distilled(context: Context) -> list[Row]:
 
 
 def transfer_set(config: ConfigDict) -> tuple[Examples, np.ndarray]:
-    """A random part of the training set, with ids 0..n-1, and its rows there."""
-    train, size = load_data(config).train, config.distilled.examples
+    """Some of the examples that specialists are trained on, with ids 0..n-1, and their rows there."""
+    whole, size = nets.specialist_part(config), config.distilled.examples
     random = np.random.default_rng(config.data.seed)
-    rows = np.sort(random.permutation(len(train["id"]))[: size or None])
-    part = transfer.select(train, rows)
+    rows = np.sort(random.permutation(len(whole["id"]))[: size or None])
+    part = transfer.select(whole, rows)
     return {**part, "id": np.arange(len(rows), dtype=np.int32)}, rows
 
 
@@ -136,8 +136,9 @@ def _rows(
 ) -> list[Row]:
     table = "specialists_distilled"
     rows = [make_row(config, table, name, "test_accuracy", values, seconds)]
-    if name != "generalist":
-        kept = 100.0 * (np.array(values) - before) / (np.array(after) - before)
+    gain = np.array(after) - before  # of nothing there is no share
+    if name != "generalist" and gain.all():
+        kept = 100.0 * (np.array(values) - before) / gain
         rows.append(make_row(config, table, name, "gain_kept_percent", kept, seconds))
     return rows
 

@@ -19,6 +19,7 @@ from jax import Array
 
 from distill_jax import training
 from distill_jax.data.epochs import Gather
+from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from distill_jax.specialists import enrichment
 from distill_jax.training import Batch
@@ -101,6 +102,15 @@ KINDS = {
         has_dustbin=False,
     ),
 }
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of that name."""
+    if name not in KINDS:
+        raise UserError(
+            f"specialists.kind and soft.kinds must be of {', '.join(KINDS)}, not {name!r}"
+        )
+    return KINDS[name]
 
 
 def make_gather(kind: Kind, model: Model) -> Gather:

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax import models, soft_targets, training
+from distill_jax.data import transfer
 from distill_jax.data.sources import Examples
 from distill_jax.errors import UserError
 from experiments import members
@@ -150,13 +151,20 @@ def load_generalists(context: Context) -> models.Params:
     return train_generalists(context, context.inputs["generalist"]).params
 
 
+def specialist_part(config: ConfigDict) -> Examples:
+    """The training examples that specialists are trained on: all, or a random part."""
+    train, size = load_data(config).train, config.specialists.examples
+    random = np.random.default_rng(config.data.seed)
+    return transfer.select(train, np.sort(random.permutation(len(train["id"]))[: size or None]))
+
+
 def training_inputs(context: Context, seed: int) -> np.ndarray:
-    """What specialists of a seed's generalist are trained on; made once per process."""
+    """`specialist_part` as a seed's specialists are fed it; made once per process."""
     key = context.inputs["generalist"], seed
     if key not in _INPUTS:
         base = load_bases(context)[seed]
         begun = time.monotonic()
-        made = base.inputs(load_data(context.config).train["image"])
+        made = base.inputs(specialist_part(context.config)["image"])
         _INPUTS[key] = made, time.monotonic() - begun
     return _INPUTS[key][0]
 

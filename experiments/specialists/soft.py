@@ -11,7 +11,7 @@ from experiments.specialists import nets
 from experiments.specialists import training as specialist_training
 from experiments.specialists.clusters import load_sets
 from experiments.specialists.data import load_data
-from experiments.specialists.kinds import KINDS
+from experiments.specialists.kinds import kind_of
 from experiments.study import Context, Row, make_row, write_json
 
 NAMES = {
@@ -80,7 +80,7 @@ def _evaluation(
         rows = _sample(config, len(part["id"]))
         inputs, label = base.inputs(part["image"][rows]), part["label"][rows]
         for group in ("special", "other"):
-            if group == "other" and KINDS[kind].has_dustbin:
+            if group == "other" and kind_of(kind).has_dustbin:
                 continue
             evaluation[f"{split}_{group}_errors"] = [
                 {"image": inputs, **_wanted(kind, own, label, data.num_classes, group == "special")}

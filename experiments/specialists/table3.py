@@ -221,32 +221,30 @@ def _control_rows(
     config, data = context.config, load_data(context.config)
     before = nets.accuracies(nets.train_generalists(context, context.inputs["generalist"]), data)
     values = {
-        f"{split}_accuracy": numbers for split, numbers in after.items() if split != "validation"
+        f"{split}_accuracy": list(numbers)
+        for split, numbers in after.items()
+        if split != "validation"
     }
-    gains = [
-        _gains(
+    for s in range(len(config.seeds)):
+        gains = _gains(
             {split: before[split][s] for split in after},
             {split: after[split][s] for split in after},
         )
-        for s in range(len(config.seeds))
-    ]
-    values |= {metric: [gain[metric] for gain in gains] for metric in gains[0]}
+        for metric, value in gains.items():
+            values.setdefault(metric, []).append(value)
     values["training_seconds"] = [seconds / len(config.seeds)]
     return [_row(config, name, metric, numbers, seconds) for metric, numbers in values.items()]
 
 
 def _gains(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    old, new = before["test"], after["test"]
-    gains = {
-        "relative_change_percent": 100.0 * (new - old) / old,
-        "errors_removed_percent": 100.0 * (new - old) / (100.0 - old),
+    """Relative changes, per cent; but none of an accuracy, or of errors, that were 0."""
+    change = {split: after[split] - before[split] for split in after}
+    shares = {
+        f"{split}_relative_change_percent".removeprefix("test_"): (change[split], before[split])
+        for split in after
     }
-    if "seen" in after:
-        change = after["seen"] - before["seen"]
-        gains["seen_relative_change_percent"] = 100.0 * change / before["seen"]
-    change = after["validation"] - before["validation"]
-    gains["validation_relative_change_percent"] = 100.0 * change / before["validation"]
-    return gains
+    shares["errors_removed_percent"] = change["test"], 100.0 - before["test"]
+    return {metric: 100.0 * part / whole for metric, (part, whole) in shares.items() if whole}
 
 
 def _coverage(
@@ -271,11 +269,11 @@ def _coverage_rows(
     rows = []
     for cover in sorted({cover for table in tables for cover in table}):
         name = f"covered by {cover}" + (" or more" if cover == _MOST else "")
-        found = [table[cover] for table in tables if cover in table and table[cover][1]]
+        found = [table.get(cover, (0, 0, 0)) for table in tables]
         measured: dict[str, list[float]] = {
             "examples": [n for n, _, _ in found],
             "change_in_top1_correct": [after - before for _, before, after in found],
-            "relative_change_percent": [100.0 * (a - b) / b for _, b, a in found],
+            "relative_change_percent": [100.0 * (a - b) / b for _, b, a in found if b],
         }
         rows += [
             make_row(

@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 
 from distill_jax import models, training
 from distill_jax.data.sources import Examples
+from distill_jax.errors import UserError
 from distill_jax.specialists import enrichment, inference, store
 from experiments import members
 from experiments.specialists import nets
 from experiments.specialists.data import Data, load_data
-from experiments.specialists.kinds import KINDS, make_gather
+from experiments.specialists.kinds import kind_of, make_gather
 from experiments.specialists.nets import Base
 from experiments.study import Context, read_json, write_json
 
@@ -49,16 +50,19 @@ def train(
         seed: the place of the generalist among the config's seeds.
         class_sets: int32 `[K, S]`.
         net: the config's section with their recipe; their sizes are the generalist's.
-        kind: of `KINDS`.
+        kind: as for `kind_of`.
 
     Raises:
-        UserError: for a class without examples, or a set that leaves the dustbin none.
+        UserError: for a class without examples, a set that leaves the dustbin none, an unknown kind, or
+            groups of none.
     """
     directory = context.directory / name / f"seed_{context.config.seeds[seed]}"
     base, data = nets.load_bases(context)[seed], load_data(context.config)
     if (directory / "seconds.json").exists():
         found = load(directory, base, data)
         return Trained(found, read_json(directory / "seconds.json"))
+    if net.at_once < 1:
+        raise UserError(f"specialists.at_once must be at least 1, not {net.at_once}")
     examples = enriched_examples(context, seed, class_sets)
     count = len(examples)
     groups = [range(i, min(i + net.at_once, count)) for i in range(0, count, net.at_once)]
@@ -90,12 +94,13 @@ def load(directory: Path, base: Base, data: Data) -> store.Specialists:
 def enriched_examples(context: Context, seed: int, class_sets: np.ndarray) -> list[dict[str, Any]]:
     """What each specialist is trained on: fields that all share, and rows and labels of its own."""
     data, base = load_data(context.config), nets.load_bases(context)[seed]
-    labels, classes = data.train["label"], data.num_classes
+    part, classes = nets.specialist_part(context.config), data.num_classes
+    labels = part["label"]
     rows = enrichment.stack_rows(
         [enrichment.enriched_rows(labels, class_set, classes) for class_set in class_sets]
     )
     shared = {
-        "id": data.train["id"],
+        "id": part["id"],
         "image": nets.training_inputs(context, seed),
         "label": labels,
         "generalist": base.params,
@@ -131,7 +136,7 @@ def train_group(
     evaluation: Mapping[str, Sequence[Examples]] | None = None,
 ) -> members.Trained:
     """Trains some of the specialists; each is the same whatever the group it is trained in."""
-    config, base, form = context.config, nets.load_bases(context)[seed], KINDS[kind]
+    config, base, form = context.config, nets.load_bases(context)[seed], kind_of(kind)
     classes = load_data(config).num_classes
     own = [dict(examples[m]) for m in group]
     start = [form.start(base.params, jnp.asarray(e["class_set"]), classes) for e in own]
@@ -161,7 +166,7 @@ def train_group(
 def network(config: ConfigDict, base: Base, kind: str, size: int, classes: int) -> models.Model:
     """The specialists' network: the generalist's, with the outputs of its kind."""
     build = nets.head_of if config.specialists.frozen_trunk else nets.net_of
-    return build(config.generalist, KINDS[kind].outputs(size, classes))
+    return build(config.generalist, kind_of(kind).outputs(size, classes))
 
 
 def count_errors(model: models.Model, params: models.Params, examples: training.Batch) -> Array:
@@ -183,7 +188,7 @@ def reader(config: ConfigDict, base: Base, specialists: store.Specialists) -> An
 
     def apply(params: models.Params, inputs: Array) -> Array:
         logits = model.apply(params["net"], inputs)
-        return KINDS[kind].read(logits, params["class_set"], params["correction"])
+        return kind_of(kind).read(logits, params["class_set"], params["correction"])
 
     return apply
 
@@ -206,6 +211,10 @@ def gather_evidence(
 ) -> inference.Evidence:
     """What the generalist and its active specialists say of examples."""
     class_sets, classes = np.asarray(specialists.class_sets), logits.shape[1]
+    if not 0 < config.specialists.active_by <= classes:
+        raise UserError(
+            f"specialists.active_by is {config.specialists.active_by}; expected 1 to {classes} classes"
+        )
     everything = np.tile(np.arange(classes, dtype=np.int32), (len(class_sets), 1))
     return inference.run_active(
         reader(config, base, specialists),
@@ -214,7 +223,7 @@ def gather_evidence(
         logits,
         inputs,
         n=config.specialists.active_by,
-        outputs=None if KINDS[specialists.meta["kind"]].has_dustbin else everything,
+        outputs=None if kind_of(specialists.meta["kind"]).has_dustbin else everything,
     )
 
 
