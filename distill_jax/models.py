@@ -84,7 +84,7 @@ def conv_trunk(
 
     Args:
         channels: of each layer.
-        strides: of each layer, even; their product divides the images' sides.
+        strides: of each layer, even and above 0; their product divides the images' sides.
         dtype: of the arithmetic and of the features.
         byte: as for `mlp`.
         activation: of each layer.
@@ -93,12 +93,13 @@ def conv_trunk(
         A model whose "logits" are the features `[B, D]`, of images `[B, H, W]` or `[B, H, W, colours]`.
 
     Raises:
-        UserError: if there aren't as many strides as channels; when applied, for images whose sides
-            the strides don't divide.
+        UserError: if there aren't as many strides as channels, or one is odd or below 1; when applied,
+            for images whose sides the strides don't divide.
     """
-    if len(channels) != len(strides) or any(stride % 2 for stride in strides):
+    if len(channels) != len(strides) or any(s < 1 or s % 2 for s in strides):
         raise UserError(
-            f"channels {tuple(channels)} need as many strides, all even, not {tuple(strides)}"
+            f"channels {tuple(channels)} need as many strides, all even and above 0, "
+            f"not {tuple(strides)}"
         )
     return _as_model(_Trunk(tuple(channels), tuple(strides), dtype, byte, activation))
 

@@ -4,6 +4,7 @@
 #   launch/local.sh mnist                        about 13 minutes on two CPU cores; report in runs/mnist
 #   launch/local.sh mnist smoke                  under a minute
 #   launch/local.sh speech                       under 20 minutes; sections 4 and 6 on recorded speech
+#   launch/local.sh specialists                  under 20 minutes; sections 5, 6.1 and 8 on Han characters
 #   launch/local.sh mnist paper --config.seeds='(0,)'
 #
 # Needs Python 3.11 or newer and nothing else. EXTRAS=cuda or EXTRAS=tpu installs for those devices.

@@ -4,13 +4,17 @@ import re
 import subprocess
 import sys
 
+import pytest
 from command import ENVIRONMENT, ROOT
 
 TEXT = (ROOT / "README.md").read_text()
 
 
-def test_the_snippet_trains():
-    (snippet,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+@pytest.mark.parametrize("number, printed", [(0, r"loss \d+\.\d+\n"), (1, r"\(500, 30\) \d+\n")])
+def test_the_snippets_run(number, printed):
+    snippets = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert len(snippets) == 2
+    snippet = snippets[number]
     result = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning", "-c", snippet],
         cwd=ROOT,
@@ -19,7 +23,7 @@ def test_the_snippet_trains():
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert re.fullmatch(r"loss \d+\.\d+\n", result.stdout)
+    assert re.fullmatch(printed, result.stdout)
 
 
 def test_the_two_commands_exist():

@@ -17,9 +17,8 @@ from test_tfds import prepare_tiny
 from distill_jax.specialists import store
 from experiments import report
 from experiments.specialists import glyphs
-from experiments.specialists.config import PRESETS, get_config, sweep
+from experiments.specialists.config import get_config
 from experiments.specialists.study import STAGES
-from launch.sweep import check_point
 
 SMOKE = "--config=experiments/specialists/config.py:smoke"
 CONFIG = get_config("smoke")
@@ -290,7 +289,7 @@ def measured(directory):
     [
         (["clusters.size=60"], "clusters.size is 60; it must be above 0 and below the 60 classes"),
         (["specialists.kind=two"], "specialists.kind .* unit, logsumexp, .*, not 'two'"),
-        (["specialists.batch_size=33"], "batch_size of a specialist must be even .*, not 33"),
+        (["specialists.batch_size=33"], "specialists.batch_size must be even .*, not 33"),
         (["specialists.at_once=0"], "specialists.at_once must be at least 1, not 0"),
         (["data.classes=1001"], "data.classes is 1001, but there are 1000 classes"),
         (["data.source={folder}"], "data.source: no prepared glyphs set in {folder}; prepare .*"),
@@ -368,58 +367,3 @@ def test_a_set_of_colour_images_that_tfds_prepared(tmp_path):
     assert not [row for row in rows if "seen" in row["metric"]]
     assert {(row["source"], row["seeds"], row["std"]) for row in rows} == {("tfds:tiny", 1, None)}
     assert (tmp_path / "run/figures/clusters.png").exists()
-
-
-def test_presets_have_the_same_fields():
-    def fields(tree):
-        return {
-            name: fields(part) if isinstance(part, dict) else None for name, part in tree.items()
-        }
-
-    presets = [fields(get_config(name).to_dict()) for name in PRESETS]
-    assert presets[0] == presets[1] == presets[2]
-    with pytest.raises(ValueError, match="no preset 'tiny'; there are smoke, default, paper"):
-        get_config("tiny")
-
-
-def test_the_paper_preset_has_the_papers_specialists():
-    config = get_config("paper")
-    assert (config.clusters.count, config.clusters.size) == (61, 300)
-    assert config.soft.count == 61 and not config.specialists.frozen_trunk
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_reports_fit_the_epochs(preset):
-    assert_reports_fit(get_config(preset))
-
-
-def assert_reports_fit(config):
-    for net, epochs in (
-        (config.generalist, config.generalist.epochs),
-        (config.generalist, config.controls.epochs),
-        (config.specialists, config.specialists.epochs),
-        (config.soft, config.soft.epochs),
-        (config.distilled, config.distilled.epochs),
-        (config.distilled, config.distilled.scratch_epochs),
-    ):
-        assert epochs % net.report_every == 0
-
-
-@pytest.mark.parametrize(
-    "name", ["size", "count", "temperature", "epochs", "learning_rate", "kind", "active_by"]
-)
-def test_sweeps_fit_the_config(name):
-    points = sweep(name)
-    assert len({json.dumps(point) for point in points}) == len(points) > 2
-    for point in points:
-        config = get_config("default").lock()
-        check_point(config, point)
-        config.update_from_flattened_dict(point)
-        assert_reports_fit(config)
-
-
-def test_no_other_sweep():
-    with pytest.raises(
-        ValueError, match=r"no sweep 'colour'; there are size, count, .*, active_by$"
-    ):
-        sweep("colour")

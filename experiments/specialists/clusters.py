@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 from distill_jax.errors import UserError
 from distill_jax.specialists import clustering
 from experiments.specialists import nets
-from experiments.specialists.data import load_data
-from experiments.study import Context, Row, make_row
+from experiments.specialists.data import Data, load_data
+from experiments.study import Context, Row, make_row, write_json
 
 _BATCH = 2000
+_NAMED = 12  # classes of a set that are named in the report
 
 
 def cluster(context: Context) -> list[Row]:
@@ -49,7 +50,7 @@ def cluster(context: Context) -> list[Row]:
             sets[name] = _class_sets(config, points, centroids, data.num_classes)
             if name == "covariance":
                 path = context.directory / f"seed_{seed}.npz"
-                _keep(path, sets[name], matrix, points, centroids, data.class_images)
+                _keep(path, sets[name], matrix, points, centroids, data)
         sets["random"] = random_sets(config, seed, data.num_classes)
         for name, chosen in sets.items():
             statistics = clustering.coverage_statistics(chosen, data.num_classes)
@@ -130,17 +131,18 @@ def _keep(
     matrix: jax.Array,
     points: jax.Array,
     centroids: jax.Array,
-    class_images: np.ndarray,
+    data: Data,
 ) -> None:
     """What the other stages and the report need of a seed's clusters."""
     distances = jnp.sum(jnp.square(points[:, None] - centroids[None]), axis=-1)
-    size = sets.shape[1]
-    central = jnp.argsort(distances, axis=0)[:size].T
+    central = np.asarray(jnp.argsort(distances, axis=0)[: sets.shape[1]].T, np.int32)
+    names = [[data.class_names[c] for c in row[:_NAMED]] for row in central]
+    write_json(path.with_suffix(".json"), names)
     np.savez(
         path,
         sets=sets,
-        central=np.asarray(central, np.int32),
+        central=central,
         matrix=np.asarray(matrix, np.float32),
         assignment=np.asarray(jnp.argmin(distances, axis=1), np.int32),
-        class_images=class_images,
+        class_images=data.class_images,
     )

@@ -21,7 +21,7 @@ class Data(NamedTuple):
 
     train: what nets learn from. seen: other examples of the typefaces in train; empty for other sets.
     validation, test: typefaces of their own. class_images: uint8 `[C, ...]`, a picture of each class.
-    fingerprint: of all of it, with what the config makes of the set.
+    class_names: the characters, or numbers. fingerprint: of all of it, with what the config makes of it.
     """
 
     num_classes: int
@@ -30,6 +30,7 @@ class Data(NamedTuple):
     validation: Examples
     test: Examples
     class_images: np.ndarray
+    class_names: tuple[str, ...]
     fingerprint: str
 
     def evaluation(self) -> dict[str, Examples]:
@@ -58,10 +59,12 @@ def _load(
 ) -> Data:
     if source.startswith("tfds:"):
         num_classes, splits = _tfds(source, data_dir, side, validation, seed)
+        names = tuple(str(label) for label in range(num_classes))
         typical = splits["train"]
     else:
         found = glyphs.load(source)
         num_classes, splits = len(found.characters), dict(found.splits)
+        names = found.characters
         typical = _usual_typeface(splits["train"])
     num_classes, splits = _first_classes(num_classes, splits, classes)
     digest = hashlib.sha256(repr((source, num_classes, views, difficulty, seed)).encode())
@@ -77,6 +80,7 @@ def _load(
         num_classes,
         **made,
         class_images=_class_images([typical, splits["train"]], num_classes),
+        class_names=names[:num_classes],
         fingerprint=digest.hexdigest()[:16],
     )
 

@@ -11,7 +11,7 @@ from distill_jax.data import transfer
 from distill_jax.data.sources import Examples
 from distill_jax.models import Params
 from experiments import members
-from experiments.specialists import nets
+from experiments.specialists import nets, table3
 from experiments.specialists import training as specialist_training
 from experiments.specialists.data import load_data
 from experiments.study import Context, Row, make_row
@@ -67,15 +67,18 @@ def distilled(context: Context) -> list[Row]:
     rows += _rows(
         config, f"generalist + {config.clusters.count} specialists", after, before, after, 0.0
     )
-    from_scratch = config.distilled.scratch_epochs
-    for name, start, epochs, targets in (
-        ("distilled, from the generalist", generalists, config.distilled.epochs, taught),
-        ("distilled, from scratch", None, from_scratch, taught),
-        ("trained as long on labels", generalists, config.distilled.epochs, None),
-    ):
-        trained = _train(context, name, start, epochs, targets or [examples] * len(config.seeds))
-        values = nets.accuracies(trained, data)["test"]
-        rows += _rows(config, name, list(values), before, after, trained.seconds)
+    trained = {
+        "distilled, from the generalist": _train(
+            context, "from_generalist", generalists, config.controls.epochs, taught
+        ),
+        "distilled, from scratch": _train(
+            context, "from_scratch", None, config.distilled.scratch_epochs, taught
+        ),
+        "trained as long on labels": table3.train_longer(context, context.inputs["longer"]),
+    }
+    for name, net in trained.items():
+        values = list(nets.accuracies(net, data)["test"])
+        rows += _rows(config, name, values, before, after, net.seconds)
     return rows
 
 
@@ -96,15 +99,14 @@ def _train(
     examples: Sequence[Examples],
 ) -> members.Trained:
     config = context.config
-    with_targets = "teacher_ids" in examples[0]
     recipe = {**config.generalist.to_dict(), **config.distilled.to_dict(), "epochs": epochs}
     return nets.train(
         context,
-        name.replace(", ", "_").replace(" ", "_"),
+        name,
         ConfigDict(recipe),
         examples,
-        training.top_k_distillation_loss() if with_targets else training.label_loss,
-        [{"temperature": 1.0, "hard_weight": config.distilled.hard_weight}],
+        training.top_k_distillation_loss(),
+        {"temperature": 1.0, "hard_weight": config.distilled.hard_weight},
         start=start,
     )
 

@@ -236,7 +236,8 @@ def _color(system: str) -> str:
     if system == "generalist":
         return "black"
     # A control has further words: "... specialists of random classes".
-    return OURS if system.endswith(" specialists") or system.startswith("distilled") else OTHER
+    ours = system.endswith((" specialists", ", n = 1")) or system.startswith("distilled")
+    return OURS if ours else OTHER
 
 
 def _make_columns(systems: Sequence[str], count: int) -> tuple[Figure, list[Axes]]:

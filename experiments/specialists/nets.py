@@ -3,6 +3,7 @@
 import functools
 import json
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -96,24 +97,46 @@ def train(
     net: ConfigDict,
     examples: Sequence[Examples],
     loss: training.Loss,
-    variants: Sequence[Mapping[str, float]] = ({},),
+    variant: Mapping[str, float] = types.MappingProxyType({}),
     start: models.Params | None = None,
     directory: Path | None = None,
 ) -> members.Trained:
-    """`members.train` of whole nets, one per seed; counts errors on all sets."""
-    data = load_data(context.config)
-    return members.train(
-        net,
-        context.config,
-        (directory or context.directory) / name,
-        name,
-        net_of(net, data.num_classes),
-        examples,
-        loss,
-        variants,
-        {f"{split}_errors": part for split, part in data.evaluation().items()},
-        start=start,
-    )
+    """`members.train` of whole nets, one per seed; counts errors on all sets.
+
+    In groups of `net.at_once` seeds as one program; each group is resumed by itself.
+    """
+    data, config = load_data(context.config), context.config
+    if net.at_once < 1:
+        raise UserError(f"generalist.at_once must be at least 1, not {net.at_once}")
+    evaluation = {f"{split}_errors": part for split, part in data.evaluation().items()}
+    parts = []
+    for first in range(0, len(config.seeds), net.at_once):
+        group = slice(first, first + net.at_once)
+        seeds = tuple(config.seeds)[group]
+        parts.append(
+            members.train(
+                net,
+                ConfigDict({**config.to_dict(), "seeds": seeds}),
+                (directory or context.directory) / name / f"seeds_{seeds[0]}_to_{seeds[-1]}",
+                name,
+                net_of(net, data.num_classes),
+                examples[group],
+                loss,
+                [variant],
+                evaluation,
+                start=jax.tree.map(lambda leaf, group=group: leaf[group], start),
+            )
+        )
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[members.Trained]) -> members.Trained:
+    """Groups of nets as one; of the history, the last record alone."""
+    last = [part.history[-1] for part in parts]
+    counts = [name for name in last[0] if name.endswith("_errors")]
+    record = {name: [count for one in last for count in one[name]] for name in counts}
+    params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *[part.params for part in parts])
+    return members.Trained(parts[0].model, params, [record], sum(part.seconds for part in parts))
 
 
 def train_generalists(context: Context, directory: Path | None = None) -> members.Trained:

@@ -34,8 +34,8 @@ CAPTIONS = {
     "specialists": "Table 3. A generalist of all classes, and with specialists of classes that it "
     "confuses, by Eq. 5. The paper's set has 15,000 classes and 100 million images: read differences "
     "here, not levels. Conditional accuracy is that on examples of special classes with predictions "
-    "restricted to them, of each specialist on its own classes. Test has typefaces that no net has "
-    "seen; seen, other characters of those it has. The controls cost as much as the specialists did: "
+    "restricted to them, over all sets. n is the number of the generalist's most probable classes that "
+    "make specialists active. Test has typefaces that no net has seen; seen, other characters of those it has. The controls cost as much as the specialists did: "
     "compare training seconds, which are per seed and include the features that specialists are fed.",
     "specialists_coverage": "Table 4. Accuracy improvements are larger when more specialists cover a "
     "class. By the number of specialists that cover the correct class.",
@@ -47,7 +47,8 @@ CAPTIONS = {
     "on examples of special classes restricted to these, and of the others restricted to those; test "
     "accuracy is that of the generalist with these few specialists.",
     "specialists_distilled": "Section 8 leaves open whether the specialists' knowledge can be distilled "
-    "back into the single net. Here it is: soft targets are the q of Eq. 5.",
+    "back into the single net. Here it is: soft targets are the q of Eq. 5. The net that starts from "
+    "the generalist and the control on labels are trained for as long, on the same examples.",
     "specialists_inference": "Section 5.4. Ways to solve Eq. 5 on this study's predictions, for "
     "examples with an active specialist: passes until the probability of every class is within 1e-6 of "
     "the solution.",
@@ -70,7 +71,7 @@ def compare_solvers(context: Context) -> list[Row]:
     rows = random.permutation(len(data.test["id"]))[: 4 * config.inference.examples]
     inputs = base.inputs(data.test["image"][np.sort(rows)])
     evidence = specialist_training.gather_evidence(
-        config, base, chosen, inputs, base.logits(inputs)
+        config, base, chosen, inputs, base.logits(inputs), config.specialists.active_by
     )
     active = np.flatnonzero(evidence.active.any(axis=1))[: config.inference.examples]
     evidence = inference.Evidence(*(np.asarray(field)[active] for field in evidence))
@@ -107,7 +108,12 @@ def write_report(workdir: Path) -> None:
         left["curves"] = read_json(stages / "soft" / "curves.json")
     drawn = figures.all_figures(rows, **left)
     reference = Path(__file__).with_name("reference.json")
-    draw_report(workdir, TITLE, CAPTIONS, rows, reference, drawn)
+    captions = dict(CAPTIONS)
+    if pictures:
+        named = read_json(pictures[0].with_suffix(".json"))
+        sets = "; ".join(f"{i}: {', '.join(names)}" for i, names in enumerate(named, 1))
+        captions["specialists_clusters"] += f" The classes nearest to each centroid are {sets}."
+    draw_report(workdir, TITLE, captions, rows, reference, drawn)
 
 
 def _side_by_side(rows: Sequence[Row]) -> list[Row]:
@@ -130,6 +136,8 @@ STAGES = (
     Stage("ensemble", table3.ensemble, ("generalist",), ("controls", "specialists")),
     Stage("soft", soft.soft, ("generalist", "clusters"), ("specialists", "soft")),
     Stage("soft_targets", distilled.make_soft_targets, _SPECIALISTS, ("distilled",)),
-    Stage("distilled", distilled.distilled, (*_SPECIALISTS, "soft_targets"), ("distilled",)),
+    Stage(
+        "distilled", distilled.distilled, (*_SPECIALISTS, "soft_targets", "longer"), ("distilled",)
+    ),
     Stage("inference", compare_solvers, _SPECIALISTS, ("inference",)),
 )

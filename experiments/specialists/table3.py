@@ -2,19 +2,19 @@
 
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax import losses, soft_targets, training
 from distill_jax.specialists import clustering
+from experiments import members
 from experiments.specialists import nets
 from experiments.specialists import training as specialist_training
 from experiments.specialists.clusters import load_sets, random_sets
 from experiments.specialists.data import Data, load_data
-from experiments.specialists.nets import Base
 from experiments.study import Context, Row, make_row, write_json
 
 PAPER = types.MappingProxyType(
@@ -84,6 +84,8 @@ def specialists(context: Context) -> list[Row]:
         )
     name = f"generalist + {config.clusters.count} specialists"
     rows += _rows(context, name, runs, paper=True)
+    if config.specialists.active_by != 1:
+        rows += _gain_rows(config, f"{name}, n = 1", runs)
     rows += [
         _row(
             config,
@@ -114,24 +116,29 @@ def random_specialists(context: Context) -> list[Row]:
 
 def longer(context: Context) -> list[Row]:
     """The generalist, trained on for as long as its specialists took."""
+    trained = train_longer(context)
+    measured = nets.accuracies(trained, load_data(context.config))
+    return _control_rows(context, "generalist, trained as much longer", measured, trained.seconds)
+
+
+def train_longer(context: Context, directory: Path | None = None) -> members.Trained:
+    """The generalists trained on; restored if they are done in `directory`."""
     config, data = context.config, load_data(context.config)
-    net = ConfigDict({**config.generalist.to_dict(), "epochs": config.controls.epochs})
-    trained = nets.train(
+    return nets.train(
         context,
         "longer",
-        net,
+        ConfigDict({**config.generalist.to_dict(), **config.controls.to_dict()}),
         [data.train] * len(config.seeds),
         training.label_loss,
         start=nets.load_generalists(context),
+        directory=directory,
     )
-    measured = nets.accuracies(trained, data)
-    return _control_rows(context, "generalist, trained as much longer", measured, trained.seconds)
 
 
 def ensemble(context: Context) -> list[Row]:
     """The generalist and what second one the specialists' time pays for: their mean prediction."""
     config, data = context.config, load_data(context.config)
-    net = ConfigDict({**config.generalist.to_dict(), "epochs": config.controls.epochs})
+    net = ConfigDict({**config.generalist.to_dict(), **config.controls.to_dict()})
     second = nets.train(
         context, "second", net, [data.train] * len(config.seeds), training.label_loss
     )
@@ -153,7 +160,7 @@ def _measure(context: Context, seed: int, run: specialist_training.Trained) -> d
     """What specialists make of a seed's generalist, on all sets."""
     config, data = context.config, load_data(context.config)
     base, chosen = nets.load_bases(context)[seed], run.specialists
-    found: dict = {"seconds": run.seconds, "before": {}, "after": {}, "conditional": {}}
+    found: dict = {"seconds": run.seconds, "before": {}, "after": {}, "one": {}, "conditional": {}}
     for split, part in data.evaluation().items():
         inputs = base.inputs(part["image"])
         logits = base.logits(inputs)
@@ -161,36 +168,38 @@ def _measure(context: Context, seed: int, run: specialist_training.Trained) -> d
         before, after = (x.argmax(axis=-1) == part["label"] for x in (logits, q))
         found["before"][split] = 100.0 * float(before.mean())
         found["after"][split] = 100.0 * float(after.mean())
-        found["conditional"][split] = conditional(config, base, chosen, inputs, part["label"])
+        found["conditional"][split] = [
+            conditional(np.asarray(chosen.class_sets), scores, part["label"])
+            for scores in (logits, q)
+        ]
+        found["one"][split] = found["after"][split]
+        if config.specialists.active_by != 1:
+            alone = specialist_training.combined(config, base, chosen, inputs, active_by=1)
+            right = alone.argmax(axis=-1) == part["label"]
+            found["one"][split] = 100.0 * float(right.mean())
         if split == "test":
             found |= {"correct": (before, after), "logits": logits, "q": q}
     return found
 
 
-def conditional(
-    config: ConfigDict, base: Base, chosen, inputs: np.ndarray, labels: np.ndarray
-) -> tuple[float, float]:
+def conditional(class_sets: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> float:
     """Accuracy on the examples of special classes with predictions restricted to these, per cent.
 
-    Of the generalist and of each specialist on its own classes, over all pairs of a specialist and an
-    example of its set.
+    Over all pairs of a specialist and an example of its set (Table 3).
+
+    Args:
+        class_sets: int32 `[K, S]`, padded with C.
+        scores: `[N, C]`, whose largest in a set is the prediction.
+        labels: int `[N]`.
     """
-    apply = jax.jit(specialist_training.reader(config, base, chosen))
-    params = specialist_training.reader_params(chosen)
-    right, count = np.zeros(2), 0
-    for k, class_set in enumerate(np.asarray(chosen.class_sets)):
-        real = class_set[class_set < chosen.meta["num_classes"]]
+    right, count = 0, 0
+    for class_set in class_sets:
+        real = class_set[class_set < scores.shape[1]]
         rows = np.flatnonzero(np.isin(labels, real))
-        own = jax.tree.map(lambda leaf, k=k: leaf[k], params)
-        # Filled up to a multiple, so that few programs serve all sets.
-        filled = np.resize(rows, -(-len(rows) // 512) * 512)
-        theirs = np.asarray(apply(own, inputs[filled]))[: len(rows)]
-        named = theirs[:, real] if theirs.shape[1] > len(class_set) + 1 else theirs[:, : len(real)]
-        for i, logits in enumerate((base.logits(inputs[filled])[: len(rows)][:, real], named)):
-            right[i] += (real[logits.argmax(axis=-1)] == labels[rows]).sum()
+        predicted = real[scores[rows][:, real].argmax(axis=-1)]
+        right += int((predicted == labels[rows]).sum())
         count += len(rows)
-    first, second = 100.0 * right / count
-    return float(first), float(second)
+    return 100.0 * right / max(count, 1)
 
 
 def _rows(context: Context, name: str, runs: Sequence[dict], paper: bool = False) -> list[Row]:
@@ -213,6 +222,14 @@ def _rows(context: Context, name: str, runs: Sequence[dict], paper: bool = False
         _row(config, name, metric, numbers, seconds, PAPER.get((kind, metric)))
         for metric, numbers in values.items()
     ]
+
+
+def _gain_rows(config: ConfigDict, name: str, runs: Sequence[dict]) -> list[Row]:
+    """The same specialists, but active by the most probable class alone, as the paper's were."""
+    gains = [_gains(run["before"], run["one"]) for run in runs]
+    values = {"test_accuracy": [run["one"]["test"] for run in runs]}
+    values |= {metric: [gain[metric] for gain in gains] for metric in gains[0]}
+    return [_row(config, name, metric, numbers, 0.0) for metric, numbers in values.items()]
 
 
 def _control_rows(

@@ -53,8 +53,8 @@ def train(
         kind: as for `kind_of`.
 
     Raises:
-        UserError: for a class without examples, a set that leaves the dustbin none, an unknown kind, or
-            groups of none.
+        UserError: for a class without examples, a set that leaves the dustbin none, an unknown kind, an
+            odd batch size, or groups of none.
     """
     directory = context.directory / name / f"seed_{context.config.seeds[seed]}"
     base, data = nets.load_bases(context)[seed], load_data(context.config)
@@ -136,6 +136,8 @@ def train_group(
     evaluation: Mapping[str, Sequence[Examples]] | None = None,
 ) -> members.Trained:
     """Trains some of the specialists; each is the same whatever the group it is trained in."""
+    if net.batch_size % 2:
+        raise UserError(f"specialists.batch_size must be even to halve it, not {net.batch_size}")
     config, base, form = context.config, nets.load_bases(context)[seed], kind_of(kind)
     classes = load_data(config).num_classes
     own = [dict(examples[m]) for m in group]
@@ -208,13 +210,12 @@ def gather_evidence(
     specialists: store.Specialists,
     inputs: np.ndarray,
     logits: np.ndarray,
+    active_by: int,
 ) -> inference.Evidence:
-    """What the generalist and its active specialists say of examples."""
+    """What the generalist and its active specialists say of examples; `active_by` is the paper's n."""
     class_sets, classes = np.asarray(specialists.class_sets), logits.shape[1]
-    if not 0 < config.specialists.active_by <= classes:
-        raise UserError(
-            f"specialists.active_by is {config.specialists.active_by}; expected 1 to {classes} classes"
-        )
+    if not 0 < active_by <= classes:
+        raise UserError(f"specialists.active_by is {active_by}; expected 1 to {classes} classes")
     everything = np.tile(np.arange(classes, dtype=np.int32), (len(class_sets), 1))
     return inference.run_active(
         reader(config, base, specialists),
@@ -222,18 +223,23 @@ def gather_evidence(
         class_sets,
         logits,
         inputs,
-        n=config.specialists.active_by,
+        n=active_by,
         outputs=None if kind_of(specialists.meta["kind"]).has_dustbin else everything,
     )
 
 
 def combined(
-    config: ConfigDict, base: Base, specialists: store.Specialists, inputs: np.ndarray
+    config: ConfigDict,
+    base: Base,
+    specialists: store.Specialists,
+    inputs: np.ndarray,
+    active_by: int = 0,
 ) -> np.ndarray:
-    """q of Eq. 5 for examples: float32 `[N, C]`."""
+    """q of Eq. 5 for examples: float32 `[N, C]`; by the config's n, if no other is given."""
+    n = active_by or config.specialists.active_by
     parts = []
     for start in range(0, len(inputs), _ROWS):
         part = inputs[start : start + _ROWS]
-        evidence = gather_evidence(config, base, specialists, part, base.logits(part))
+        evidence = gather_evidence(config, base, specialists, part, base.logits(part), n)
         parts.append(np.asarray(inference.combine(evidence)[0]))
     return np.concatenate(parts)
