@@ -35,8 +35,9 @@ CAPTIONS = {
     "confuses, by Eq. 5. The paper's set has 15,000 classes and 100 million images: read differences "
     "here, not levels. Conditional accuracy is that on examples of special classes with predictions "
     "restricted to them, over all sets. n is the number of the generalist's most probable classes that "
-    "make specialists active. Test has typefaces that no net has seen; seen, other characters of those it has. The controls cost as much as the specialists did: "
-    "compare training seconds, which are per seed and include the features that specialists are fed.",
+    "make specialists active. Test has typefaces that no net has seen; seen, other characters of those "
+    "that the nets learned from. Controls are meant to cost what the specialists did: compare training "
+    "seconds, which are per seed and include the features that specialists are fed.",
     "specialists_coverage": "Table 4. Accuracy improvements are larger when more specialists cover a "
     "class. By the number of specialists that cover the correct class.",
     "specialists_clusters": "Table 2 and section 5.3. Clusters by the covariance of predictions, which "
