@@ -106,7 +106,7 @@ def test_every_table_has_its_rows(rows):
     assert covers <= {f"covered by {n}" for n in range(CONFIG.clusters.count + 1)}
     assert "covered by 1" in covers
     assert found == {
-        "specialists": {"generalist", FULL, *CONTROLS},
+        "specialists": {"generalist", FULL, f"{FULL}, n = 1", *CONTROLS},
         "specialists_clusters": {"by covariance", "by confusions", "at random"},
         "specialists_soft": {"generalist"}
         | {f"{name}{end}" for name in dustbins | full for end in ("", ", early stopping")},
