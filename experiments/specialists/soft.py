@@ -1,7 +1,7 @@
 """Section 6.1: a full softmax, and soft targets that keep specialists from overfitting."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -22,48 +22,64 @@ NAMES = {
 }
 
 
+class _Run(NamedTuple):
+    """Specialists of one kind and seed: their accuracies while they learned, and what they then give."""
+
+    history: dict[str, np.ndarray]
+    test_accuracy: float
+    seconds: float
+
+
 def soft(context: Context) -> list[Row]:
     """Each kind of specialist, trained long: what it gains on its classes and loses on the others."""
-    config, data = context.config, load_data(context.config)
-    seeds = range(len(config.seeds))
-    rows, curves = [], {}
-    reference: dict[str, list[float]] = {}
+    config, seeds = context.config, range(len(context.config.seeds))
+    alone = [_generalist(context, s) for s in seeds]
+    rows = [
+        _row(config, "generalist", name, [one[name] for one in alone], 0.0) for name in alone[0]
+    ]
+    curves = {}
     for kind in config.soft.kinds:
-        histories, seconds, combined = [], 0.0, []
-        for s in seeds:
-            base = nets.load_bases(context)[s]
-            sets = load_sets(context, s)[: config.soft.count]
-            examples = specialist_training.enriched_examples(context, s, sets)
-            evaluation = _evaluation(config, base, sets, kind)
-            trained = specialist_training.train_group(
-                context,
-                context.directory / kind / f"seed_{config.seeds[s]}",
-                s,
-                range(len(sets)),
-                examples,
-                ConfigDict({**config.specialists.to_dict(), **config.soft.to_dict()}),
-                kind,
-                evaluation,
-            )
-            histories.append(_accuracies(trained.history, evaluation))
-            seconds += trained.seconds
-            if kind == config.soft.kinds[0]:
-                for name, value in _generalist(config, base, sets).items():
-                    reference.setdefault(name, []).append(value)
-            found = store.Specialists(
-                trained.params,
-                sets,
-                specialist_training.corrections(examples),
-                {"kind": kind, "num_classes": data.num_classes, "generalist": "", "data": ""},
-            )
-            combined.append(_combined(config, base, found))
+        runs = [_run(context, s, kind) for s in seeds]
+        seconds, histories = sum(run.seconds for run in runs), [run.history for run in runs]
         rows += _rows(config, kind, histories, seconds)
-        rows.append(_row(config, NAMES[kind], "test_accuracy", combined, seconds))
+        accuracies = [run.test_accuracy for run in runs]
+        rows.append(_row(config, NAMES[kind], "test_accuracy", accuracies, seconds))
         curves[NAMES[kind]] = _curve(histories)
     write_json(context.directory / "curves.json", curves)
-    return [
-        _row(config, "generalist", name, values, 0.0) for name, values in reference.items()
-    ] + rows
+    return rows
+
+
+def _run(context: Context, seed: int, kind: str) -> _Run:
+    """The first few specialists of a seed's generalist, in another form."""
+    config, data = context.config, load_data(context.config)
+    base = nets.load_bases(context)[seed]
+    sets = _sets(context, seed)
+    examples = specialist_training.enriched_examples(context, seed, sets)
+    evaluation = _evaluation(config, base, sets, kind)
+    trained = specialist_training.train_group(
+        context,
+        context.directory / kind / f"seed_{config.seeds[seed]}",
+        seed,
+        range(len(sets)),
+        examples,
+        ConfigDict({**config.specialists.to_dict(), **config.soft.to_dict()}),
+        kind,
+        evaluation,
+    )
+    found = store.Specialists(
+        trained.params,
+        sets,
+        specialist_training.corrections(examples),
+        {"kind": kind, "num_classes": data.num_classes},
+    )
+    q = specialist_training.combined(config, base, found, base.inputs(data.test["image"]))
+    right = q.argmax(axis=-1) == data.test["label"]
+    history = _accuracies(trained.history, evaluation)
+    return _Run(history, 100.0 * float(right.mean()), trained.seconds)
+
+
+def _sets(context: Context, seed: int) -> np.ndarray:
+    return load_sets(context, seed)[: context.config.soft.count]
 
 
 def _evaluation(
@@ -116,24 +132,18 @@ def _accuracies(
     return found
 
 
-def _generalist(config: ConfigDict, base: nets.Base, sets: np.ndarray) -> dict[str, float]:
+def _generalist(context: Context, seed: int) -> dict[str, float]:
     """The generalist's accuracy on special and other classes, restricted alike; mean over the sets."""
-    data = load_data(config)
-    rows = _sample(config, len(data.test["id"]))
+    data, base = load_data(context.config), nets.load_bases(context)[seed]
+    rows = _sample(context.config, len(data.test["id"]))
     logits, label = base.logits(base.inputs(data.test["image"][rows])), data.test["label"][rows]
     found: dict[str, list[float]] = {"special_accuracy": [], "other_accuracy": []}
-    for class_set in sets:
+    for class_set in _sets(context, seed):
         for name, special in (("special_accuracy", True), ("other_accuracy", False)):
             wanted = _wanted("full_hard", class_set, label, data.num_classes, special)
             predicted = np.where(wanted["allowed"], logits, -np.inf).argmax(axis=-1)
             found[name].append(100.0 * float((predicted == label)[wanted["counted"]].mean()))
     return {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def _combined(config: ConfigDict, base: nets.Base, found: store.Specialists) -> float:
-    test = load_data(config).test
-    q = specialist_training.combined(config, base, found, base.inputs(test["image"]))
-    return 100.0 * float((q.argmax(axis=-1) == test["label"]).mean())
 
 
 def _rows(
