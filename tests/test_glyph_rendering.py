@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_jax.errors import UserError
-from experiments.specialists import glyphs, prepare
+from experiments.specialists import glyphs
 from experiments.specialists.corpus import grouping, packages, pipeline, rendering, typefaces
 from experiments.specialists.corpus.typefaces import Source
 
@@ -426,7 +426,7 @@ def test_faces_of_packages(tmp_path, monkeypatch):
         documents.mkdir(parents=True)
         (documents / "copyright").write_text(f"notice of {name}")
         shutil.copy(FONTS / font, tmp_path / name)
-    found = prepare.faces(tmp_path, LETTERS)
+    found = packages.faces(tmp_path, LETTERS)
     assert [face.name for face in found] == ["fonts-a/DejaVuSans.ttf", "fonts-b/cmr10.ttf"]
     for face in found:
         assert (face.source.version, face.source.licence) == ("1:2.0-1", "OFL-1.1")

@@ -13,9 +13,7 @@ from pathlib import Path
 from absl import app, flags
 
 from distill_jax.errors import UserError
-from experiments import debian
-from experiments.specialists.corpus import characters, packages, pipeline, typefaces
-from experiments.specialists.corpus.typefaces import Source, Typeface
+from experiments.specialists.corpus import characters, packages, pipeline
 
 _OUT = flags.DEFINE_string(
     "out", None, "Folder for the set and its unfinished work.", required=True
@@ -34,20 +32,6 @@ _PROCESSES = flags.DEFINE_integer(
 )
 
 
-def faces(cache: Path, classes: Sequence[str]) -> list[Typeface]:
-    """The faces of all packages that have the characters; the packages are fetched into the cache."""
-    found = []
-    for name, folder in packages.fetch(cache).items():
-        source = Source(
-            package=name,
-            version=debian.version(cache, name),
-            licence=packages.PACKAGES[name].licence,
-            notice=cache / "licences" / name / "copyright",
-        )
-        found += typefaces.find(folder, classes, source)
-    return found
-
-
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     if len(argv) > 1:
@@ -55,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(_OUT.value)
     try:
         classes = characters.first(_CHARACTERS.value)
-        found = faces(Path(_PACKAGES.value or out / "packages"), classes)
+        found = packages.faces(Path(_PACKAGES.value or out / "packages"), classes)
         folder = pipeline.prepare(found, classes, out, _PROCESSES.value)
     except UserError as error:
         sys.exit(f"error: {error}")

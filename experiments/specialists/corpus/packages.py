@@ -1,10 +1,13 @@
 """The packages of Debian's main archive whose typefaces the study's characters are drawn with."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments import debian
+from experiments.specialists.corpus import typefaces
+from experiments.specialists.corpus.typefaces import Source, Typeface
 
 
 class Package(NamedTuple):
@@ -94,3 +97,17 @@ def fetch(cache: str | os.PathLike[str]) -> dict[str, Path]:
         if number % 10 == 0 or number == len(PACKAGES):
             print(f"unpacked {number}/{len(PACKAGES)} packages", flush=True)
     return folders
+
+
+def faces(cache: Path, characters: Sequence[str]) -> list[Typeface]:
+    """The faces of all packages that have the characters; the packages are fetched into the cache."""
+    found = []
+    for name, folder in fetch(cache).items():
+        source = Source(
+            package=name,
+            version=debian.version(cache, name),
+            licence=PACKAGES[name].licence,
+            notice=cache / "licences" / name / "copyright",
+        )
+        found += typefaces.find(folder, characters, source)
+    return found
