@@ -24,9 +24,7 @@ def make_soft_targets(context: Context) -> list[Row]:
     digests = soft_targets.digests(examples["image"])
     for s, seed in enumerate(config.seeds):
         base = nets.load_bases(context)[s]
-        found = specialist_training.load(
-            context.inputs["specialists"] / "specialists" / f"seed_{seed}", base, data
-        )
+        found = specialist_training.load_stage(context, s)
         inputs = nets.training_inputs(context, s)[rows]
 
         def targets_of(wanted: np.ndarray, base=base, found=found, inputs=inputs) -> np.ndarray:
@@ -116,11 +114,8 @@ def _teachers(context: Context) -> tuple[list[float], list[float]]:
     config, data = context.config, load_data(context.config)
     before: list[float] = []
     after: list[float] = []
-    for s, seed in enumerate(config.seeds):
-        base = nets.load_bases(context)[s]
-        found = specialist_training.load(
-            context.inputs["specialists"] / "specialists" / f"seed_{seed}", base, data
-        )
+    for s, base in enumerate(nets.load_bases(context)):
+        found = specialist_training.load_stage(context, s)
         inputs, label = base.inputs(data.test["image"]), data.test["label"]
         q = specialist_training.combined(config, base, found, inputs)
         for values, predicted in ((before, base.logits(inputs)), (after, q)):

@@ -65,9 +65,7 @@ def compare_solvers(context: Context) -> list[Row]:
     """Passes, rate and agreement of the ways to solve Eq. 5, on real predictions of the test set."""
     config, data = context.config, load_data(context.config)
     base = nets.load_bases(context)[0]
-    chosen = specialist_training.load(
-        context.inputs["specialists"] / "specialists" / f"seed_{config.seeds[0]}", base, data
-    )
+    chosen = specialist_training.load_stage(context, 0)
     random = np.random.default_rng(config.data.seed)
     rows = random.permutation(len(data.test["id"]))[: 4 * config.inference.examples]
     inputs = base.inputs(data.test["image"][np.sort(rows)])
@@ -130,7 +128,7 @@ _DATA = ("seeds", "selection", "data")
 _SPECIALISTS = ("generalist", "clusters", "specialists")
 STAGES = (
     Stage("generalist", table3.generalist, (), (*_DATA, "generalist")),
-    Stage("clusters", clusters.cluster, ("generalist",), ("clusters",)),
+    Stage("clusters", clusters.cluster, ("generalist",), ("clusters", "specialists")),
     Stage("specialists", table3.specialists, ("generalist", "clusters"), ("specialists",)),
     Stage("random", table3.random_specialists, ("generalist",), ("clusters", "specialists")),
     Stage("longer", table3.longer, ("generalist",), ("controls",)),

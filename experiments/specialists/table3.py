@@ -15,7 +15,7 @@ from experiments.specialists import nets
 from experiments.specialists import training as specialist_training
 from experiments.specialists.clusters import load_sets, random_sets
 from experiments.specialists.data import Data, load_data
-from experiments.study import Context, Row, make_row, write_json
+from experiments.study import Context, Row, make_row
 
 PAPER = types.MappingProxyType(
     {
@@ -47,7 +47,6 @@ _TOP = 5
 def generalist(context: Context) -> list[Row]:
     """The generalists: one net of all classes for each seed."""
     trained = nets.train_generalists(context)
-    write_json(context.directory / "seconds.json", trained.seconds)
     measured = nets.accuracies(trained, load_data(context.config))
     return [
         _row(context.config, "generalist", f"{split}_accuracy", values, trained.seconds)

@@ -91,6 +91,12 @@ def load(directory: Path, base: Base, data: Data) -> store.Specialists:
     )
 
 
+def load_stage(context: Context, seed: int) -> store.Specialists:
+    """The specialists of a seed's generalist, from the stage of that name."""
+    folder = context.inputs["specialists"] / "specialists" / f"seed_{context.config.seeds[seed]}"
+    return load(folder, nets.load_bases(context)[seed], load_data(context.config))
+
+
 def enriched_examples(context: Context, seed: int, class_sets: np.ndarray) -> list[dict[str, Any]]:
     """What each specialist is trained on: fields that all share, and rows and labels of its own."""
     data, base = load_data(context.config), nets.load_bases(context)[seed]
