@@ -1,0 +1,38 @@
+# shellcheck shell=bash
+# Sourced by the launchers. Reads [--dry-run] STUDY [PRESET] [FLAGS...] and sets:
+#   study, preset       as given; the preset is `default` if not
+#   workdir             ${runs:-runs}/STUDY, with -PRESET after it unless that is `default`
+#   main                the words of the command that runs the study, after the interpreter
+#   dry_run             1 or nothing
+
+dry_run=
+words=()
+for word in "$@"; do
+  if [[ $word == --dry-run ]]; then dry_run=1; else words+=("$word"); fi
+done
+set -- ${words[@]+"${words[@]}"} # an older bash takes an empty list for an unset one
+
+study=${1:?usage: $0 [--dry-run] STUDY [PRESET] [FLAGS...], such as $0 mnist}
+preset=default
+shift
+if [[ $# -gt 0 && $1 != -* ]]; then preset=$1; shift; fi
+workdir=${runs:-runs}/$study
+[[ $preset == default ]] || workdir+=-$preset
+# shellcheck disable=SC2034  # the launchers read it
+main=(-m launch.main "--config=experiments/$study/config.py:$preset" "--workdir=$workdir" "$@")
+
+# Prints words as a shell reads them.
+quote() {
+  local word line=
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]] || word=${word@Q}
+    line+=" $word"
+  done
+  echo "${line# }"
+}
+
+# Runs a command; a dry run prints it, also where the command's own output is thrown away.
+exec 3>&1
+run() {
+  if [[ $dry_run ]]; then quote "$@" >&3; else "$@"; fi
+}
