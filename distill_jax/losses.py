@@ -154,10 +154,11 @@ def tail_distribution(ids: Array, num_classes: int, tail_weights: Array | None =
     """
     weights = jnp.ones(num_classes) if tail_weights is None else tail_weights
     weights = jnp.broadcast_to(weights, (*ids.shape[:-1], num_classes)).astype(jnp.float32)
-    others = jnp.put_along_axis(
-        jnp.ones(weights.shape, bool), ids.astype(jnp.int32), False, axis=-1, inplace=False
+    # Example by example, so that XLA knows that no other device's ids matter.
+    other_than = jnp.vectorize(
+        lambda k: jnp.ones(num_classes, bool).at[k].set(False), signature="(k)->(c)"
     )
-    weights = jax.lax.stop_gradient(jnp.where(others, weights, 0.0))
+    weights = jax.lax.stop_gradient(jnp.where(other_than(ids.astype(jnp.int32)), weights, 0.0))
     remaining = jnp.sum(weights, axis=-1, keepdims=True)
     return weights / jnp.where(remaining > 0, remaining, 1.0)
 

@@ -229,7 +229,10 @@ def _accumulate(gradient, parts: int, params: Params, batch: Batch, key: Array, 
     size = batch["label"].shape[0]
     if size % parts:
         raise UserError(f"a batch of {size} can't be cut into {parts} equal micro-batches")
-    pieces = jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch)
+    # Every parts-th example: a piece has some of each device, where a run of them would be sent about.
+    pieces = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
 
     def add(total, piece_and_key):
         return jax.tree.map(jnp.add, total, gradient(params, *piece_and_key, hyper)), None

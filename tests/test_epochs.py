@@ -89,7 +89,7 @@ def test_an_epoch_is_as_long_as_its_size_says(key):
 def test_every_batch_and_every_even_part_of_it_is_half_special(key, member):
     _, seen = look(key, member, passes=2)
     inside = np.isin(FIELDS["label"][seen["row"]], SETS[member])
-    for part in np.split(inside, 4, axis=1):  # as four devices, or micro-batches, have it
+    for part in np.split(inside, 4, axis=1):  # as four devices have it
         assert (part.sum(axis=1) == 1).all()
     targets = FIELDS["targets"][member][FIELDS["label"][seen["row"]]]
     np.testing.assert_array_equal(seen["label"], targets)

@@ -79,7 +79,8 @@ def test_mesh_that_does_not_fit(sizes):
     assert str(error.value) == f"mesh {asked} doesn't fit the 8 devices"
 
 
-def test_one_device_equals_eight():
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "model": 4}])
+def test_one_device_equals_eight(sizes):
     # With dropout and jitter: the randomness doesn't depend on the devices either.
     transforms = [
         jitter(1),
@@ -88,8 +89,8 @@ def test_one_device_equals_eight():
     step = training.make_train_step(DROPOUT, OPTIMIZER, training.distillation_loss, transforms)
     batch = make_batch(teacher=False)
     one, eight = (
-        run_steps(parallel.compile_step(step, mesh), DROPOUT, batch)
-        for mesh in (one_device_mesh(), parallel.make_mesh())
+        run_steps(parallel.compile_step(step, mesh, init(jax.random.key(0))), DROPOUT, batch)
+        for mesh in (one_device_mesh(), parallel.make_mesh(**sizes))
     )
     tiny.assert_close(eight, one)
 
@@ -97,7 +98,7 @@ def test_one_device_equals_eight():
 def test_step_is_spread_over_the_mesh_and_donates(key):
     mesh = parallel.make_mesh()
     step = training.make_train_step(DROPOUT, OPTIMIZER, training.distillation_loss)
-    compiled = parallel.compile_step(step, mesh)
+    compiled = parallel.compile_step(step, mesh, init(key))
     state, _ = compiled(init(key), make_batch(), key, tiny.hyper())
     kernel = state.params["hidden_0"]["kernel"]
     assert kernel.sharding.is_fully_replicated and len(kernel.devices()) == 8
@@ -116,7 +117,7 @@ def test_jit_equals_pmap(micro_batches):
             axis_name=axis_name,
         )
 
-    jitted = parallel.compile_step(make(None), parallel.make_mesh())
+    jitted = parallel.compile_step(make(None), parallel.make_mesh(), init(jax.random.key(0), PLAIN))
     mapped = parallel.compile_pmap_step(make("data"))
     found, expected = (run_steps(step, PLAIN, make_batch()) for step in (mapped, jitted))
     tiny.assert_close(found, expected)
@@ -248,9 +249,3 @@ def test_what_does_not_divide_is_named(key):
     step = training.make_train_step(PLAIN, OPTIMIZER, training.label_loss, axis_name="data")
     with pytest.raises(UserError, match=r"batch size is 12, which doesn't divide over 8 devices"):
         parallel.compile_pmap_step(step)(init(key, PLAIN), make_batch(12), key, tiny.hyper())
-
-
-def test_an_axis_that_would_do_nothing_is_refused():
-    mesh = parallel.make_mesh(2, 2, 2)
-    with pytest.raises(UserError, match="2 devices on its axis model"):
-        parallel.compile_epoch(lambda *arguments: None, mesh, {})

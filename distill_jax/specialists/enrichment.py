@@ -107,8 +107,8 @@ def stack_rows(rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarra
 def draw_enriched(examples: Mapping[str, Array], key: Array, steps: int, batch_size: int) -> Array:
     """The rows of enriched batches: half special, half others, each drawn uniformly with replacement.
 
-    Even places are special and odd ones are not, so that a batch cut into equal parts, over devices or
-    micro-batches, is half and half in each part of even size.
+    Even places are special and odd ones are not, so that a batch cut into equal parts over devices is
+    half and half in each part of even size.
 
     Args:
         examples: one specialist's fields of `stack_rows` (`[n]`, `[m]`, `[]`, `[]`).
