@@ -22,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
+from distill_jax import processes
 from distill_jax.errors import UserError
 
 History = list[dict[str, Any]]
@@ -80,7 +81,7 @@ def save(
             f"{free / 1e6:.1f} MB are free; earlier checkpoints are kept, free some space and go on"
         )
     # A copy of the list, for it is written later, when the loop has already added to it.
-    notes = {"history": [*history], "checksum": int(checksum(state))}
+    notes = {"history": [*history], "checksum": int(processes.fetch(checksum(state)))}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
     try:
         manager.save(step, args=items, metrics=metrics, force=True)
@@ -113,10 +114,13 @@ def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None
     damaged: list[int] = []
     reason = ""
     for step in sorted(manager.all_steps(), reverse=True):
+        restored, problem = None, ""
         try:
             restored = _restore(manager, step, like)
         except Exception as error:  # orbax raises whatever its storage layers do
-            reason = str(error).partition("\n")[0]
+            problem = str(error).partition("\n")[0]
+        if processes.any_of(restored is None):
+            reason = problem or "another process of the run can't read it"
             logging.warning(
                 "checkpoint %s is damaged and skipped: %s", manager.directory / str(step), reason
             )
@@ -182,7 +186,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Restored:
         ),
     )
     # The storage below detects missing and cut files, but not a changed bit in an array's data.
-    if int(checksum(items["state"])) != items["notes"]["checksum"]:
+    if int(processes.fetch(checksum(items["state"]))) != items["notes"]["checksum"]:
         raise ValueError("the arrays' checksum is not the one that was saved with them")
     return Restored(step, items["state"], items["notes"]["history"])
 

@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 
 from distill_jax import training
 from distill_jax.errors import UserError
+from distill_jax.processes import main_only
 from distill_jax.soft_targets import Mean
 from distill_jax.top_k_targets import compare as compare
 from distill_jax.top_k_targets import densify as densify
@@ -141,6 +142,7 @@ def write_steps(
     _write_json(directory / "meta.json", meta)
 
 
+@main_only
 def write(directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
     """Writes a store: all steps of `write_steps`, with the same arguments."""
     for _ in write_steps(directory, *arguments, **options):

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can put right."""
+"""What ends a run: a mistake that the user can put right, or a request to stop."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Command lines print the message alone, without a traceback.
     """
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and what there was to save is saved; the same command goes on."""

@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 from tensorboardX import SummaryWriter
 
-from distill_jax import checkpoints
-from distill_jax.errors import UserError
+from distill_jax import checkpoints, parallel, processes
+from distill_jax.errors import Stopped, UserError
 from distill_jax.training import TrainState
 
 Record = dict[str, Any]
@@ -45,7 +44,8 @@ def fit(
     """Trains until `units` are done, going on from the newest good checkpoint.
 
     A unit's metrics are fetched after the next one was dispatched, so that logging never makes the
-    device wait.
+    device wait. So is the word of all processes on whether one was asked to stop (SIGTERM): then the
+    unit that was dispatched last is finished and saved, on all of them together.
 
     Args:
         advance: runs one unit; a function of the state and the unit's number alone, so that a resumed
@@ -63,7 +63,22 @@ def fit(
 
     Raises:
         UserError: if a loss is not finite, at the first such step, before anything is saved.
+        Stopped: if a process was asked to stop, after saving.
     """
+    with processes.stopping_at_boundaries():
+        return _fit(advance, state, units, evaluate, manager, save_every, best_metric, on_record)
+
+
+def _fit(
+    advance: Advance,
+    state: TrainState,
+    units: int,
+    evaluate: Callable[[TrainState], dict[str, Array]] | None,
+    manager: ocp.CheckpointManager | None,
+    save_every: int,
+    best_metric: str | None,
+    on_record: Sequence[Callable[[Record], None]],
+) -> tuple[TrainState, list[Record]]:
     restored = checkpoints.restore_newest(manager, state) if manager is not None else None
     first = 0
     history: list[Record] = []
@@ -72,17 +87,22 @@ def fit(
     clock = _clock(history)
     pending: tuple[int, Array, dict[str, Array]] | None = None
     for unit in range(first, units):
-        state, metrics = advance(state, unit)
+        asked = parallel.any_process(processes.stop_asked())
+        state, metrics = processes.settle(advance(state, unit))
         # `+ 0` is a copy: the state itself is donated to the next unit.
         fetched = {**metrics, **(evaluate(state) if evaluate is not None else {})}
         if pending is not None:
             _append(history, pending, clock, on_record, manager)
         pending = (unit + 1, state.step + 0, fetched)
-        if manager is not None and ((unit + 1) % save_every == 0 or unit + 1 == units):
+        stop = processes.stop_agreed(asked)
+        due = stop or (unit + 1) % save_every == 0 or unit + 1 == units
+        if manager is not None and due:
             _append(history, pending, clock, on_record, manager)
             pending = None
             best = None if best_metric is None else {best_metric: _mean(history[-1][best_metric])}
             checkpoints.save(manager, unit + 1, state, history, best)
+        if stop:
+            _stop(manager, unit + 1, units)
     if pending is not None:
         _append(history, pending, clock, on_record, manager)
     if manager is not None:
@@ -138,6 +158,13 @@ def tensorboard(directory: str | os.PathLike[str]) -> Callable[[Record], None]:
     return write
 
 
+def _stop(manager: ocp.CheckpointManager | None, unit: int, units: int) -> None:
+    if manager is None:
+        raise Stopped(f"stopped by SIGTERM after unit {unit} of {units}, without checkpoints")
+    checkpoints.wait(manager)
+    raise Stopped(f"stopped by SIGTERM; saved after unit {unit} of {units} in {manager.directory}")
+
+
 def _clock(history: list[Record]) -> Callable[[], float]:
     """Seconds of training: those of the history, and those since now."""
     offset = (history[-1]["seconds"] if history else 0.0) - time.monotonic()
@@ -152,7 +179,8 @@ def _append(
     manager: ocp.CheckpointManager | None,
 ) -> None:
     unit, step, fetched = pending
-    values = {name: np.asarray(value) for name, value in jax.device_get(fetched).items()}
+    step, fetched = processes.fetch((step, fetched))
+    values = {name: np.asarray(value) for name, value in fetched.items()}
     losses, count = values.pop("loss"), values.pop("count")
     _check_finite(losses, np.asarray(step), unit, manager)
     record = {

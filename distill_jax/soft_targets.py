@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from distill_jax import losses
 from distill_jax.errors import UserError
 from distill_jax.models import Params
+from distill_jax.processes import main_only
 
 FORMAT, VERSION = "distill_jax.soft_targets", 1
 Mean = Literal["arithmetic", "geometric"]
@@ -179,6 +180,7 @@ def attach(
     return {**examples, "teacher_logits": targets.logits[rows]}
 
 
+@main_only
 def save(directory: str | os.PathLike[str], targets: SoftTargets) -> None:
     """Writes a store; it appears whole or not at all. An earlier one of that name is removed first.
 

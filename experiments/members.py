@@ -13,10 +13,11 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import checkpoints, loop, models, optimizers, parallel, training
+from distill_jax import checkpoints, loop, models, optimizers, parallel, processes, training
 from distill_jax.data import streaming
 from distill_jax.data.epochs import (
     Draw,
+    Epoch,
     Gather,
     count_labels,
     make_epoch,
@@ -58,14 +59,21 @@ PLAIN = Cases(
 
 
 class Stream(NamedTuple):
-    """Training examples that come in blocks (`distill_jax.data.streaming`).
+    """Training examples that come in blocks (`distill_jax.data.streaming` and `.records`).
 
     open_blocks: the blocks from a given one on. steps: batches in each. blocks: in an epoch.
+    image: one input's shape and dtype. put: `(block, mesh) ->` the block on the devices. per_member:
+    whether a field lies there with a leading member axis, as for `parallel.compile_epoch`.
+    make_run: `(step, shard_batch) ->` what trains on a block.
     """
 
     open_blocks: Callable[[int], Iterator[streaming.Block]]
     steps: int
     blocks: int
+    image: jax.ShapeDtypeStruct
+    put: Callable[[streaming.Block, Any], training.Batch]
+    per_member: Mapping[str, bool]
+    make_run: Callable[[training.TrainStep, Callable[[training.Batch], training.Batch]], Epoch]
 
 
 class Trained(NamedTuple):
@@ -105,7 +113,7 @@ def train(
         name: shown in progress, and part of the randomness: other names, other initial weights.
         model: from `build_model`.
         examples: each seed's own, and fields that are the same for all seeds are kept once; or a
-            stream, the same for all.
+            stream, whose blocks come in one order for all.
         loss: of `distill_jax.training`.
         variants: further traced numbers per net ("temperature", "hard_weight", "learning_rate").
             Member `v * len(seeds) + s` is variant v of seed s.
@@ -158,11 +166,11 @@ def train(
             advance,
             states,
             units,
-            _evaluator(model, evaluation, cases),
+            _evaluator(model, evaluation, cases, mesh),
             manager,
             net.save_every,
             best,
-            on_record=[loop.print_progress(name, units), loop.tensorboard(directory)],
+            on_record=_recorders(name, units, directory),
         )
         _write_curve(directory / "curve.json", history, unit_epochs)
         seconds = history[-1]["seconds"]
@@ -170,7 +178,20 @@ def train(
             chosen = checkpoints.restore_best(manager, states, BEST)
             assert chosen is not None
             _, states, history = chosen
-    return Trained(model, states.params, history, seconds)
+    return Trained(model, _on_this_process(states.params), history, seconds)
+
+
+def _on_this_process(params: models.Params) -> models.Params:
+    """Parameters that this process can use by itself."""
+    if jax.process_count() == 1:
+        return params
+    return jax.tree.map(jnp.asarray, processes.fetch(params))
+
+
+def _recorders(name: str, units: int, directory: Path) -> list[Callable[[loop.Record], None]]:
+    if not processes.is_main():
+        return []
+    return [loop.print_progress(name, units), loop.tensorboard(directory)]
 
 
 def _cut_training(
@@ -193,9 +214,9 @@ def _cut_training(
 
 def _sample_input(examples: Sequence[Examples] | Stream, gather: Gather) -> Array:
     """An input `[1, ...]` of zeros, for its shape and dtype."""
-    some = next(examples.open_blocks(0)) if isinstance(examples, Stream) else examples[0]
-    fields = {name: field for name, field in some.items() if name != "count"}
-    image = jax.eval_shape(gather, fields, jax.ShapeDtypeStruct((1,), jnp.int32))["image"]
+    if isinstance(examples, Stream):
+        return jnp.zeros((1, *examples.image.shape), examples.image.dtype)
+    image = jax.eval_shape(gather, examples[0], jax.ShapeDtypeStruct((1,), jnp.int32))["image"]
     return jnp.zeros(image.shape, image.dtype)
 
 
@@ -213,12 +234,10 @@ def _advance(
     """What trains one unit: epochs of the resident examples, or a block of the stream."""
     shard = parallel.shard_batch(mesh, net.batch_size)
     if isinstance(examples, Stream):
-        per_member = dict.fromkeys(next(examples.open_blocks(0)), False)
-        run_block = streaming.make_block_epoch(step, net.batch_size, examples.steps, shard)
         return streaming.make_advance(
-            parallel.compile_epoch(run_block, mesh, per_member),
+            parallel.compile_epoch(examples.make_run(step, shard), mesh, examples.per_member),
             examples.open_blocks,
-            lambda block: parallel.put_examples(block, mesh, per_member),
+            lambda block: examples.put(block, mesh),
             keys,
             hyper,
         )
@@ -306,7 +325,7 @@ def _hyper(net: ConfigDict, variants: Sequence[Mapping[str, float]], seeds: int)
 
 
 def _evaluator(
-    model: models.Model, evaluation: Evaluation, cases: Cases
+    model: models.Model, evaluation: Evaluation, cases: Cases, mesh: Any
 ) -> Callable[[training.TrainState], dict[str, Array]]:
     @jax.jit
     def count(params: models.Params, own: training.Batch, shared: training.Batch) -> Array:
@@ -314,15 +333,21 @@ def _evaluator(
             lambda member, own: cases.count_errors(model, member, {**own, **shared}),
         )(params, own)
 
-    sets = {name: _own_and_shared(examples) for name, examples in evaluation.items()}
-    return lambda states: {name: count(states.params, *parts) for name, parts in sets.items()}
+    sets = {name: _own_and_shared(examples, mesh) for name, examples in evaluation.items()}
+
+    def evaluate(states: training.TrainState) -> dict[str, Array]:
+        return {
+            name: processes.settle(count(states.params, *parts)) for name, parts in sets.items()
+        }
+
+    return evaluate
 
 
 def _own_and_shared(
-    examples: Examples | Sequence[Examples],
+    examples: Examples | Sequence[Examples], mesh: Any
 ) -> tuple[training.Batch, training.Batch]:
-    """On the device: the fields that each member has of its own `[M, ...]`, and those of all."""
+    """On the devices: the fields that each member has of its own `[M, ...]`, and those of all."""
     fields, per_member = _stack([examples] if isinstance(examples, Mapping) else examples, 1)
-    arrays = jax.tree.map(jnp.asarray, fields)
+    arrays = parallel.put_examples(fields, mesh, per_member)
     own = {name: array for name, array in arrays.items() if per_member[name]}
     return own, {name: array for name, array in arrays.items() if not per_member[name]}

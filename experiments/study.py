@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from distill_jax import processes
 from distill_jax.errors import UserError
 from experiments import report
 
@@ -43,12 +45,14 @@ class Stage(NamedTuple):
     run: does the work and gives its rows. It may be killed at any moment and is then run again.
     needs: the stages whose files it reads.
     sections: the config's sections it reads, beside those of the stages it needs.
+    groups: what trains each group of its nets, or restores it; `run` calls all. None: it has no groups.
     """
 
     name: str
     run: Callable[[Context], list[Row]]
     needs: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
+    groups: Callable[[Context], Sequence[Callable[[], Any]]] | None = None
 
 
 def run_study(
@@ -60,13 +64,18 @@ def run_study(
     reuse: Sequence[Path],
 ) -> None:
     """`run_stages`, and then the report; which is also a name for `only`."""
+    check_names(stages, only)
+    run_stages(config, workdir, stages, only, reuse)
+    if not only or "report" in only:
+        processes.main_only(write_report)(workdir)
+
+
+def check_names(stages: Sequence[Stage], only: Sequence[str]) -> None:
+    """Raises a UserError for a name that is neither a stage's nor "report"."""
     names = [stage.name for stage in stages] + ["report"]
     unknown = [name for name in only if name not in names]
     if unknown:
         raise UserError(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
-    run_stages(config, workdir, stages, only, reuse)
-    if not only or "report" in only:
-        write_report(workdir)
 
 
 def draw_report(
@@ -104,23 +113,19 @@ def run_stages(
     Raises:
         UserError: for a stage that needs an unfinished one, or another config's directory.
     """
-    with _claim(workdir, config):
+    with claim(workdir, config):
         for stage in stages:
             directory = workdir / "stages" / stage.name
             if only and stage.name not in only:
                 continue
-            if (directory / "stage.json").exists():
+            processes.stop_if_asked()
+            if processes.agree((directory / "stage.json").exists()):
                 print(f"{stage.name}: finished before")
                 continue
-            inputs = {name: workdir / "stages" / name for name in stage.needs}
-            missing = [name for name in inputs if not (inputs[name] / "stage.json").exists()]
-            if missing:
-                raise UserError(
-                    f"stage {stage.name} needs {', '.join(missing)}, not finished in {workdir}: "
-                    f"--stages={','.join([*missing, stage.name])}"
-                )
+            inputs = stage_inputs(workdir, stage)
             key = _stage_key(config, stage, inputs)
-            if not _take_over(stage.name, key, directory, reuse):
+            taken = processes.is_main() and _take_over(stage.name, key, directory, reuse)
+            if not processes.agree(taken):
                 print(f"{stage.name}: running")
                 directory.mkdir(parents=True, exist_ok=True)
                 begun = time.monotonic()
@@ -129,6 +134,19 @@ def run_stages(
                 write_json(directory / "stage.json", {"key": key, "seconds": seconds, "rows": rows})
                 print(f"{stage.name}: done in {seconds:.0f} s")
             write_json(workdir / "results.json", finished_rows(workdir, stages))
+            processes.wait()
+
+
+def stage_inputs(workdir: Path, stage: Stage) -> dict[str, Path]:
+    """The directories of the stages that one needs; a UserError if one of them isn't finished."""
+    inputs = {name: workdir / "stages" / name for name in stage.needs}
+    missing = [name for name in inputs if not (inputs[name] / "stage.json").exists()]
+    if missing:
+        raise UserError(
+            f"stage {stage.name} needs {', '.join(missing)}, not finished in {workdir}: "
+            f"--stages={','.join([*missing, stage.name])}"
+        )
+    return inputs
 
 
 def finished_rows(workdir: Path, stages: Sequence[Stage]) -> list[Row]:
@@ -170,10 +188,19 @@ def make_row(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is either there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    """Writes a file that is either there whole or not at all; of several processes, the first does."""
+    if not processes.is_main():
+        return
+    # Another run that shares the directory may be writing the same file.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(partial, path)
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Writes arrays as an npz file; of several processes, the first does."""
+    if processes.is_main():
+        np.savez(path, **arrays)
 
 
 def read_json(path: Path) -> Any:
@@ -185,25 +212,35 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Holds the directory for this process, and for this config for good."""
+def claim(workdir: Path, config: ConfigDict, shared: bool = False) -> Iterator[None]:
+    """Holds the directory for this process, or for those that share it; and for this config for good."""
     workdir.mkdir(parents=True, exist_ok=True)
-    mine = json.loads(config.to_json())
-    with open(workdir / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is at work in {workdir}") from error
-        path = workdir / "config.json"
-        if path.exists():
-            _check_same(workdir, read_json(path), mine)
-        else:
-            write_json(path, mine)
+    with hold(workdir / "lock", shared):
+        check_same(workdir, config)
+        if not (workdir / "config.json").exists():
+            write_json(workdir / "config.json", json.loads(config.to_json()))
+        processes.wait()
         yield
 
 
-def _check_same(workdir: Path, theirs: dict, mine: dict) -> None:
-    old, new = _flat(theirs), _flat(mine)
+@contextlib.contextmanager
+def hold(lock: Path, shared: bool = False) -> Iterator[None]:
+    """Holds a file for this run, or for those that share it; a UserError if another has it."""
+    if not processes.is_main():
+        yield
+        return
+    with open(lock, "a+") as file:  # some shared file systems want it open for both
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is at work in {lock.parent}") from error
+        yield
+
+
+def check_same(workdir: Path, config: ConfigDict) -> None:
+    """Raises a UserError if the directory belongs to another config, with the fields that differ."""
+    mine, path = json.loads(config.to_json()), workdir / "config.json"
+    old, new = _flat(read_json(path) if path.exists() else mine), _flat(mine)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if keys:
         differences = ", ".join(

@@ -2,12 +2,13 @@
 
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from distill_jax.errors import UserError
+from distill_jax.errors import Stopped, UserError
 
 
 def define_config() -> flags.FlagHolder:
@@ -18,7 +19,10 @@ def define_config() -> flags.FlagHolder:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command line; a UserError or a wrong flag ends it with one line and status 1."""
+    """Runs a command line; a UserError or a wrong flag ends it with one line and status 1.
+
+    The other exit statuses are those of `distill_jax.processes`.
+    """
     flags.mark_flag_as_required("config")
 
     def guarded(argv: Sequence[str]) -> None:
@@ -27,12 +31,25 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             main(argv)
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            sys.exit("\nstopped; the same command goes on from the last checkpoint")
+        except (Exception, KeyboardInterrupt) as error:
+            _end(error)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _end(error: BaseException) -> None:
+    """Ends the command with one line; with a traceback for what is our mistake."""
+    from distill_jax import processes  # late: JAX reads its settings when it is imported
+
+    if isinstance(error, UserError):
+        status, message = 1, f"error: {error}"
+    elif isinstance(error, Stopped):
+        status, message = processes.STOPPED, f"{error}; the same command goes on"
+    elif isinstance(error, KeyboardInterrupt):
+        status, message = 1, "\nstopped; the same command goes on from the last checkpoint"
+    else:
+        status, message = 1, "".join(traceback.format_exception(error)).rstrip()
+    processes.leave(status, message)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -5,6 +5,10 @@
 Any field of the config can be set: --config.distilled.temperature=8. The same command again goes on
 where the last one stopped, or finishes at once. Compiled programs are kept in ~/.cache/distill_jax, or
 in JAX_COMPILATION_CACHE_DIR.
+
+A run of several processes is this command once for each, with --distributed and one --workdir that they
+share. SIGTERM saves and exits with status 75; if a process of the run is lost, the others exit with
+status 76. After both the same command goes on.
 """
 
 import importlib
@@ -24,6 +28,18 @@ _STAGES = flags.DEFINE_list("stages", [], "Stages to run, by comma; all if not g
 _REUSE = flags.DEFINE_list(
     "reuse", [], "Other workdirs; finished stages of an equal config are taken over from them."
 )
+_PART = flags.DEFINE_string(
+    "part",
+    None,
+    "I,N: of the one stage in --stages, train the groups of nets I, I+N, I+2N and so on, and leave the "
+    "rest to other processes in the same workdir; the command without it then finishes the stage.",
+)
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    "off",
+    "off: this process alone. auto: one of several, as Slurm, Cloud TPU, Kubernetes or Open MPI say. "
+    "HOST:PORT,COUNT,INDEX: process 0's address, how many there are, which one this is.",
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,7 +48,17 @@ def main(argv: Sequence[str]) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "distill_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # JAX reads these settings when it is imported.
+    from distill_jax import processes
+    from experiments import parts
+
+    processes.start(_DISTRIBUTED.value)
+    processes.handle_sigterm()
     study = importlib.import_module(_CONFIG.value.study)
+    if _PART.value is not None:
+        part = parts.parse_part(_PART.value)
+        parts.run_part(_CONFIG.value, Path(_WORKDIR.value), study.STAGES, _STAGES.value, part)
+        return
     reuse = [Path(directory) for directory in _REUSE.value]
     study.run(_CONFIG.value, Path(_WORKDIR.value), _STAGES.value, reuse)
 

@@ -1,18 +1,31 @@
-"""Runs a named sweep of config overrides, one working directory each, and joins their results.
+"""Runs the points of a sweep, or the parts of a stage, as jobs; and joins the results of a sweep.
 
     python -m launch.sweep --config=experiments/mnist/config.py:default \\
         --sweep=experiments/mnist/config.py:temperature --workdir=runs/temperature
 
 The sweep is what `sweep(NAME)` in the named file returns: a list of {dotted key: value}. Every override
-is checked against the locked config before anything runs. Points that are finished are skipped; what
-they share (the teacher, when only the student is swept) is trained once and taken over. The same
-command again goes on where the last one stopped.
+is checked against the locked config before anything runs. Each point has a directory of its own. Points
+that are finished are skipped; what they share (the teacher, when only the student is swept) is trained
+once, by the first one, which runs alone, and taken over. The same command again goes on where the last
+one stopped, and ends in one table when all are finished.
+
+--backend=local runs --at_once=N processes side by side, and each sees its share of the GPUs that
+CUDA_VISIBLE_DEVICES lists. slurm submits job arrays and returns; sbatch's own variables, such as
+SBATCH_PARTITION and SBATCH_GRES, say where. print prints the commands for you to run, of which the
+first trains what the others take over.
+
+    python -m launch.sweep --config=experiments/specialists/config.py:paper \\
+        --parts=specialists:8 --workdir=runs/specialists --backend=slurm
+
+trains the groups of nets of one stage (specialists, members of an ensemble) as 8 jobs in one working
+directory, and says which command then finishes the study.
 """
 
+import importlib
 import importlib.util
-import subprocess
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +33,102 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from distill_jax.errors import UserError
-from experiments.study import read_json, write_json
+from experiments import parts
+from experiments.study import check_names, check_same, read_json, write_json
 from experiments.sweeps import Overrides
-from launch import command
+from launch import backends, command
+from launch.backends import Job
 
 _CONFIG = command.define_config()
-_SWEEP = flags.DEFINE_string("sweep", None, "FILE:NAME of the sweep.", required=True)
+_SWEEP = flags.DEFINE_string("sweep", None, "FILE:NAME of the sweep.")
+_PARTS = flags.DEFINE_string("parts", None, "STAGE:N, to train a stage's groups of nets as N jobs.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Holds a directory per point, sweep.json and sweep.md.", required=True
+    "workdir",
+    None,
+    "Holds a directory per point, sweep.json and sweep.md; with --parts, the study's.",
+    required=True,
 )
 _STAGES = flags.DEFINE_list("stages", [], "Stages to run for every point; all if not given.")
+_BACKEND = flags.DEFINE_enum("backend", "local", ["local", "slurm", "print"], "What runs the jobs.")
+_AT_ONCE = flags.DEFINE_integer(
+    "at_once",
+    None,
+    "Jobs that run side by side; by default 1 on this machine, where more write to WORKDIR/JOB/log.txt, "
+    "and all that Slurm has room for.",
+    lower_bound=1,
+)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Checks all points, runs those that are not finished, and joins their rows."""
-    workdir = Path(_WORKDIR.value)
-    points = load_sweep(_SWEEP.value)
-    for point in points:
-        check_point(_CONFIG.value, point)
-    for number, point in enumerate(points, 1):
-        print(f"point {number} of {len(points)}: {point_name(point)}", flush=True)
-        _run_point(workdir, point, [workdir / point_name(other) for other in points])
+    """Runs what isn't finished of a sweep or of a stage."""
+    sweep, stage_and_count, workdir = _SWEEP.value, _PARTS.value, Path(_WORKDIR.value)
+    if sweep and not stage_and_count:
+        _run_sweep(load_sweep(sweep), workdir)
+    elif stage_and_count and not sweep:
+        _run_parts(stage_and_count, workdir)
+    else:
+        raise UserError("give either --sweep=FILE:NAME or --parts=STAGE:N")
+
+
+def _run_sweep(points: Sequence[Overrides], workdir: Path) -> None:
+    """Checks all points, runs those that are not finished, and joins the rows if all are."""
+    configs = {point_name(point): apply_point(_CONFIG.value, point) for point in points}
+    check_names(_stages(), _STAGES.value)
+    jobs = [
+        _point_job(point, points, workdir)
+        for point in points
+        if not _is_finished(workdir / point_name(point), configs[point_name(point)])
+    ]
+    # The first of all trains what is shared; the others would each do the same beside it.
+    alone = 1 if len(jobs) == len(points) else 0
+    _run([jobs[:alone], jobs[alone:]], workdir)
+    left = [name for name in configs if not _is_finished(workdir / name, configs[name])]
+    if left:
+        _say(f"not finished: {', '.join(left)}. The same command joins the results of all.")
+        return
     rows = join_rows(workdir, points)
     write_json(workdir / "sweep.json", rows)
     table = markdown(points, rows)
     (workdir / "sweep.md").write_text(table)
-    print(table)
+    _say(table)
+
+
+def _run_parts(stage_and_count: str, workdir: Path) -> None:
+    """Trains the groups of a stage, unless it is finished."""
+    stage, _, number = stage_and_count.partition(":")
+    count = int(number) if number.isdecimal() else 0
+    if count < 1:
+        raise UserError(f"--parts={stage_and_count}: expected STAGE:N, such as specialists:4")
+    parts.find_stage(workdir, _stages(), [stage])
+    check_same(workdir, _CONFIG.value)
+    jobs = [
+        Job(
+            f"{stage}-{i}-of-{count}",
+            _main_command(workdir, {}, f"--stages={stage}", f"--part={i},{count}"),
+            workdir / f"{stage}-{i}-of-{count}" / "log.txt",
+        )
+        for i in range(count)
+    ]
+    _run([] if (workdir / "stages" / stage / "stage.json").exists() else [jobs], workdir)
+    _say(f"when all parts are trained, this goes on: {shlex.join(_main_command(workdir, {}))}")
+
+
+def _run(rounds: backends.Rounds, workdir: Path) -> None:
+    """Hands jobs to the back end."""
+    rounds = [jobs for jobs in rounds if jobs]
+    if not rounds:
+        return
+    if _BACKEND.value == "print":
+        backends.print_commands(rounds)
+    elif _BACKEND.value == "slurm":
+        backends.submit(rounds, _AT_ONCE.value, workdir)
+    else:
+        backends.run_here(rounds, _AT_ONCE.value or 1)
+
+
+def _say(text: str) -> None:
+    """Tells the user; apart from commands that are printed to be run."""
+    print(text, file=sys.stderr if _BACKEND.value == "print" else sys.stdout)
 
 
 def load_sweep(file_and_name: str) -> list[Overrides]:
@@ -64,15 +147,17 @@ def load_sweep(file_and_name: str) -> list[Overrides]:
         raise UserError(f"--sweep={file_and_name}: {error}") from error
 
 
-def check_point(config: ConfigDict, point: Overrides) -> None:
-    """Raises a UserError for a key that the config lacks, or a value of another type."""
+def apply_point(config: ConfigDict, point: Overrides) -> ConfigDict:
+    """The config of a point; a UserError for a key that it lacks, or a value of another type."""
+    config = config.copy_and_resolve_references()
     for key, value in point.items():
         try:
-            config.copy_and_resolve_references().update_from_flattened_dict({key: value})
+            config.update_from_flattened_dict({key: value})
         except (KeyError, AttributeError) as error:
             raise UserError(f"the config has no field {key!r}, which the sweep sets") from error
         except TypeError as error:
             raise UserError(f"the sweep sets {key} to {value!r}: {error}") from error
+    return config
 
 
 def point_name(point: Overrides) -> str:
@@ -112,24 +197,41 @@ def _plain(row: str) -> str:
     return row.partition(", T=")[0]
 
 
-def _run_point(workdir: Path, point: Overrides, others: Sequence[Path]) -> None:
-    """Runs a point as a process of its own, as `launch.main` would be by hand."""
+def _stages() -> Any:
+    """The study's stages."""
+    return importlib.import_module(_CONFIG.value.study).STAGES
+
+
+def _is_finished(directory: Path, config: ConfigDict) -> bool:
+    """Whether all stages that are asked for are; a UserError if they are another config's."""
+    check_same(directory, config)
+    names = _STAGES.value or [stage.name for stage in _stages()]
+    files = [directory / "stages" / name / "stage.json" for name in names if name != "report"]
+    return all(file.exists() for file in files)
+
+
+def _point_job(point: Overrides, points: Sequence[Overrides], workdir: Path) -> Job:
+    """Runs a point, as `launch.main` would be by hand; it takes over what others have finished."""
     directory = workdir / point_name(point)
-    given = config_flags.get_override_values(flags.FLAGS["config"])
-    overrides = [f"--config.{key}={value}" for key, value in {**given, **point}.items()]
-    reuse = [str(other) for other in others if other != directory and other.exists()]
-    process = [
+    others = [str(workdir / point_name(other)) for other in points if other != point]
+    reuse = [f"--reuse={','.join(others)}"] if others else []
+    stages = [f"--stages={','.join(_STAGES.value)}"] if _STAGES.value else []
+    words = _main_command(directory, point, *stages, *reuse)
+    return Job(point_name(point), words, directory / "log.txt")
+
+
+def _main_command(workdir: Path, point: Overrides, *more: str) -> list[str]:
+    """The words of a `launch.main` with this command's config, and a point's overrides."""
+    given: Mapping[str, Any] = config_flags.get_override_values(flags.FLAGS["config"])
+    return [
         sys.executable,
         "-m",
         "launch.main",
         f"--config={config_flags.get_config_filename(flags.FLAGS['config'])}",
-        f"--workdir={directory}",
-        f"--stages={','.join(_STAGES.value)}",
-        f"--reuse={','.join(reuse)}",
-        *overrides,
+        f"--workdir={workdir}",
+        *[f"--config.{key}={value}" for key, value in {**given, **point}.items()],
+        *more,
     ]
-    if subprocess.run(process, check=False).returncode != 0:
-        raise UserError(f"{point_name(point)} failed; its message is above")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import pytest
 from command import ROOT, SMOKE, fails, run
 
 from experiments.study import read_json
-from experiments.sweeps import product, zipped
 
 TINY = ("--config.data.train_examples=500", "--config.data.test_examples=200")
 BASELINE = (SMOKE, *TINY, "--stages=baseline", "--config.baseline.epochs=1")
@@ -166,30 +165,3 @@ def test_help_reads_well():
     ).stdout
     for word in ("python -m launch.main", "--config", "--workdir", "--stages", "--reuse"):
         assert word in text
-
-
-def test_points_of_a_sweep():
-    values = {"a": [1, 2], "b": [3, 4]}
-    assert product(values) == [{"a": a, "b": b} for a in (1, 2) for b in (3, 4)]
-    assert zipped(values) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
-
-
-def test_a_sweep_is_checked_run_and_joined(tmp_path):
-    sweep = tmp_path / "sweep.py"
-    sweep.write_text(
-        "def sweep(name):\n"
-        "    key = {'good': 'baseline.learning_rate', 'bad': 'baseline.rate'}[name]\n"
-        "    return [{key: 1e-3}, {key: 1e-2}]\n"
-    )
-    arguments = (*BASELINE, f"--workdir={tmp_path / 'runs'}")
-    message = fails(*arguments, f"--sweep={sweep}:bad", module="launch.sweep")
-    assert "'baseline.rate'" in message and not (tmp_path / "runs").exists()
-    output = run(*arguments, f"--sweep={sweep}:good", module="launch.sweep")
-    assert "learning_rate=0.001 | learning_rate=0.01" in output
-    rows = read_json(tmp_path / "runs/sweep.json")
-    assert [row["point"] for row in rows] == [
-        {"baseline.learning_rate": 1e-3},
-        {"baseline.learning_rate": 1e-2},
-    ]
-    again = run(*arguments, f"--sweep={sweep}:good", module="launch.sweep")
-    assert again.count("finished before") == 2

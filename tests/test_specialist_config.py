@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.specialists.config import PRESETS, get_config, sweep
-from launch.sweep import check_point
+from launch.sweep import apply_point
 
 
 def test_presets_have_the_same_fields():
@@ -51,7 +51,7 @@ def test_sweeps_fit_the_config(name):
     assert len({json.dumps(point) for point in points}) == len(points) > 2
     for point in points:
         config = get_config("default").lock()
-        check_point(config, point)
+        apply_point(config, point)
         config.update_from_flattened_dict(point)
         assert_reports_fit(config)
 

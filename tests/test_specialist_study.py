@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -265,6 +266,24 @@ def test_a_killed_run_ends_with_the_same_numbers(workdir, one_by_one, tmp_path):
     output = run(*alone(workdir), f"--workdir={killed}")
     assert "seed 1" in output and f"of {CONFIG.clusters.count}, seed 0" not in output
     assert measured(killed) == measured(one_by_one)
+
+
+def test_specialists_trained_as_jobs_side_by_side(workdir, one_by_one, tmp_path):
+    """Two jobs train the groups of both seeds; the study as usual ends with the same numbers."""
+    parts = tmp_path / "parts"
+    for name in ("generalist", "clusters"):
+        shutil.copytree(workdir / "stages" / name, parts / "stages" / name)
+    flags = (SMOKE, f"--workdir={parts}", "--config.specialists.at_once=1")
+    output = run(*flags, "--parts=specialists:2", "--at_once=2", module="launch.sweep")
+    for first in (0, 1):
+        log = (parts / f"specialists-{first}-of-2/log.txt").read_text()
+        groups = range(first + 1, 9, 2)
+        assert [f"specialists: group {number} of 8" in log for number in groups] == [True] * 4
+    assert not (parts / "stages/specialists/stage.json").exists()
+    finish = shlex.split(output.splitlines()[-1].partition(": ")[2])
+    output = run(*finish[3:], TO_SPECIALISTS)
+    assert not re.search(r"specialist: \d", output)  # nothing is left to train
+    assert measured(parts) == measured(one_by_one)
 
 
 def kill_when(directory, sign, arguments):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import signal
 import time
 
@@ -151,11 +152,32 @@ def test_reports_fit_the_epochs(preset):
     assert all(net.epochs % net.report_every == 0 for net in nets)
 
 
-def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The ensemble and its soft targets, member by member."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    run(SMOKE, *FEW, "--stages=ensemble,soft_targets", f"--workdir={path}")
+    return path
+
+
+def test_members_trained_as_jobs_side_by_side(whole, tmp_path):
+    """Two processes train the ensemble's members; the stage then only reads them."""
+    arguments = (SMOKE, *FEW, "--stages=ensemble", f"--workdir={tmp_path}")
+    jobs = [start(*arguments, f"--part={first},2") for first in (0, 1)]
+    outputs = [job.communicate() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    for (output, _), own in zip(outputs, ({0, 2}, {1}), strict=True):
+        assert {int(found) for found in re.findall(r"member_(\d): 1/1", output)} == own
+    assert not (tmp_path / "stages/ensemble/stage.json").exists()
+    assert "member_" not in run(*arguments)
+    rows = without_seconds(tmp_path / "results.json")
+    assert rows and rows == without_seconds(whole / "results.json")
+
+
+def test_a_killed_run_ends_with_the_same_numbers(whole, tmp_path):
     """Killed while a member trains and once more while soft targets are written."""
     arguments = (SMOKE, *FEW, "--stages=ensemble,soft_targets")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(*arguments, f"--workdir={whole}")
+    killed = tmp_path / "killed"
     for sign in ("stages/ensemble/member_1/checkpoints", "stages/soft_targets/*/shards/00001"):
         kill_when(killed, sign, arguments)
     run(*arguments, f"--workdir={killed}")

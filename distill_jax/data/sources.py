@@ -65,8 +65,17 @@ class Source(NamedTuple):
     test: Examples
 
 
+class Prepared(NamedTuple):
+    """A set that TFDS prepared, opened and not read. test_split: the one that `load` takes."""
+
+    name: str
+    builder: Any
+    num_classes: int
+    test_split: str
+
+
 def load(name: str, data_dir: str | None = None, side: int = 0) -> Source:
-    """Reads a whole data set into memory and validates it.
+    """Reads a whole data set into memory; what isn't known by its SHA-256 is validated.
 
     Args:
         name: "embedded" for the MNIST of this package (60,000 and 10,000 examples in file order),
@@ -89,23 +98,44 @@ def load(name: str, data_dir: str | None = None, side: int = 0) -> Source:
             command that prepares it), or damaged, or without the splits, features or images of one
             size, or too large for the memory; see `validate`.
     """
-    kind, _, set_name = name.partition(":")
     if side < 0 or (side and name == "embedded"):
         raise UserError(
             f"data.side must be 0 or, for a TFDS set, pixels to resize images to, not {side} for {name}"
         )
     if name == "embedded":
-        source = _load_embedded(EMBEDDED_DIR if data_dir is None else Path(data_dir))
-    elif kind == "tfds" and _TFDS_NAME.fullmatch(set_name):
-        source = _load_tfds(name, set_name, data_dir, side)
-    else:
+        return _load_embedded(EMBEDDED_DIR if data_dir is None else Path(data_dir))
+    prepared = open_prepared(name, data_dir)
+    train = _read_tfds_split(prepared, "train", side, first_id=0)
+    return Source(name, prepared.num_classes, train, read_test(prepared, side))
+
+
+def open_prepared(name: str, data_dir: str | None = None) -> Prepared:
+    """Opens a "tfds:" set; arguments and errors as for `load`."""
+    kind, _, set_name = name.partition(":")
+    if kind != "tfds" or not _TFDS_NAME.fullmatch(set_name):
         raise UserError(
             f"unknown data source {name!r}: expected 'embedded' (the MNIST of this package) or "
             "'tfds:NAME[/CONFIG][:VERSION]' (a prepared TFDS set, such as 'tfds:mnist')"
         )
-    validate(source.train, source.num_classes, f"{name}, train")
-    validate(source.test, source.num_classes, f"{name}, test")
-    return source
+    # Imported here because it can take seconds and the embedded set doesn't need it.
+    import tensorflow_datasets as tfds
+
+    builder = _prepared_builder(tfds, set_name, data_dir)
+    # Sorted for the message: TFDS keeps them in an order that changes from run to run.
+    found = dict(sorted(builder.info.features.items()))
+    has_images = "image" in found and found["image"].np_dtype == np.uint8
+    if not has_images or not isinstance(found.get("label"), tfds.features.ClassLabel):
+        raise UserError(
+            f"{name}: an image classification set has the features image (uint8) and label "
+            f"(ClassLabel), this one has {found}"
+        )
+    return Prepared(name, builder, found["label"].num_classes, _find_test_split(builder, name))
+
+
+def read_test(prepared: Prepared, side: int = 0) -> Examples:
+    """The test set in memory; ids, `side` and errors as for `load`."""
+    size = prepared.builder.info.splits["train"].num_examples
+    return _read_tfds_split(prepared, prepared.test_split, side, first_id=size)
 
 
 def validate(examples: Examples, num_classes: int, what: str) -> None:
@@ -194,25 +224,6 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
 
 
-def _load_tfds(source_name: str, set_name: str, data_dir: str | None, side: int) -> Source:
-    # Imported here because it can take seconds and the embedded set doesn't need it.
-    import tensorflow_datasets as tfds
-
-    builder = _prepared_builder(tfds, set_name, data_dir)
-    # Sorted for the message: TFDS keeps them in an order that changes from run to run.
-    found = dict(sorted(builder.info.features.items()))
-    has_images = "image" in found and found["image"].np_dtype == np.uint8
-    if not has_images or not isinstance(found.get("label"), tfds.features.ClassLabel):
-        raise UserError(
-            f"{source_name}: an image classification set has the features image (uint8) and label "
-            f"(ClassLabel), this one has {found}"
-        )
-    test_split = _find_test_split(builder, source_name)
-    train = _read_tfds_split(builder, source_name, "train", side, first_id=0)
-    test = _read_tfds_split(builder, source_name, test_split, side, first_id=len(train["id"]))
-    return Source(source_name, found["label"].num_classes, train, test)
-
-
 def _find_test_split(builder: Any, source_name: str) -> str:
     splits = sorted(builder.info.splits)
     candidates = [split for split in _TEST_SPLITS if split in splits]
@@ -267,15 +278,14 @@ def _prepare_command(set_name: str, data_dir: str | None) -> str:
     return f"pip install tensorflow && tfds build {set_name}{where} --file_format=array_record"
 
 
-def _read_tfds_split(
-    builder: Any, source_name: str, split: str, side: int, first_id: int
-) -> Examples:
+def _read_tfds_split(prepared: Prepared, split: str, side: int, first_id: int) -> Examples:
+    source_name, builder = prepared.name, prepared.builder
     size = builder.info.splits[split].num_examples
     images: np.ndarray | None = None
     labels = np.empty(size, np.int32)
     shown = time.monotonic()
     for row, example in enumerate(_tfds_examples(builder, source_name, split)):
-        image = _resize(example["image"], side) if side else example["image"]
+        image = resize(example["image"], side) if side else example["image"]
         if images is None:
             images = _allocate((size, *image.shape), f"{source_name}, {split}")
         # Checked as they come, before a set of many large images fills the memory.
@@ -291,7 +301,9 @@ def _read_tfds_split(
             print(f"{source_name}, {split}: {row + 1} of {size} images read", flush=True)
     if images is None:
         raise UserError(f"{source_name}, {split}: no examples")
-    return _examples(images, labels, first_id)
+    examples = _examples(images, labels, first_id)
+    validate(examples, prepared.num_classes, f"{source_name}, {split}")
+    return examples
 
 
 def _allocate(shape: tuple[int, ...], what: str) -> np.ndarray:
@@ -305,7 +317,7 @@ def _allocate(shape: tuple[int, ...], what: str) -> np.ndarray:
         ) from error
 
 
-def _resize(image: np.ndarray, side: int) -> np.ndarray:
+def resize(image: np.ndarray, side: int) -> np.ndarray:
     """The square about the centre of `[H, W, channels]` -> `[side, side, channels]`, all uint8."""
     image = np.atleast_3d(image)
     height, width, channels = image.shape

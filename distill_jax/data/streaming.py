@@ -147,9 +147,7 @@ def blocks(
         block_frames: at most so many in a block.
         seed: of the epochs' orders.
         first_block: where a resumed run goes on.
-        read_threads: blocks read at a time; 0 reads each when it is asked for.
-        prefetch: blocks read ahead, and so held in the host's memory; at least `read_threads`.
-        end: none is read from here on.
+        read_threads, prefetch, end: as for `read_ahead`.
 
     Raises:
         UserError: as `block_sizes`; or, while reading, for an utterance that isn't as long as
@@ -158,11 +156,6 @@ def blocks(
     lengths = np.asarray(lengths, np.int64)
     if len(source) != len(lengths):
         raise UserError(f"{len(lengths)} lengths for a source of {len(source)} utterances")
-    if 0 < prefetch < read_threads or (read_threads > 0) != (prefetch > 0):
-        raise UserError(
-            f"prefetch is {prefetch} and read_threads {read_threads}: as many blocks must be read "
-            "ahead as there are threads, or both be 0"
-        )
     sizes = block_sizes(lengths, block_frames)
     first_ids = np.cumsum(lengths) - lengths
     plan_of = functools.lru_cache(maxsize=2)(lambda epoch: plan(lengths, block_frames, seed, epoch))
@@ -171,10 +164,33 @@ def blocks(
         epoch, place = divmod(number, sizes.epoch)
         return _read_block(source, lengths, first_ids, plan_of(epoch)[place], sizes)
 
+    return read_ahead(read, first_block, end, read_threads, prefetch)
+
+
+def read_ahead(
+    read: Callable[[int], Block], first: int, end: int, read_threads: int, prefetch: int
+) -> Iterator[Block]:
+    """The blocks `read(first)..read(end - 1)`, in order, read in threads before they are asked for.
+
+    Args:
+        read: a block by its number.
+        first: where a resumed run goes on.
+        end: none is read from here on.
+        read_threads: blocks read at a time; 0 reads each when it is asked for.
+        prefetch: blocks read ahead, and so held in the host's memory; at least `read_threads`.
+
+    Raises:
+        UserError: for fewer blocks read ahead than threads; or what `read` raises.
+    """
+    if 0 < prefetch < read_threads or (read_threads > 0) != (prefetch > 0):
+        raise UserError(
+            f"prefetch is {prefetch} and read_threads {read_threads}: as many blocks must be read "
+            "ahead as there are threads, or both be 0"
+        )
     import grain  # takes more than a second, and resident sets don't need it
 
     options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.range(first_block, end).map(read).to_iter_dataset(options))
+    return iter(grain.MapDataset.range(first, end).map(read).to_iter_dataset(options))
 
 
 def make_block_epoch(
@@ -222,7 +238,7 @@ def make_advance(
         run_block: from `make_block_epoch`, compiled (`parallel.compile_epoch` for members).
         open_blocks: the blocks from a given one on:
             `lambda first: blocks(source, lengths, block_frames, seed, first)`.
-        put: copies a block to the devices (`parallel.put_examples`).
+        put: copies a block to the devices (`parallel.put_examples`, or `put_rows`).
         key: or those of the members.
         hyper: as `run_block` takes it.
     """

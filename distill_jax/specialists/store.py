@@ -20,6 +20,7 @@ from jax import Array
 
 from distill_jax.errors import UserError
 from distill_jax.models import Params
+from distill_jax.processes import main_only
 from distill_jax.specialists.inference import check_class_sets
 
 FORMAT, VERSION = "distill_jax.specialists", 1
@@ -42,6 +43,7 @@ class Specialists(NamedTuple):
     meta: dict[str, Any]
 
 
+@main_only
 def save(directory: str | os.PathLike[str], specialists: Specialists) -> None:
     """Writes specialists; they appear whole or not at all. Earlier ones of that name are removed first.
 

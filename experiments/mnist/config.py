@@ -29,10 +29,15 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.data = {
         "source": "embedded",  # or tfds:NAME
         "data_dir": "",
+        # 0: the training set is resident. Else, of a tfds: source, the stages teacher, soft_targets,
+        # baseline, distilled and alternatives read it from disk, in blocks of at most so many
+        # examples. Their order is another one, so the numbers aren't those of a resident run.
+        # The other stages cut the set up, and hold it in memory.
+        "block_examples": 0,
         "train_examples": 0,  # 0: all
         "test_examples": 0,
         "validation": 0,  # examples held out of training; the paper trains on all 60,000
-        "seed": 0,  # of the held-out examples and of the partial transfer sets
+        "seed": 0,  # of the held-out examples, of partial transfer sets and of a stream's order
     }
     config.teacher = sections.net(
         hidden=(1200, 1200),

@@ -14,7 +14,14 @@ from distill_jax.data import transfer
 from distill_jax.data.sources import Examples
 from experiments import members
 from experiments.mnist import figures
-from experiments.mnist.nets import load_data, train, train_on_labels, with_soft_targets
+from experiments.mnist.nets import (
+    load_data,
+    train,
+    train_on_labels,
+    training_parts,
+    training_set_with_targets,
+    with_soft_targets,
+)
 from experiments.mnist.omissions import only_7_8, without_3
 from experiments.study import (
     Context,
@@ -58,16 +65,18 @@ def teacher(context: Context) -> list[Row]:
 
 def make_soft_targets(context: Context) -> list[Row]:
     """Every seed's teacher's logits over the training set, kept by example id."""
-    config, data = context.config, load_data(context.config)
+    config = context.config
     nets = train_on_labels(context, "teacher", config.teacher, context.inputs["teacher"])
     for s, seed in enumerate(config.seeds):
-        logits = nets.logits(s, data.train["image"])
         params = jax.tree.map(lambda leaf, s=s: leaf[s], nets.params)
         name = soft_targets.fingerprint(params, json.loads(config.teacher.to_json()))
-        targets = soft_targets.make(logits, data.train, name)
-        soft_targets.save(context.directory / f"seed_{seed}", targets)
-        if s == 0:
-            write_json(context.directory / "digits.json", _telling_digits(data.train, logits))
+        parts: list[soft_targets.SoftTargets] = []
+        for examples in training_parts(config):
+            logits = nets.logits(s, examples["image"])
+            if s == 0 and not parts:
+                write_json(context.directory / "digits.json", _telling_digits(examples, logits))
+            parts.append(soft_targets.make(logits, examples, name))
+        soft_targets.save(context.directory / f"seed_{seed}", _joined(parts))
     return []
 
 
@@ -241,7 +250,7 @@ def _distil(
     paper: float | None = None,
 ) -> Row:
     net = context.config.distilled
-    examples = with_soft_targets(context, load_data(context.config).train, net.temperature)
+    examples = training_set_with_targets(context, net)
     variant = {"temperature": net.temperature, "hard_weight": hard_weight}
     nets = train(context, name, net, examples, loss, [variant])
     return _error_row(context, "mnist", row, nets, paper)
@@ -261,6 +270,16 @@ def _by_variant(nets: members.Trained, variants: int) -> np.ndarray:
 
 def _changed(net: ConfigDict, **changes: Any) -> ConfigDict:
     return ConfigDict({**net.to_dict(), **changes})
+
+
+def _joined(parts: Sequence[soft_targets.SoftTargets]) -> soft_targets.SoftTargets:
+    """One teacher's soft targets of all parts of a set."""
+    return soft_targets.SoftTargets(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.digests for part in parts]),
+        np.concatenate([part.logits for part in parts]),
+        parts[0].meta,
+    )
 
 
 def _telling_digits(examples: Examples, logits: np.ndarray) -> list[dict[str, Any]]:

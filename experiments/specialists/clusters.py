@@ -12,7 +12,7 @@ from distill_jax.errors import UserError
 from distill_jax.specialists import clustering
 from experiments.specialists import nets
 from experiments.specialists.data import Data, load_data
-from experiments.study import Context, Row, make_row, write_json
+from experiments.study import Context, Row, make_row, write_arrays, write_json
 
 _BATCH = 2000
 _NAMED = 12  # classes of a set that are named in the report
@@ -138,7 +138,7 @@ def _keep(
     central = np.asarray(jnp.argsort(distances, axis=0)[: sets.shape[1]].T, np.int32)
     names = [[data.class_names[c] for c in row[:_NAMED]] for row in central]
     write_json(path.with_suffix(".json"), names)
-    np.savez(
+    write_arrays(
         path,
         sets=sets,
         central=central,

@@ -27,6 +27,7 @@ from experiments.study import (
     make_row,
     read_json,
     run_study,
+    write_arrays,
 )
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 5, 6.1 and 8: specialists"
@@ -74,7 +75,7 @@ def compare_solvers(context: Context) -> list[Row]:
     )
     active = np.flatnonzero(evidence.active.any(axis=1))[: config.inference.examples]
     evidence = inference.Evidence(*(np.asarray(field)[active] for field in evidence))
-    np.savez(context.directory / "predictions.npz", **evidence._asdict())
+    write_arrays(context.directory / "predictions.npz", **evidence._asdict())
     found = solver_comparison.compare(evidence, config.inference.max_passes)
     for name, numbers in found.items():
         for other in ("adam", "gradient_descent"):
@@ -129,8 +130,20 @@ _SPECIALISTS = ("generalist", "clusters", "specialists")
 STAGES = (
     Stage("generalist", table3.generalist, (), (*_DATA, "generalist")),
     Stage("clusters", clusters.cluster, ("generalist",), ("clusters", "specialists")),
-    Stage("specialists", table3.specialists, ("generalist", "clusters"), ("specialists",)),
-    Stage("random", table3.random_specialists, ("generalist",), ("clusters", "specialists")),
+    Stage(
+        "specialists",
+        table3.specialists,
+        ("generalist", "clusters"),
+        ("specialists",),
+        table3.specialist_groups,
+    ),
+    Stage(
+        "random",
+        table3.random_specialists,
+        ("generalist",),
+        ("clusters", "specialists"),
+        table3.random_groups,
+    ),
     Stage("longer", table3.longer, ("generalist",), ("controls",)),
     Stage("ensemble", table3.ensemble, ("generalist",), ("controls", "specialists")),
     Stage("soft", soft.soft, ("generalist", "clusters"), ("specialists", "soft")),

@@ -1,7 +1,7 @@
 """Tables 3 and 4: the generalist, its specialists, and controls that cost as much (section 5.5)."""
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from experiments.specialists import nets
 from experiments.specialists import training as specialist_training
 from experiments.specialists.clusters import load_sets, random_sets
 from experiments.specialists.data import Data, load_data
-from experiments.study import Context, Row, make_row
+from experiments.study import Context, Row, make_row, write_arrays
 
 PAPER = types.MappingProxyType(
     {
@@ -98,12 +98,17 @@ def specialists(context: Context) -> list[Row]:
     return rows + _coverage_rows(config, tables, sum(run["seconds"] for run in runs))
 
 
+def specialist_groups(context: Context) -> list[Callable[[], members.Trained]]:
+    """What trains each group of all seeds' specialists."""
+    return _groups(context, "specialists", load_sets)
+
+
 def random_specialists(context: Context) -> list[Row]:
     """The same with sets of random classes, at the same cost."""
-    config, data = context.config, load_data(context.config)
+    config = context.config
     runs = []
-    for s, seed in enumerate(config.seeds):
-        sets = random_sets(config, seed, data.num_classes)
+    for s in range(len(config.seeds)):
+        sets = _random_sets(context, s)
         run = specialist_training.train(
             context, "random", s, sets, config.specialists, config.specialists.kind
         )
@@ -111,6 +116,29 @@ def random_specialists(context: Context) -> list[Row]:
     return _rows(
         context, f"generalist + {config.clusters.count} specialists of random classes", runs
     )
+
+
+def random_groups(context: Context) -> list[Callable[[], members.Trained]]:
+    """What trains each group of all seeds' specialists of random classes."""
+    return _groups(context, "random", _random_sets)
+
+
+def _groups(
+    context: Context, name: str, sets_of: Callable[[Context, int], np.ndarray]
+) -> list[Callable[[], members.Trained]]:
+    net, seeds = context.config.specialists, range(len(context.config.seeds))
+    return [
+        train
+        for s in seeds
+        for train in specialist_training.groups(
+            context, name, s, sets_of(context, s), net, net.kind
+        )
+    ]
+
+
+def _random_sets(context: Context, seed: int) -> np.ndarray:
+    config = context.config
+    return random_sets(config, config.seeds[seed], load_data(config).num_classes)
 
 
 def longer(context: Context) -> list[Row]:
@@ -313,7 +341,7 @@ def _keep_gallery(context: Context, data: Data, run: dict) -> None:
     p = np.asarray(losses.softmax(jnp.asarray(run["logits"][rows])))
     q = run["q"][rows]
     old, new = (np.argsort(-x, axis=-1)[:, :_TOP].astype(np.int32) for x in (p, q))
-    np.savez(
+    write_arrays(
         context.directory / "gallery.npz",
         image=data.test["image"][rows],
         label=data.test["label"][rows],

@@ -1,6 +1,7 @@
 """Trains the specialists of a generalist (sections 5.2 and 6.1), and asks them together (5.4)."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,17 +57,16 @@ def train(
         UserError: for a class without examples, a set that leaves the dustbin none, an unknown kind, an
             odd batch size, or groups of none.
     """
-    directory = context.directory / name / f"seed_{context.config.seeds[seed]}"
+    directory = _folder(context, name, seed)
     base, data = nets.load_bases(context)[seed], load_data(context.config)
     if (directory / "seconds.json").exists():
         found = load(directory, base, data)
         return Trained(found, read_json(directory / "seconds.json"))
-    if net.at_once < 1:
-        raise UserError(f"specialists.at_once must be at least 1, not {net.at_once}")
     examples = enriched_examples(context, seed, class_sets)
-    count = len(examples)
-    groups = [range(i, min(i + net.at_once, count)) for i in range(0, count, net.at_once)]
-    parts = [train_group(context, directory, seed, group, examples, net, kind) for group in groups]
+    parts = [
+        train_group(context, directory, seed, group, examples, net, kind)
+        for group in _cut(len(class_sets), net)
+    ]
     params = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[part.params for part in parts])
     meta = {
         "generalist": base.fingerprint,
@@ -79,6 +79,34 @@ def train(
     seconds = sum(part.seconds for part in parts) + nets.inputs_seconds(context, seed)
     write_json(directory / "seconds.json", seconds)
     return Trained(specialists, seconds)
+
+
+def groups(
+    context: Context,
+    name: str,
+    seed: int,
+    class_sets: np.ndarray,
+    net: ConfigDict,
+    kind: str,
+) -> list[Callable[[], members.Trained]]:
+    """What trains each group that `train` does, or restores it, by itself; arguments as there."""
+    directory = _folder(context, name, seed)
+    examples = functools.cache(lambda: enriched_examples(context, seed, class_sets))
+
+    def train_one(group: range) -> members.Trained:
+        return train_group(context, directory, seed, group, examples(), net, kind)
+
+    return [functools.partial(train_one, group) for group in _cut(len(class_sets), net)]
+
+
+def _cut(count: int, net: ConfigDict) -> list[range]:
+    if net.at_once < 1:
+        raise UserError(f"specialists.at_once must be at least 1, not {net.at_once}")
+    return [range(i, min(i + net.at_once, count)) for i in range(0, count, net.at_once)]
+
+
+def _folder(context: Context, name: str, seed: int) -> Path:
+    return context.directory / name / f"seed_{context.config.seeds[seed]}"
 
 
 def load(directory: Path, base: Base, data: Data) -> store.Specialists:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, soft_targets, training
+from distill_jax import compressed_targets, processes, soft_targets, training
 from distill_jax.data import frames
 from distill_jax.data.sources import Examples
 from distill_jax.models import Model, Params
@@ -89,21 +89,32 @@ def train_on_targets(
 
 def train_ensemble(context: Context, directory: Path | None = None) -> list[members.Trained]:
     """The ensemble in groups of members, each group resumed by itself or restored if it is done."""
+    return [train_group() for train_group in ensemble_groups(context, directory)]
+
+
+def ensemble_groups(
+    context: Context, directory: Path | None = None
+) -> list[Callable[[], members.Trained]]:
+    """What trains each of these groups, or restores it."""
     net = context.config.ensemble
     seeds = tuple(net.members)
     groups = [seeds[i : i + net.at_once] for i in range(0, len(seeds), net.at_once)]
-    return [
-        train(
-            context,
-            f"member_{group[0]}" if len(group) == 1 else f"members_{group[0]}_to_{group[-1]}",
-            net,
-            training_set.labelled(context.config, net, len(group)),
-            training.label_loss,
-            seeds=group,
-            directory=directory,
-        )
-        for group in groups
-    ]
+    return [functools.partial(_train_group, context, group, directory) for group in groups]
+
+
+def _train_group(
+    context: Context, group: tuple[int, ...], directory: Path | None
+) -> members.Trained:
+    net = context.config.ensemble
+    return train(
+        context,
+        f"member_{group[0]}" if len(group) == 1 else f"members_{group[0]}_to_{group[-1]}",
+        net,
+        training_set.labelled(context.config, net, len(group)),
+        training.label_loss,
+        seeds=group,
+        directory=directory,
+    )
 
 
 def load_ensemble(context: Context) -> Net:
@@ -174,6 +185,7 @@ def accuracy(log_probs: np.ndarray, examples: Examples) -> float:
     return 100.0 * float((log_probs.argmax(axis=-1) == examples["label"]).mean())
 
 
+@processes.main_only
 def write_targets(
     context: Context,
     net: Net,

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_jax import processes
 from distill_jax.data import frames
 from experiments.speech import decoding, language_model, nets
 from experiments.speech.data import Data, load_data
@@ -23,8 +24,12 @@ def recognise(context: Context) -> list[Row]:
     the ensemble on validation utterances and are the same for all nets; the decoder's own acoustic
     model has the library's weights and wide beams.
     """
+    return _recognise(context, nets.load_ensemble(context), _students(context)) or []
+
+
+@processes.main_only  # decoding takes the whole machine
+def _recognise(context: Context, teacher: nets.Net, students: nets.Net) -> list[Row]:
     config, data = context.config, load_data(context.config)
-    teacher, students = nets.load_ensemble(context), _students(context)
     write_json(context.directory / "example.json", _example(data, teacher, students))
     write_json(context.directory / "confusions.json", _confusions(data, teacher, students))
     transcripts = training_transcripts(data)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments.speech import comparisons, figures, recognition, table1, table5
+from experiments.speech import comparisons, figures, nets, recognition, table1, table5
 from experiments.study import Row, Stage, draw_report, finished_rows, read_json, run_study
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 4 and 6: speech"
@@ -61,7 +61,7 @@ _SHARED = ("selection", "mesh", "data", "ensemble")
 _DISTILLED = ("ensemble", "soft_targets", "distilled")
 _TARGETS = ("soft_targets", "compression")
 STAGES = (
-    Stage("ensemble", table1.ensemble, (), _SHARED),
+    Stage("ensemble", table1.ensemble, (), _SHARED, nets.ensemble_groups),
     Stage("soft_targets", table1.make_soft_targets, ("ensemble",), ("soft_targets", "unlabelled")),
     Stage("distilled", table1.distilled, ("ensemble", "soft_targets"), ("seeds", "distilled")),
     Stage("temperature", comparisons.temperature, _DISTILLED),

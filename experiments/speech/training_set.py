@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets
+from distill_jax import compressed_targets, parallel
 from distill_jax.data import frames, streaming, transfer
 from distill_jax.data.sources import Examples
 from experiments.members import Stream
@@ -141,8 +141,16 @@ def _resident_frames(data: Data) -> Array:
 
 def _stream(config: ConfigDict, net: ConfigDict, source: Utterances) -> Stream:
     lengths, size, seed = source.data.lengths, config.data.block_frames, config.data.stream_seed
+    steps = streaming.steps_per_block(lengths, size, net.batch_size)
+    one = next(streaming.blocks(source, lengths, size, seed, read_threads=0, prefetch=0))
+    shared = dict.fromkeys(one, False)
+    width = frames.LEFT + 1 + frames.RIGHT
     return Stream(
         lambda first: streaming.blocks(source, lengths, size, seed, first),
-        streaming.steps_per_block(lengths, size, net.batch_size),
+        steps,
         streaming.block_sizes(lengths, size).epoch,
+        jax.ShapeDtypeStruct((width, one["frames"].shape[1]), one["frames"].dtype),
+        lambda block, mesh: parallel.put_examples(block, mesh, shared),
+        shared,
+        lambda step, shard: streaming.make_block_epoch(step, net.batch_size, steps, shard),
     )
