@@ -249,11 +249,13 @@ def leave(status: int, message: str) -> NoReturn:
     """
     together = count() == 1 or status == STOPPED
     if not together:
+        watch.ENDING.set()
         time.sleep(_PAUSE)
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if together:
         sys.exit(status)
+    watch.tell_error(jax.process_index())
     if is_main():
         time.sleep(_PAUSE)
     os._exit(status)

@@ -13,13 +13,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LOST = 76
 """Exit status of a process that goes because another is gone."""
 
+ENDING = threading.Event()
+"""Set by a process that ends with an error of its own, and needn't be told of others'."""
+
+# What processes tell each other: an orderly end; "!N", an error of process N; "-N", N is lost.
 _BYE = b"."
+_PEERS: list[socket.socket] = []
 _CONNECT_SECONDS = 60
 
 
@@ -64,17 +69,23 @@ def watch_first(host: str, port: int, token: int, index: int, count: int) -> Non
     _start({peer: 0}, count)
 
 
+def tell_error(index: int) -> None:
+    """Tells the others that this process, of that number, ends with an error, and isn't lost."""
+    _tell(_PEERS, b"!%d" % index)
+
+
 def _start(peers: Mapping[socket.socket, int], count: int) -> None:
     for peer in peers:
         peer.settimeout(None)
-    atexit.register(_say_goodbye, list(peers))
+    _PEERS.extend(peers)
+    atexit.register(_tell, _PEERS, _BYE)
     threading.Thread(target=_watch, args=(peers, count), daemon=True).start()
 
 
-def _say_goodbye(peers: list[socket.socket]) -> None:
+def _tell(peers: Iterable[socket.socket], word: bytes) -> None:
     for peer in peers:
         with contextlib.suppress(OSError):  # it has gone before
-            peer.sendall(_BYE)
+            peer.sendall(word)
 
 
 def _watch(peers: Mapping[socket.socket, int], count: int) -> None:
@@ -84,13 +95,15 @@ def _watch(peers: Mapping[socket.socket, int], count: int) -> None:
         while selector.get_map():
             for key, _ in selector.select():
                 source: Any = key.fileobj
-                word = _read(source)
-                if word == b"":
-                    _leave(peers, peers[source], count)
-                elif word == _BYE:
-                    selector.unregister(source)
-                else:  # process 0 says who is gone, and goes itself
-                    _leave({}, int(word), count)
+                word = _read(source) or b"-%d" % peers[source]
+                if word[:1] == b"-":
+                    again = "the same command goes on from the last checkpoint, with as many"
+                    text = f"was lost; {again} processes or fewer"
+                    _leave(peers, word, LOST, f"process {int(word[1:])} of {count} {text}")
+                if word[:1] == b"!" and not ENDING.is_set():
+                    text = "ended with an error, which it has printed"
+                    _leave(peers, word, 1, f"process {int(word[1:])} of {count} {text}")
+                selector.unregister(source)
 
 
 def _read(peer: socket.socket) -> bytes:
@@ -100,17 +113,13 @@ def _read(peer: socket.socket) -> bytes:
         return b""
 
 
-def _leave(peers: Mapping[socket.socket, int], lost: int, count: int) -> None:
-    """Ends this process from within its thread: the others hang in what the lost one doesn't send."""
-    for peer in peers:
-        with contextlib.suppress(OSError):
-            peer.sendall(b"%d" % lost)
-    print(
-        f"process {lost} of {count} was lost; the same command goes on from the last checkpoint, with "
-        "as many processes or fewer",
-        file=sys.stderr,
-        flush=True,
-    )
+def _leave(peers: Mapping[socket.socket, int], word: bytes, status: int, text: str) -> None:
+    """Ends this process from within its thread: the others hang in what the lost one doesn't send.
+
+    Process 0 passes on what it heard, and goes last: without it the others' runtime would abort them.
+    """
+    _tell(peers, word)
+    print(text, file=sys.stderr, flush=True)
     if len(peers) > 1:
-        time.sleep(1)  # the others' runtime would abort them as soon as process 0 is gone
-    os._exit(LOST)
+        time.sleep(1)
+    os._exit(status)

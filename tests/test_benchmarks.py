@@ -6,26 +6,34 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
+from experiments.benchmarks import scaling_plan
 from experiments.benchmarks.mnist_epoch_jax import flops_per_example
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_mnist_epoch_ends_with_its_result():
-    # Three steps, on one device instead of conftest's eight; little optimised to compile sooner.
-    flags = ["--batch_size=100", "--steps=0.005", "--rounds=1", "--nopytorch"]
+def run(benchmark: str, *arguments: str) -> dict[str, Any]:
+    """The result of a benchmark on the machine's own devices."""
     process = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmarks.mnist_epoch", *flags],
+        [sys.executable, "-m", f"experiments.benchmarks.{benchmark}", *arguments],
         cwd=ROOT,
+        # One CPU device instead of conftest's eight; little optimised to compile sooner.
         env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    result = json.loads(process.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_mnist_epoch_ends_with_its_result():
+    # Three steps.
+    result = run("mnist_epoch", "--batch_size=100", "--steps=0.005", "--rounds=1", "--nopytorch")
     assert result["benchmark"] == "mnist_epoch"
     assert result["device"] in ("cpu", "gpu")
     assert set(result["figures"]) == {
@@ -52,3 +60,63 @@ def test_mnist_epoch_ends_with_its_result():
 )
 def test_flops_are_those_of_the_matrix_products(layers, flops):
     assert flops_per_example(layers) == flops
+
+
+def test_scaling_ends_with_its_result():
+    result = run("scaling", "--nets=mnist", "--devices=1,2", "--batch_size=64", "--rounds=1")
+    assert (result["benchmark"], result["device"]) == ("scaling", jax.default_backend())
+    figures = result["figures"]
+    assert set(figures) == {
+        "mnist strong data 1",
+        "mnist strong data 2",
+        "mnist strong model 2",
+        "mnist weak data 2",
+    }
+    assert all(math.isfinite(n) and n > 0 for n in result["ratios"].values())
+    # Beyond the gradients only the sums of the loss and the errors, 4 bytes each, and no resharding.
+    for way in ("strong", "weak"):
+        point = figures[f"mnist {way} data 2"]
+        assert point["on_paper"] == 4 * scaling_plan.parameter_count((784, 1200, 1200, 10))
+        assert point["sent"] == point["on_paper"] + 8
+    assert figures["mnist strong data 1"]["sent"] == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "model", "values"),
+    [
+        ((4, 6, 10, 8), 1, 0),
+        ((4, 6, 10, 8), 2, 10 + 10),  # out of the second layer, and back into it
+        ((4, 6, 10, 7), 2, 10),  # an output layer that is whole
+        ((4, 6, 8), 2, 6 + 6),
+        ((4, 6, 10, 12, 8), 2, 6 + 6 + 12 + 12),
+    ],
+)
+def test_values_reduced_over_model(layers, model, values):
+    assert scaling_plan.reduced_values(layers, model) == values
+
+
+def test_bytes_on_paper():
+    assert scaling_plan.parameter_count(scaling_plan.ACOUSTIC) == 84_412_080
+    assert scaling_plan.ring_bytes("all-reduce", 800.0, 8) == 1400.0
+    assert scaling_plan.ring_bytes("all-gather", 800.0, 8) == 700.0
+    assert scaling_plan.ring_bytes("reduce-scatter", 100.0, 8) == 700.0
+    gradients = 2 * 7 / 8 * 4 * 84_412_080
+    assert scaling_plan.step_bytes(scaling_plan.ACOUSTIC, 1024, 8, 1) == gradients
+    assert (
+        scaling_plan.step_bytes(scaling_plan.ACOUSTIC, 1024, 1, 8) == 2 * 7 / 8 * 4 * 1024 * 20480
+    )
+
+
+def test_a_plan_loses_what_chips_idle_and_communication_takes():
+    job = scaling_plan.Job("nets", 3, 1_000_000, 6e6, 0, 1e6, 64, (1,))
+    fast = scaling_plan.Cluster("fast", 4, 1e12, math.inf, 2, math.inf, math.inf)
+    assert scaling_plan.plans(job, fast)[0].efficiency == 1.0  # one after another on all four
+    slow = fast._replace(link=1e6, outside=1e6)
+    alone = scaling_plan.plans(job, slow)[0]
+    assert (alone.at_once, alone.data, alone.efficiency) == (3, 1, 0.75)
+    # Two chips of a group send 4 MB in 4 s; beside that, each computes 32 examples.
+    pair = next(plan for plan in scaling_plan.plans(job, slow) if plan.data == 2)
+    assert pair.step == pytest.approx(4 + 32 * 6e6 / 0.5e12)
+    # Four are two groups: half of it goes between them as well.
+    whole = next(plan for plan in scaling_plan.plans(job, slow) if plan.data == 4)
+    assert whole.step == pytest.approx(4 + 2 + 16 * 6e6 / 0.5e12)

@@ -13,11 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from command import ENVIRONMENT, ROOT, SMOKE, run
 from jax.sharding import Mesh
+from test_tfds import prepare_tiny
 from two_processes import train
 
 from distill_jax import parallel
+from distill_jax.data import sources
 
 LIMIT = 60  # seconds within which the others must have noticed a lost process
 RUN = (
@@ -65,8 +68,8 @@ def end_all(running: list[subprocess.Popen[str]], limit: float = 300) -> list[tu
     return [(process.returncode, *text) for process, text in zip(running, texts, strict=True)]
 
 
-def study(workdir: Path) -> list[str]:
-    return ["-m", "launch.main", *RUN, f"--workdir={workdir}", "--distributed={}"]
+def study(workdir: Path, *flags: str) -> list[str]:
+    return ["-m", "launch.main", *RUN, *flags, f"--workdir={workdir}", "--distributed={}"]
 
 
 def outcome(workdir: Path):
@@ -131,15 +134,50 @@ def test_a_lost_process_a_stop_and_fewer_processes(tmp_path, undisturbed):
     assert_same(outcome(tmp_path), undisturbed)
 
 
-def test_first_process_lost_and_a_study_on_two(tmp_path, undisturbed):
-    running = start_all(study(tmp_path), 2, 2)
-    wait_for_checkpoint(running, tmp_path, "teacher", 4)
+@pytest.fixture(scope="module")
+def streaming(tmp_path_factory):
+    """Flags that have the same digits read by grain from ArrayRecord files, 200 at a time."""
+    folder = tmp_path_factory.mktemp("tfds")
+    digits = sources.load("embedded")
+    splits = {
+        name: (part["image"][:size], part["label"][:size])
+        for name, part, size in (("train", digits.train, 800), ("test", digits.test, 200))
+    }
+    prepare_tiny(folder, splits, label_feature=tfds.features.ClassLabel(num_classes=10))
+    return (
+        "--config.data.source=tfds:tiny",
+        f"--config.data.data_dir={folder}",
+        "--config.data.block_examples=200",
+    )
+
+
+def test_first_process_lost_in_a_streamed_study(tmp_path, streaming):
+    run(*RUN, *streaming, f"--workdir={tmp_path / 'undisturbed'}")
+    workdir = tmp_path / "disturbed"
+    running = start_all(study(workdir, *streaming), 2, 2)
+    wait_for_checkpoint(running, workdir, "teacher", 6)  # within the second epoch of four blocks
     running[0].kill()
     _, (status, _, errors) = end_all(running, LIMIT)
     assert status == 76 and errors.count("process 0 of 2 was lost") == 1, errors
-    ended = end_all(start_all(study(tmp_path), 2, 1))
+    ended = end_all(start_all(study(workdir, *streaming), 2, 1))
     assert [status for status, *_ in ended] == [0, 0], ended
-    assert_same(outcome(tmp_path), undisturbed)
+    assert "teacher: 1/48" not in ended[0][1]
+    assert_same(outcome(workdir), outcome(tmp_path / "undisturbed"))
+
+
+def test_an_error_of_all_and_of_one(tmp_path):
+    ended = end_all(start_all([*study(tmp_path), "--config.data.test_examples=100000"], 2, 1))
+    for status, _, errors in ended:
+        assert status == 1 and errors.count("error: data.test_examples is 100000") == 1, errors
+        assert "lost" not in errors
+    # Of process 1 alone: process 0, which waits for it, is told.
+    script = "from distill_jax import errors, processes as p; p.start('{}'); "
+    script += (
+        "raises = lambda: p.leave(1, 'error: mine') if not p.is_main() else p.wait(); raises()"
+    )
+    (status, _, errors), own = end_all(start_all(["-c", script], 2, 1))
+    assert own[0] == 1 and own[2] == "error: mine\n"
+    assert status == 1 and errors == "process 1 of 2 ended with an error, which it has printed\n"
 
 
 def test_one_process_stops_at_sigterm(tmp_path):

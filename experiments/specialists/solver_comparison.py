@@ -67,7 +67,7 @@ def compare(
 
 def reference(evidence: Evidence, direction: solvers.Direction = "forward") -> np.ndarray:
     """q float64 `[N, C]`, with a residual of 1e-12, computed on the host."""
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         logits = (np.asarray(x, np.float64) for x in evidence[:2])
         double = Evidence(*logits, *(np.asarray(x) for x in evidence[2:]))
         return np.asarray(inference.combine(double, solvers.newton(direction), 1e-12, 200)[0])
