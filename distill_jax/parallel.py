@@ -280,13 +280,18 @@ def any_process(value: bool) -> Array | bool:
     values = jax.make_array_from_callback(
         (devices.size,), one_each, lambda index: np.array([value])
     )
-    return jax.jit(jnp.any, out_shardings=NamedSharding(devices, PartitionSpec()))(values)
+    return _compile_any(NamedSharding(devices, PartitionSpec()))(values)
 
 
 def check_divides(number: int, parts: int, what: str, devices: str) -> None:
     """Raises a UserError unless `number` divides into `parts`."""
     if number % parts:
         raise UserError(f"{what} is {number}, which doesn't divide over {parts} {devices}")
+
+
+@functools.cache
+def _compile_any(whole: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(jnp.any, out_shardings=whole)
 
 
 def _lay_out(states: TrainState, mesh: Mesh) -> TrainState:

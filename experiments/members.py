@@ -183,7 +183,7 @@ def train(
 
 def _on_this_process(params: models.Params) -> models.Params:
     """Parameters that this process can use by itself."""
-    if jax.process_count() == 1:
+    if processes.count() == 1:
         return params
     return jax.tree.map(jnp.asarray, processes.fetch(params))
 

@@ -238,9 +238,13 @@ def hold(lock: Path, shared: bool = False) -> Iterator[None]:
 
 
 def check_same(workdir: Path, config: ConfigDict) -> None:
-    """Raises a UserError if the directory belongs to another config, with the fields that differ."""
+    """Raises a UserError if the directory belongs to another config, with the fields that differ.
+
+    Where it is run is free: the mesh may be another one each time.
+    """
     mine, path = json.loads(config.to_json()), workdir / "config.json"
-    old, new = _flat(read_json(path) if path.exists() else mine), _flat(mine)
+    theirs = read_json(path) if path.exists() else mine
+    old, new = (_flat({**fields, "mesh": None}) for fields in (theirs, mine))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if keys:
         differences = ", ".join(

@@ -57,7 +57,7 @@ def _net(row: Row) -> tuple[str, str]:
     return row["table"], row["row"]
 
 
-_SHARED = ("selection", "mesh", "data", "ensemble")
+_SHARED = ("selection", "data", "ensemble")
 _DISTILLED = ("ensemble", "soft_targets", "distilled")
 _TARGETS = ("soft_targets", "compression")
 STAGES = (
