@@ -210,12 +210,14 @@ def test_rounds_are_arrays_of_slurm_and_their_tasks_the_jobs(tmp_path, slurm, ca
     assert second == [*common, "--dependency=afterany:42", "--array=2-4%2", array, path]
 
     for number in range(1, 5):
-        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(number), "SLURM_JOB_ID": "99"}
+        # Slurm gives the last task the number of the whole array; requeueing that would requeue all.
+        own = {"SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": str(number), "SLURM_JOB_ID": "99"}
+        environment = {**os.environ, **own}
         capfd.readouterr()
         status = subprocess.run(["bash", array, path], env=environment, check=False).returncode
         assert capfd.readouterr().out == f"job bash '{number - 1}' a\n"
         assert status == (75 if number == 3 else 0)
-    assert [call for call in slurm() if call[0] == "scontrol"] == [["scontrol", "requeue", "99"]]
+    assert [call for call in slurm() if call[0] == "scontrol"] == [["scontrol", "requeue", "99_3"]]
 
 
 def test_jobs_in_the_queue_are_not_submitted_again(tmp_path, slurm, capsys):
