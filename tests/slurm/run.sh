@@ -3,7 +3,7 @@
 # smoke preset there on two processes, and launch/sweep.py a job array of four points. Both are disturbed in
 # the ways that Slurm has, and their rows are compared with those of undisturbed runs.
 #
-#   sudo tests/slurm/run.sh      some 6 minutes on two CPU cores; status 1 if anything isn't as it should be
+#   sudo tests/slurm/run.sh      some 4 minutes on two CPU cores; status 1 if anything isn't as it should be
 #
 # Needs Debian or Ubuntu, and root that may make namespaces (a container: --privileged). The cluster has a
 # process namespace, a /run and an /etc/hosts of its own: no daemon outlives this script, however it ends.
