@@ -115,7 +115,7 @@ def test_a_lost_process_a_stop_and_fewer_processes(tmp_path, undisturbed):
     assert time.monotonic() - begun < LIMIT
     assert status == 76 and "Traceback" not in errors, errors
     assert errors.count("process 1 of 2 was lost; the same command goes on") == 1
-    assert re.search(r"^process 0 of 2 is \d+ on .*: 2 of 4 devices", output, re.MULTILINE)
+    assert re.search(r"process 0 of 2 is \d+ on .*: 2 of 4 devices", output)
 
     # Started again, they go on. SIGTERM to one stops both, at the same boundary, all saved.
     running = start_all(study(tmp_path), 2, 2)
@@ -126,8 +126,8 @@ def test_a_lost_process_a_stop_and_fewer_processes(tmp_path, undisturbed):
     saved = {re.search(r"saved after unit (\d+) of 12", errors)[1] for *_, errors in ended}
     assert len(saved) == 1
     assert "teacher: 1/12" not in ended[0][1], ended
-    printed = [line for line in ended[1][1].splitlines() if not line.startswith("[Gloo]")]
-    assert len(printed) == 2 and printed[1].startswith("process 1 of 2 is")
+    # Process 1 says who it is and no more; but for the runtime, whose lines may come in between.
+    assert ended[1][1].count("process 1 of 2 is") == 1 and "teacher" not in ended[1][1]
 
     # The same command, as one process and on another mesh, ends like a run that nothing happened to.
     run(*RUN, f"--workdir={tmp_path}", "--config.mesh.data=1")
@@ -176,8 +176,8 @@ def test_an_error_of_all_and_of_one(tmp_path):
         "raises = lambda: p.leave(1, 'error: mine') if not p.is_main() else p.wait(); raises()"
     )
     (status, _, errors), own = end_all(start_all(["-c", script], 2, 1))
-    assert own[0] == 1 and own[2] == "error: mine\n"
-    assert status == 1 and errors == "process 1 of 2 ended with an error, which it has printed\n"
+    assert own[0] == 1 and own[2].count("error: mine") == 1, own
+    assert status == 1 and errors.count("process 1 of 2 ended with an error") == 1, errors
 
 
 def test_one_process_stops_at_sigterm(tmp_path):
