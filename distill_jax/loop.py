@@ -31,6 +31,7 @@ Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]
 "count", each `[..., steps]` with a leading member axis where there are members."""
 
 
+@processes.stopping_at_boundaries()
 def fit(
     advance: Advance,
     state: TrainState,
@@ -65,20 +66,6 @@ def fit(
         UserError: if a loss is not finite, at the first such step, before anything is saved.
         Stopped: if a process was asked to stop, after saving.
     """
-    with processes.stopping_at_boundaries():
-        return _fit(advance, state, units, evaluate, manager, save_every, best_metric, on_record)
-
-
-def _fit(
-    advance: Advance,
-    state: TrainState,
-    units: int,
-    evaluate: Callable[[TrainState], dict[str, Array]] | None,
-    manager: ocp.CheckpointManager | None,
-    save_every: int,
-    best_metric: str | None,
-    on_record: Sequence[Callable[[Record], None]],
-) -> tuple[TrainState, list[Record]]:
     restored = checkpoints.restore_newest(manager, state) if manager is not None else None
     first = 0
     history: list[Record] = []

@@ -18,6 +18,7 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from distill_jax import processes
 from distill_jax.data.epochs import Epoch
 from distill_jax.errors import UserError
 from distill_jax.optimizers import OUTPUT_LAYER
@@ -217,15 +218,15 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """
     check_divides(batch_size, mesh.shape["data"], "batch_size", "data devices")
     process_of = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    processes = np.unique(process_of)
-    holds = np.array([(process_of == process).any((0, 2)) for process in processes])
+    indices = np.unique(process_of)
+    holds = np.array([(process_of == index).any((0, 2)) for index in indices])
     if (np.unique(holds, axis=0).sum(0) != 1).any():
         raise UserError(
-            f"on the mesh {dict(mesh.shape)} some of {len(processes)} processes share rows of a batch "
+            f"on the mesh {dict(mesh.shape)} some of {len(indices)} processes share rows of a batch "
             "and don't share others: choose sizes of which one divides the devices of a process, or "
             "is a multiple of them"
         )
-    own = holds[processes == jax.process_index()].any(0)
+    own = holds[indices == jax.process_index()].any(0)
     return np.flatnonzero(np.repeat(own, batch_size // mesh.shape["data"]))
 
 
@@ -273,7 +274,7 @@ def any_process(value: bool) -> Array | bool:
 
     All processes must call it, in the same order as they dispatch everything else.
     """
-    if jax.process_count() == 1:
+    if processes.count() == 1:
         return value
     devices = Mesh(np.array(jax.devices()), ("device",))
     one_each = NamedSharding(devices, PartitionSpec("device"))

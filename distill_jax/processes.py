@@ -33,7 +33,7 @@ _R = TypeVar("_R")
 STOPPED = 75
 """Exit status: stopped by SIGTERM, all saved."""
 
-HEARTBEAT_SECONDS = 30  # a process that is silent for longer is given up, and the run with it
+_HEARTBEAT_SECONDS = 30  # a process that is silent for longer is given up, and the run with it
 _CONNECT_SECONDS = 300
 _PAUSE = 2.0  # seconds
 _WAIT_MS = 24 * 3600 * 1000  # one process may be at work alone for long
@@ -81,7 +81,7 @@ def start(how: str) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             initialization_timeout=_CONNECT_SECONDS,
             **options,
         )
@@ -227,7 +227,7 @@ def stop_agreed(asked: Array | bool) -> bool:
 
 @contextlib.contextmanager
 def stopping_at_boundaries() -> Iterator[None]:
-    """While this lasts, SIGTERM only asks; the one who entered it sees to stopping."""
+    """While this lasts, or what it decorates, SIGTERM only asks: they see to stopping themselves."""
     _TRAINING.append(True)
     try:
         yield

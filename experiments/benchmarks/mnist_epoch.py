@@ -21,12 +21,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
-from distill_jax.errors import UserError
+from experiments.benchmarks import command
+from experiments.benchmarks.command import Ask
 from experiments.benchmarks.mnist_epoch_jax import (
     SECTIONS,
     Case,
@@ -66,14 +67,9 @@ class Times(NamedTuple):
     epoch: float
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Measures, or is one of the two processes that train."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    try:
-        _serve() if _WORKER.value else _report()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    _serve() if _WORKER.value else _report()
 
 
 def _report() -> None:
@@ -82,7 +78,7 @@ def _report() -> None:
     device = _common_device(pytorch)
     cases = [case for case in CASES if pytorch or case.framework == "jax"]
     with _workers(sorted({case.framework for case in cases}), device) as workers:
-        names = {name: worker.hello for name, worker in workers.items()}
+        names = {name: ask(None)["hello"] for name, ask in workers.items()}
         for name, hello in names.items():
             print(f"{name}: {hello}")
         times = _measure(cases, workers, _ROUNDS.value)
@@ -123,60 +119,29 @@ def _common_device(pytorch: bool) -> str:
     return "gpu" if all(answer.strip() == "True" for answer in answers) else "cpu"
 
 
-class _Worker:
-    """A process that keeps one framework's nets and trains them when asked.
+@contextmanager
+def _workers(frameworks: Sequence[str], device: str) -> Iterator[dict[str, Ask]]:
+    """Processes that keep one framework's nets and train a `Case` for one more epoch when asked.
+
+    They answer `{"seconds": ...}` or `{"error": ...}`; first of all to a null, who they are.
 
     One process for each framework, not one for both: each then has its threads, allocator and
     floating-point modes as if alone. Only one worker trains at a time; the other waits in a read.
     OpenMP's idle threads spin for 5 to 8 ms after PyTorch's last operation (XLA's don't), which is
     little beside an epoch, so they keep their default, the one that is best for PyTorch.
     """
-
-    def __init__(self, framework: str, device: str, cache: str):
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "experiments.benchmarks.mnist_epoch"),
-                *(f"--worker={framework}", f"--device={device}"),
-                *(f"--batch_size={_BATCH_SIZE.value}", f"--steps={_STEPS.value}"),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=_worker_env(framework, device, cache),
-        )
-        self.hello = self._answer()["hello"]
-
-    def train(self, case: Case) -> dict[str, Any]:
-        """`{"seconds": ...}` of one more epoch, or `{"error": ...}`."""
-        assert self._process.stdin is not None
-        print(json.dumps(case), file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise UserError("a worker ended early; its own message is above")
-        return json.loads(line)
-
-
-@contextmanager
-def _workers(frameworks: Sequence[str], device: str) -> Iterator[dict[str, _Worker]]:
-    workers: dict[str, _Worker] = {}
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            for framework in frameworks:
-                workers[framework] = _Worker(framework, device, cache)
-            yield workers
-        finally:
-            for worker in workers.values():
-                worker.close()
+    work = (f"--batch_size={_BATCH_SIZE.value}", f"--steps={_STEPS.value}")
+    with tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
+        yield {
+            framework: stack.enter_context(
+                command.worker(
+                    "experiments.benchmarks.mnist_epoch",
+                    [f"--worker={framework}", f"--device={device}", *work],
+                    _worker_env(framework, device, cache),
+                )
+            )
+            for framework in frameworks
+        }
 
 
 def _worker_env(framework: str, device: str, cache: str) -> dict[str, str]:
@@ -192,14 +157,14 @@ def _worker_env(framework: str, device: str, cache: str) -> dict[str, str]:
     return env
 
 
-def _measure(cases: Sequence[Case], workers: dict[str, _Worker], rounds: int) -> dict[Case, Times]:
+def _measure(cases: Sequence[Case], workers: dict[str, Ask], rounds: int) -> dict[Case, Times]:
     """Trains all cases in turn, `rounds` times after a first one that compiles."""
     first: dict[Case, float] = {}
     left_out = set()
     for case in cases:
         if case.way in left_out:
             continue
-        answer = workers[case.framework].train(case)
+        answer = workers[case.framework](case)
         if "error" in answer:
             print(f"{case.way} is left out: {answer['error']}")
             left_out.add(case.way)
@@ -208,7 +173,7 @@ def _measure(cases: Sequence[Case], workers: dict[str, _Worker], rounds: int) ->
     seconds: dict[Case, list[float]] = {case: [] for case in first}
     for _ in range(rounds):
         for case, measured in seconds.items():
-            measured.append(workers[case.framework].train(case)["seconds"])
+            measured.append(workers[case.framework](case)["seconds"])
     medians = {case: statistics.median(measured) for case, measured in seconds.items()}
     return {case: Times(first[case], medians[case]) for case in first}
 
@@ -253,6 +218,7 @@ def _print_table(times: dict[Case, Times]) -> None:
 def _serve() -> None:
     """Trains the cases named on standard input, and answers each with its seconds."""
     build, hello = _start()(_work(), _DEVICE.value == "gpu")
+    sys.stdin.readline()
     _answer(hello=hello)
     ready: dict[Case, RunEpoch] = {}
     for line in sys.stdin:
@@ -289,4 +255,4 @@ def _answer(**fields: Any) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

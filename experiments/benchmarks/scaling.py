@@ -30,13 +30,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from distill_jax import parallel, training
@@ -44,8 +44,9 @@ from distill_jax.data.epochs import make_epoch
 from distill_jax.data.jitter import jitter
 from distill_jax.errors import UserError
 from experiments import sections
-from experiments.benchmarks import scaling_plan
+from experiments.benchmarks import command, scaling_plan
 from experiments.benchmarks.collectives import collectives
+from experiments.benchmarks.command import Ask
 from experiments.members import build_model, build_optimizer
 from experiments.mnist.config import get_config
 
@@ -111,14 +112,9 @@ class Point(NamedTuple):
     on_paper: float
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Measures, or is one of the processes that train."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    try:
-        _serve() if _WORKER.value else _report()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    _serve() if _WORKER.value else _report()
 
 
 def _report() -> None:
@@ -172,10 +168,6 @@ def _devices() -> tuple[str, list[int]]:
     return backend, [count for count in counts if backend == "cpu" or count <= int(available)]
 
 
-Ask = Callable[[Case], dict[str, float]]
-"""Has a process measure once more: a step's "seconds" and "cpu_seconds", and the bytes "sent" in it."""
-
-
 def _measure(net: str, backend: str, counts: Sequence[int]) -> Iterator[tuple[str, Point]]:
     """Every point of a net, by its name."""
     batch_size = _BATCH_SIZE.value or NETS[net].batch_size
@@ -225,31 +217,13 @@ def _compare(
     )
 
 
-@contextmanager
-def _worker(backend: str, count: int) -> Iterator[Ask]:
-    """A process with so many devices."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.benchmarks.scaling", f"--worker={count}"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=_environment(backend, count),
-    )
-    assert process.stdin is not None and process.stdout is not None
-    requests, answers = process.stdin, process.stdout
+def _worker(backend: str, count: int) -> AbstractContextManager[Ask]:
+    """A process with so many devices, which measures a `Case` once more when asked.
 
-    def ask(case: Case) -> dict[str, float]:
-        print(json.dumps(case), file=requests, flush=True)
-        line = answers.readline()
-        if not line:
-            raise UserError(f"the process with {count} devices ended; its own message is above")
-        return json.loads(line)
-
-    try:
-        yield ask
-    finally:
-        requests.close()
-        process.wait()
+    It answers with a step's "seconds" and "cpu_seconds", and the bytes "sent" in it.
+    """
+    module, env = "experiments.benchmarks.scaling", _environment(backend, count)
+    return command.worker(module, [f"--worker={count}"], env)
 
 
 def _environment(backend: str, count: int) -> dict[str, str]:
@@ -348,4 +322,4 @@ def _print_plans() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -10,17 +10,17 @@ last line is the result as JSON.
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from distill_jax.errors import UserError
 from distill_jax.specialists import inference, solvers
 from distill_jax.specialists.inference import Evidence
+from experiments.benchmarks import command
 from experiments.specialists.solver_comparison import compare
 
 _SIZES = flags.DEFINE_list(
@@ -38,22 +38,17 @@ _MAX_PASSES = flags.DEFINE_integer("max_passes", 1000, "When to give up.", lower
 _REVERSE = flags.DEFINE_bool("reverse", False, "KL(q, p) instead of the paper's KL(p, q).")
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Measures, and prints the tables and the JSON line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    try:
-        size = _EXAMPLES.value
-        cases = [_PREDICTIONS.value] if _PREDICTIONS.value else _SIZES.value
-        direction: solvers.Direction = "reverse" if _REVERSE.value else "forward"
-        figures: dict[str, dict[str, float]] = {}
-        for case in cases:
-            evidence = read(case, size) if _PREDICTIONS.value else draw(*_size(case), size)
-            found = compare(evidence, _MAX_PASSES.value, direction)
-            _print_table(case, evidence, found)
-            figures |= {f"{case} {name}": numbers for name, numbers in found.items()}
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    size = _EXAMPLES.value
+    cases = [_PREDICTIONS.value] if _PREDICTIONS.value else _SIZES.value
+    direction: solvers.Direction = "reverse" if _REVERSE.value else "forward"
+    figures: dict[str, dict[str, float]] = {}
+    for case in cases:
+        evidence = read(case, size) if _PREDICTIONS.value else draw(*_size(case), size)
+        found = compare(evidence, _MAX_PASSES.value, direction)
+        _print_table(case, evidence, found)
+        figures |= {f"{case} {name}": numbers for name, numbers in found.items()}
     result = {
         "benchmark": "specialist_inference",
         "device": jax.default_backend(),
@@ -147,4 +142,4 @@ def _print_table(case: str, evidence: Evidence, found: dict[str, dict[str, float
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)
