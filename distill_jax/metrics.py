@@ -20,11 +20,20 @@ def errors(logits: Array, labels: Array, bias: Array | None = None) -> Array:
 
 
 def error_counts(logits: Array, labels: Array) -> dict[str, Array]:
+    """`prediction_counts` of the most probable class of logits `[..., C]`."""
+    return prediction_counts(jnp.argmax(logits, axis=-1), labels)
+
+
+def prediction_counts(predicted: Array, labels: Array) -> dict[str, Array]:
     """Errors and examples as int32 sums: `{"errors": [], "count": []}`.
 
     A label of -1 is unknown and never counts as an error.
+
+    Args:
+        predicted: int `[...]`, classes.
+        labels: int `[...]`.
     """
-    wrong = errors(logits, labels) & (labels >= 0)
+    wrong = (predicted.astype(labels.dtype) != labels) & (labels >= 0)
     return {
         "errors": jnp.sum(wrong, dtype=jnp.int32),
         "count": jnp.asarray(wrong.size, jnp.int32),

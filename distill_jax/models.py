@@ -4,6 +4,7 @@ A model is in evaluation mode unless it is handed a dropout key, so a teacher ca
 train mode by forgetting a flag.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,10 +25,14 @@ class Model(NamedTuple):
     init: `(key, inputs [B, ...]) -> params`; only the inputs' shape matters.
     apply: `(params, inputs [B, ...], dropout_key=None) -> logits [B, C]` float32. Without a key
         nothing is dropped.
+    hidden: the same arguments -> the last hidden layer's activations `[B, D]`, which the layer
+        `params["output"]` makes the logits of, for losses fused with it (`large_output`). None where
+        there is no such layer.
     """
 
     init: Callable[[Array, Array], Params]
     apply: Callable[..., Array]
+    hidden: Callable[..., Array] | None = None
 
 
 def mlp(
@@ -119,7 +124,11 @@ def chain(trunk: Model, head: Model) -> Model:
     def apply(params: Params, inputs: Array, dropout_key: Array | None = None) -> Array:
         return head.apply(params, trunk.apply(params, inputs), dropout_key)
 
-    return Model(init, apply)
+    def hidden(params: Params, inputs: Array, dropout_key: Array | None = None) -> Array:
+        assert head.hidden is not None
+        return head.hidden(params, trunk.apply(params, inputs), dropout_key)
+
+    return Model(init, apply, hidden if head.hidden else None)
 
 
 def head_params(params: Params) -> Params:
@@ -136,13 +145,14 @@ def _as_model(net: nn.Module) -> Model:
     def init(key: Array, inputs: Array) -> Params:
         return net.init(key, inputs)["params"]
 
-    def apply(params: Params, inputs: Array, dropout_key: Array | None = None) -> Array:
+    def run(method: Any, params: Params, inputs: Array, dropout_key: Array | None = None) -> Array:
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        outputs = net.apply({"params": params}, inputs, rngs=rngs)
+        outputs = net.apply({"params": params}, inputs, rngs=rngs, method=method)
         assert isinstance(outputs, jax.Array)
         return outputs
 
-    return Model(init, apply)
+    hidden = functools.partial(run, net.hidden_activations) if isinstance(net, _MLP) else None
+    return Model(init, functools.partial(run, None), hidden)
 
 
 class _MLP(nn.Module):
@@ -157,6 +167,13 @@ class _MLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
+        x = self.hidden_activations(inputs)
+        start = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "truncated_normal")
+        output = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=start, name="output")
+        return output(x).astype(jnp.float32)
+
+    @nn.compact
+    def hidden_activations(self, inputs: Array) -> Array:
         x = _from_bytes(inputs.reshape(inputs.shape[0], -1), self.dtype, self.byte)
         x = self._drop(x, self.input_dropout)
         for i, units in enumerate(self.hidden):
@@ -167,9 +184,7 @@ class _MLP(nn.Module):
                 name=f"hidden_{i}",
             )(x)
             x = self._drop(self.activation(x), self.hidden_dropout)
-        start = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "truncated_normal")
-        output = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=start, name="output")
-        return output(x).astype(jnp.float32)
+        return x
 
     def _drop(self, x: Array, rate: float) -> Array:
         if rate == 0.0 or not self.has_rng("dropout"):

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from distill_jax import processes
 from distill_jax.data.epochs import Epoch
 from distill_jax.errors import UserError
+from distill_jax.large_output import on_one_device
 from distill_jax.optimizers import OUTPUT_LAYER
 from distill_jax.training import Batch, Hyper, TrainState, TrainStep
 
@@ -267,6 +268,40 @@ def shard_batch(mesh: Mesh, batch_size: int) -> Callable[[Batch], Batch]:
         }
 
     return shard
+
+
+def over_data(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For `large_output.mean_loss` of a batch that is split over "data".
+
+    Every device goes through its own examples in chunks and sums the output layer's gradient by itself;
+    the sums meet once, after the last chunk. What a pass returns besides is of examples.
+    """
+    count = mesh.shape["data"]
+    rows = _split(mesh, "data")
+
+    def cut(x: Array) -> Array:
+        shards = x.reshape(count, -1, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(shards, rows)
+
+    def join(x: Array) -> Array:
+        return jax.lax.with_sharding_constraint(x.reshape(-1, *x.shape[2:]), rows)
+
+    def over(run: Callable[..., Any]) -> Callable[..., Any]:
+        def spread(hidden: Array, layer: Any, fields: Any, constants: Any, *weights: Array):
+            own = jax.tree.map(cut, (hidden, fields, weights))
+            found = jax.vmap(
+                lambda hidden, fields, weights: run(hidden, layer, fields, constants, *weights),
+                spmd_axis_name="data",
+            )(*own)
+            if not weights:
+                return jax.tree.map(join, found)
+            outcome, (back, total) = found
+            total = jax.tree.map(lambda x: jnp.sum(x, axis=0), total)
+            return jax.tree.map(join, outcome), (join(back), total)
+
+        return spread
+
+    return on_one_device if count == 1 else over
 
 
 def any_process(value: bool) -> Array | bool:

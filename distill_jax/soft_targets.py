@@ -53,12 +53,11 @@ def mean_log_probs(member_logits: Array, temperature: ArrayLike, mean: Mean) -> 
     Returns:
         `[..., C]` float32.
     """
+    _check_mean(mean)
     log_probs = losses.log_softmax(member_logits, temperature)
     if mean == "arithmetic":
         return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(jnp.float32(len(member_logits)))
-    if mean == "geometric":
-        return jax.nn.log_softmax(jnp.mean(log_probs, axis=0))
-    raise UserError(f"mean must be 'arithmetic' or 'geometric', not {mean!r}")
+    return jax.nn.log_softmax(jnp.mean(log_probs, axis=0))
 
 
 def mean_probs(member_logits: Array, temperature: ArrayLike, mean: Mean) -> Array:
@@ -72,9 +71,44 @@ def mean_probs(member_logits: Array, temperature: ArrayLike, mean: Mean) -> Arra
     return jnp.exp(mean_log_probs(member_logits, temperature, mean))
 
 
+def mean_probs_of_hidden(hidden: Array, layer: Params, temperature: ArrayLike, mean: Mean) -> Array:
+    """The mean distribution of members who are given by their last hidden layers.
+
+    One member's logits after the other, so that those of all are never in memory together.
+
+    Args:
+        hidden: `[B, M, D]`, activations of each member; the products take its dtype.
+        layer: {"kernel" `[M, D, C]`, "bias" `[M, C]`}, the members' output layers.
+        temperature: scalar above 0.
+        mean: as for `mean_log_probs`.
+
+    Returns:
+        `[B, C]` float32 probabilities.
+    """
+
+    def add(total: Array, member: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        activations, kernel, bias = member
+        kernel = kernel.astype(activations.dtype)
+        logits = jnp.matmul(activations, kernel, preferred_element_type=jnp.float32) + bias[None]
+        term = losses.softmax if mean == "arithmetic" else losses.log_softmax
+        return total + term(logits, temperature), None
+
+    _check_mean(mean)
+    count = hidden.shape[1]
+    zeros = jnp.zeros((len(hidden), layer["bias"].shape[-1]), jnp.float32)
+    members = (jnp.moveaxis(hidden, 1, 0), layer["kernel"], layer["bias"])
+    total, _ = jax.lax.scan(add, zeros, members)
+    return total / count if mean == "arithmetic" else losses.softmax(total / count)
+
+
 def ensemble_logits(member_logits: Array, temperature: ArrayLike, mean: Mean) -> Array:
     """One teacher's worth of logits: `softmax(v / T)` is the members' mean at T (shapes as above)."""
     return mean_log_probs(member_logits, temperature, mean) * temperature
+
+
+def _check_mean(mean: str) -> None:
+    if mean not in ("arithmetic", "geometric"):
+        raise UserError(f"mean must be 'arithmetic' or 'geometric', not {mean!r}")
 
 
 def logits_over(

@@ -2,11 +2,12 @@
 
 Only the loss differs. The teacher's word is the batch's field "teacher_logits" `[B, C]`, either joined
 from a store (`soft_targets.attach`) or added in the step by a frozen teacher (`online_teacher`); or
-three smaller fields with its k largest probabilities (`compressed_targets.attach`).
+three smaller fields with a few of its probabilities (`compressed_targets.attach`); or, of teachers with
+very many classes, what their logits are made of (`online_teacher_hidden`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,19 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses, metrics
+from distill_jax import large_output, losses, metrics, soft_targets
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
+from distill_jax.optimizers import OUTPUT_LAYER
 
-Batch = dict[str, Array]
+Batch = dict[str, Any]
 """Fields of B examples: "id" [B], "image" [B, ...], "label" int32 [B]; by need "label_known" bool
-[B] and "teacher_logits" float32 [B, C], or "teacher_ids" uint [B, k], "teacher_probabilities" bfloat16
-[B, k] and "teacher_tail" float32 [B]."""
+[B] and "teacher_logits" float32 [B, C]; or "teacher_ids" uint [B, k], "teacher_probabilities" [B, k]
+(or [B, 1], all alike) and "teacher_tail" float32 [B]; or "teacher_hidden" [B, M, D] with "teacher_layer",
+{"kernel" [M, D, C], "bias" [M, C]}, the only field that is not of examples."""
 
 TOP_K_FIELDS = ("teacher_ids", "teacher_probabilities", "teacher_tail")
+_WHOLE = "teacher_layer"
 
 Hyper = dict[str, Array]
 """Traced float32 scalars: "learning_rate", and what the loss reads ("temperature", "hard_weight")."""
@@ -33,6 +37,17 @@ Loss = Callable[[Array, Batch, Hyper], Array]
 
 Transform = Callable[[Batch, Array], Batch]
 """`(batch, key) -> batch`, run on the device inside the step: jitter, an online teacher."""
+
+
+class Fused(NamedTuple):
+    """A loss that the step computes together with the output layer, without `[B, C]` (`large_output`).
+
+    loss: of logits. rows and over: as for `large_output.mean_loss`.
+    """
+
+    loss: Loss
+    rows: int | None = None
+    over: large_output.Over = large_output.on_one_device
 
 
 class TrainState(NamedTuple):
@@ -61,7 +76,7 @@ def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainSt
 def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformationExtraArgs,
-    loss: Loss,
+    loss: Loss | Fused,
     transforms: Sequence[Transform] = (),
     micro_batches: int = 1,
     axis_name: str | None = None,
@@ -73,7 +88,8 @@ def make_train_step(
     Args:
         model: trained with dropout; `loss` sees its logits.
         optimizer: from `distill_jax.optimizers`; receives `hyper["learning_rate"]`.
-        loss: per-example values; the step minimises their mean over the whole batch.
+        loss: per-example values; the step minimises their mean over the whole batch. `Fused` for very
+            many classes.
         transforms: applied to the batch in turn, each with a key of its own.
         micro_batches: parts into which the batch is cut to save memory; the gradient is their mean.
         axis_name: the mapped axis to average over when the step runs under `pmap` or `shard_map`;
@@ -81,13 +97,11 @@ def make_train_step(
 
     Returns:
         The step; its metrics are sums over the batch: "loss" float32, "errors" and "count" int32.
-    """
 
-    def mean_loss(params: Params, batch: Batch, key: Array, hyper: Hyper):
-        logits = model.apply(params, batch["image"], dropout_key=key)
-        values = loss(logits, batch, hyper)
-        sums = {"loss": jnp.sum(values), **metrics.error_counts(logits, batch["label"])}
-        return jnp.mean(values), sums
+    Raises:
+        UserError: for a fused loss of a model that doesn't tell its last hidden layer.
+    """
+    mean_loss = _fused_mean(model, loss) if isinstance(loss, Fused) else _dense_mean(model, loss)
 
     def gradient(params: Params, batch: Batch, key: Array, hyper: Hyper):
         (_, sums), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key, hyper)
@@ -117,6 +131,42 @@ def make_train_step(
     return step
 
 
+def _dense_mean(model: Model, loss: Loss):
+    def mean_loss(params: Params, batch: Batch, key: Array, hyper: Hyper):
+        logits = model.apply(params, batch["image"], dropout_key=key)
+        values = loss(logits, batch, hyper)
+        sums = {"loss": jnp.sum(values), **metrics.error_counts(logits, batch["label"])}
+        return jnp.mean(values), sums
+
+    return mean_loss
+
+
+def _fused_mean(model: Model, fused: Fused):
+    hidden_of = model.hidden
+    if hidden_of is None:
+        raise UserError(
+            "a loss can't be fused with the output layer of a model without `hidden`: give it one, "
+            "which makes the activations that params['output'] takes"
+        )
+
+    def loss(logits: Array, fields: Batch, constants: tuple[Batch, Hyper]) -> Array:
+        whole, hyper = constants
+        return fused.loss(logits, {**fields, **whole}, hyper)
+
+    def mean_loss(params: Params, batch: Batch, key: Array, hyper: Hyper):
+        hidden = hidden_of(params, batch["image"], dropout_key=key)
+        fields, whole = _split_whole(batch)
+        # A loss of logits has no use for the inputs, and they need not be cut into chunks.
+        fields = {name: field for name, field in fields.items() if name != "image"}
+        mean, (values, predicted) = large_output.mean_loss(
+            loss, hidden, params[OUTPUT_LAYER], fields, (whole, hyper), fused.rows, fused.over
+        )
+        counts = metrics.prediction_counts(predicted, batch["label"])
+        return mean, {"loss": jnp.sum(values), **counts}
+
+    return mean_loss
+
+
 def make_eval_step(model: Model) -> Callable[[Params, Batch], dict[str, Array]]:
     """Builds `evaluate(params, batch) -> {"errors", "count"}`, the model in evaluation mode."""
 
@@ -138,6 +188,23 @@ def online_teacher(teacher: Callable[[Array], Array]) -> Transform:
         return {**batch, "teacher_logits": jax.lax.stop_gradient(teacher(batch["image"]))}
 
     return add_logits
+
+
+def online_teacher_hidden(hidden: Callable[[Array], Array], layer: Params) -> Transform:
+    """A transform that adds frozen teachers' last hidden activations, and their output layers.
+
+    For `hidden_teacher_loss`, which makes their logits of them: with `Fused`, of a chunk at a time.
+
+    Args:
+        hidden: inputs `[B, ...]` -> `[B, M, D]`, in evaluation mode, parameters bound.
+        layer: {"kernel" `[M, D, C]`, "bias" `[M, C]`}.
+    """
+
+    def add_hidden(batch: Batch, key: Array) -> Batch:
+        activations = jax.lax.stop_gradient(hidden(batch["image"]))
+        return {**batch, "teacher_hidden": activations, _WHOLE: layer}
+
+    return add_hidden
 
 
 def label_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
@@ -187,6 +254,30 @@ def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
     return loss
 
 
+def hidden_teacher_loss(mean: soft_targets.Mean = "arithmetic") -> Loss:
+    """The paper's objective with the mean of M teachers who are given by their hidden activations.
+
+    Args:
+        mean: of their distributions at `hyper["temperature"]`.
+    """
+
+    def loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+        temperature = hyper["temperature"]
+        targets = soft_targets.mean_probs_of_hidden(
+            batch["teacher_hidden"], batch[_WHOLE], temperature, mean
+        )
+        return losses.distillation(
+            logits,
+            targets,
+            batch["label"],
+            temperature,
+            hyper["hard_weight"],
+            batch.get("label_known"),
+        )
+
+    return loss
+
+
 def label_modified_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
     """Cross-entropy with soft targets that the labels modified by `hyper["hard_weight"]`."""
     temperature = hyper["temperature"]
@@ -229,17 +320,26 @@ def _accumulate(gradient, parts: int, params: Params, batch: Batch, key: Array, 
     size = batch["label"].shape[0]
     if size % parts:
         raise UserError(f"a batch of {size} can't be cut into {parts} equal micro-batches")
+    batch, whole = _split_whole(batch)
     # Every parts-th example: a piece has some of each device, where a run of them would be sent about.
     pieces = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0), batch
     )
 
     def add(total, piece_and_key):
-        return jax.tree.map(jnp.add, total, gradient(params, *piece_and_key, hyper)), None
+        piece, key = piece_and_key
+        found = gradient(params, {**piece, **whole}, key, hyper)
+        return jax.tree.map(jnp.add, total, found), None
 
-    first = jax.tree.map(lambda x: x[0], pieces)
+    first = {**jax.tree.map(lambda x: x[0], pieces), **whole}
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first, key, hyper)
     )
     (grads, sums), _ = jax.lax.scan(add, zeros, (pieces, jax.random.split(key, parts)))
     return jax.tree.map(lambda g: g / parts, grads), sums
+
+
+def _split_whole(batch: Batch) -> tuple[Batch, Batch]:
+    """The fields of examples, and those that are the same for all."""
+    whole = {name: field for name, field in batch.items() if name == _WHOLE}
+    return {name: field for name, field in batch.items() if name != _WHOLE}, whole

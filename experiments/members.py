@@ -129,16 +129,16 @@ def train(
     mesh = parallel.make_mesh(**config.mesh)
     steps, units, unit_epochs = _cut_training(net, name, examples, passes, cases)
     optimizer = build_optimizer(net, steps, net.epochs * passes)
+    sample = _sample_input(examples, cases.gather)
     step = training.make_train_step(
         model,
         optimizer,
-        loss,
+        _fuse(net, model, loss, sample, mesh),
         transforms=[jitter(net.jitter)] if net.jitter else [],
         micro_batches=net.micro_batches,
     )
     init_keys, train_keys = _member_keys(config.seeds, name, len(variants))
     if start is None:
-        sample = _sample_input(examples, cases.gather)
         states = parallel.init_members(
             lambda key: training.init_state(model, optimizer, key, sample), init_keys, mesh
         )
@@ -179,6 +179,17 @@ def train(
             assert chosen is not None
             _, states, history = chosen
     return Trained(model, _on_this_process(states.params), history, seconds)
+
+
+def _fuse(
+    net: ConfigDict, model: models.Model, loss: training.Loss, sample: Array, mesh: Any
+) -> training.Loss | training.Fused:
+    """The loss fused with the output layer, if a batch has as many logits as the config says."""
+    logits = jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0), x), x), sample)
+    size = net.batch_size // net.micro_batches * logits.shape[-1]
+    if model.hidden is None or not 0 < net.fused_logits <= size:
+        return loss
+    return training.Fused(loss, over=parallel.over_data(mesh))
 
 
 def _on_this_process(params: models.Params) -> models.Params:
