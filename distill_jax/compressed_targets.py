@@ -1,20 +1,20 @@
-"""Soft targets with a few numbers per example: the k largest probabilities and the sum of the rest.
+"""Soft targets with a few numbers per example, for sets whose dense targets would not fit on a disk.
 
-For many examples of many classes, where dense targets would not fit on a disk. A class id takes 2 bytes
-(4 above 65,536 classes), a probability 2 (bfloat16), the rest 4 (float32). The loss spreads the rest
-over the other classes in proportion to the teacher's mean distribution over the whole set, which the
-store carries (`losses.top_k_soft_cross_entropy`).
+"top_k": the k largest probabilities and the sum of the rest. A class id takes 2 bytes (4 above 65,536
+classes), a probability 2 (bfloat16), the rest 4 (float32). The loss spreads the rest over the other
+classes in proportion to the teacher's mean distribution over the whole set, which the store carries
+(`losses.top_k_soft_cross_entropy`).
 
-An example's id is its row, 0..N-1. The store is written shard by shard; a killed writer goes on.
+"sampled": k classes drawn in proportion to their probabilities (`sampled_targets`): 2 bytes each (4).
+On average over the draws, the loss and its gradient are those of the dense targets.
+
+An example's id is its row, 0..N-1. The store is written shard by shard, by any number of processes; a
+killed writer goes on.
 """
 
-import contextlib
-import functools
-import hashlib
-import json
+import itertools
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,29 +22,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
-from distill_jax import training
+from distill_jax import processes, soft_targets, target_encodings, target_shards, training
 from distill_jax.errors import UserError
-from distill_jax.processes import main_only
 from distill_jax.soft_targets import Mean
+from distill_jax.target_encodings import FIELDS, Encoding, TargetsOf
+from distill_jax.target_shards import FORMAT, VERSION, WEIGHTS, Meta
 from distill_jax.top_k_targets import compare as compare
 from distill_jax.top_k_targets import densify as densify
 from distill_jax.top_k_targets import top_k as top_k
-
-FORMAT, VERSION = "distill_jax.compressed_targets", 1
-WEIGHTS = "tail_weights.npy"
-FIELDS = ("ids", "probabilities", "tail", "digests")
-TargetsOf = Callable[[np.ndarray], ArrayLike]
-"""Rows int64 `[B]` -> the soft targets of these examples, probabilities `[B, C]`."""
 
 
 class Store(NamedTuple):
     """A teacher's word on N examples, each field a list of memory-mapped shards; read with `rows`.
 
-    ids: uint16 or uint32 `[n, k]`. probabilities: bfloat16 `[n, k]`, falling. tail: float32 `[n]`.
-    digests: uint64 `[n]`, of each example's input. tail_weights: float32 `[C]`, the mean distribution.
-    meta: what `write` was told, and "num_examples".
+    ids: uint16 or uint32 `[n, k]`. probabilities: bfloat16 `[n, k]`, falling. tail: float32 `[n]`. A
+    "sampled" store has neither of these two. digests: uint64 `[n]`, of each example's input.
+    tail_weights: float32 `[C]`, the mean distribution. meta: what `write` was told, and "num_examples".
     """
 
     ids: list[np.ndarray]
@@ -52,7 +46,7 @@ class Store(NamedTuple):
     tail: list[np.ndarray]
     digests: list[np.ndarray]
     tail_weights: np.ndarray
-    meta: dict[str, Any]
+    meta: Meta
 
 
 def write_steps(
@@ -66,46 +60,52 @@ def write_steps(
     mean: Mean | None,
     teacher: str,
     data: Mapping[str, str],
+    encoding: Encoding = "top_k",
+    seed: int = 0,
     shard_rows: int = 65536,
     batch_size: int = 1024,
+    shards: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[None]:
-    """Writes a store, or the shards that an interrupted call with the same arguments left to do.
+    """Writes the shards of a store that are not there yet; those of this process, if a run has several.
 
-    A folder with `meta.json`, `shards/00000/` and so on, and `tail_weights.npy`. A shard appears whole
-    or not at all, so a kill at any moment loses at most one. Each step is a batch: several stores are
-    written side by side, of one pass over a teacher, by taking their steps in turn.
+    Each step is a batch: several stores are written side by side, of one pass over a teacher, by taking
+    their steps in turn (`run_steps`). Then `finish` makes a store of the shards, whoever wrote them.
+    A kill at any moment loses at most the shard that is being written (`target_shards`).
 
     Args:
         directory: for the store.
         targets_of: called with rows int64 `[batch_size]`, always as many, so that one compiled program
             serves: the last rows of a shard are filled up with its last. An array on the device is
-            reduced there, and only its k largest are copied.
+            reduced there, and only what is kept is copied. In a run of several processes each calls its
+            own, for its own shards: it must not be a program that they have to run together.
         digests: uint64 `[N]`, of all examples' inputs (`soft_targets.digests`).
         num_classes: C.
-        k: probabilities kept of each example.
+        k: probabilities kept of each example; of a "sampled" store, classes drawn.
         temperature: that the targets are made at, and good for.
         mean: of an ensemble; None for one teacher.
         teacher: the teacher's fingerprint.
         data: what identifies the inputs and their order, such as {"alignment": "ab12..."}.
+        encoding: "top_k" or "sampled".
+        seed: of the draws, each a function of the seed, the example's id and its soft targets alone.
         shard_rows: examples of a shard.
         batch_size: examples given to `targets_of` at a time.
-        progress: called with the rows that are done and N, after every shard.
+        shards: numbers of those to write, for independent processes that share a store out; None: all.
+            Of these, process i of n of a run takes the i-th, (i + n)-th and so on.
+        progress: called after every shard with the examples that this call has written, and those that
+            it has to write.
 
     Raises:
-        UserError: if the folder holds another store, naming both sides; for a damaged shard; or for
-            targets that are not `[B, C]` probabilities.
+        UserError: if the folder holds another store, naming both sides; for an encoding, k or shard
+            that can't be; or for targets that are not `[B, C]` probabilities.
     """
     directory, digests = Path(directory), np.asarray(digests, np.uint64)
-    if not len(digests):
-        raise UserError("compressed targets need at least one example; digests is empty")
-    if not 1 <= k <= num_classes:
-        raise UserError(f"k must be 1 to the number of classes, {num_classes}, not {k}")
-    meta = {
+    meta: Meta = {
         "format": FORMAT,
         "version": VERSION,
-        "encoding": "top_k",
+        "encoding": encoding,
         "k": k,
+        "seed": seed if encoding == "sampled" else None,
         "num_classes": num_classes,
         "temperature": float(temperature),
         "mean": mean,
@@ -114,39 +114,125 @@ def write_steps(
         "num_examples": len(digests),
         "shard_rows": shard_rows,
     }
-    meta["sha256"] = hashes = _start(directory, meta)
-    total, batch_size = np.zeros(num_classes), min(batch_size, shard_rows, len(digests))
-    for number, start in enumerate(range(0, len(digests), shard_rows)):
-        shard, here = _shard(directory, number), digests[start : start + shard_rows]
-        if shard.name not in hashes or not shard.exists():
+    target_encodings.check(meta)
+    target_shards.check_started(directory, meta)
+    left = [
+        number
+        for number in _dealt(shards, target_shards.count(meta))
+        if not target_shards.folder(directory, number).exists()
+    ]
+    size, done = sum(len(target_shards.examples(meta, number)) for number in left), 0
+    batch_size = min(batch_size, shard_rows, len(digests))
+    for number in left:
+        rows = target_shards.examples(meta, number)
+        if not target_shards.folder(directory, number).exists():  # another writer may be at work
             batches = []
-            for batch in _compressed(targets_of, start, len(here), batch_size, num_classes, k):
+            for batch in target_encodings.batches(targets_of, rows, batch_size, meta):
                 batches.append(batch)
                 yield
-            _write_shard(shard, batches, here)
-            hashes[shard.name] = _sha256(shard)
-            _write_json(directory / "meta.json", meta)
-        _check_whole(shard, hashes)
-        differs = np.load(shard / "digests.npy") != here
-        if differs.any():
-            raise UserError(
-                f"{differs.sum()} of {len(here)} examples are not the inputs that {shard} was made of, "
-                f"first id {start + differs.argmax()}: the data have changed; remove {directory}"
-            )
-        total += np.load(shard / "sum.npy")
+            arrays = target_encodings.concatenate(batches, encoding)
+            arrays["digests"] = digests[rows.start : rows.stop]
+            target_shards.write(directory, number, arrays, meta)
+        done += len(rows)
         if progress is not None:
-            progress(start + len(here), len(digests))
-    with _whole(directory / WEIGHTS) as partial, partial.open("wb") as file:
-        np.save(file, (total / len(digests)).astype(np.float32))
-    hashes[WEIGHTS] = _sha256(directory / WEIGHTS)
-    _write_json(directory / "meta.json", meta)
+            progress(done, size)
 
 
-@main_only
-def write(directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
-    """Writes a store: all steps of `write_steps`, with the same arguments."""
-    for _ in write_steps(directory, *arguments, **options):
+def run_steps(*writers: Iterable[None]) -> None:
+    """Takes the steps of one or several `write_steps` in turn, to the end of all.
+
+    All processes of a run call it, and leave it together. One that fails ends the others too, if it
+    ends with `processes.leave`, as the command line does; the shards that are written stay.
+    """
+    for _ in itertools.zip_longest(*writers):
         pass
+    processes.wait()
+
+
+@processes.main_only
+def finish(directory: str | os.PathLike[str], digests: np.ndarray) -> None:
+    """Checks that all shards are there, whole and of these inputs, and writes the store's index.
+
+    All processes of a run call it, and process 0 does the work.
+
+    Args:
+        directory: of the store.
+        digests: uint64 `[N]`, of all examples' inputs.
+
+    Raises:
+        UserError: for a shard that is missing, damaged, of another store or of other inputs.
+    """
+    target_shards.finish(Path(directory), np.asarray(digests, np.uint64))
+
+
+def write(
+    directory: str | os.PathLike[str], targets_of: TargetsOf, digests: np.ndarray, **options: Any
+) -> None:
+    """Writes a store, or what an interrupted call left to do: `write_steps`, run, and `finish`.
+
+    Arguments as for `write_steps`, and errors as of both. The processes of a run all call it, and share
+    the shards out.
+    """
+    run_steps(write_steps(directory, targets_of, digests, **options))
+    finish(directory, digests)
+
+
+def write_logits(
+    directory: str | os.PathLike[str],
+    logits: np.ndarray | Sequence[np.ndarray],
+    digests: np.ndarray,
+    *,
+    temperature: float,
+    mean: Mean | None = None,
+    **options: Any,
+) -> None:
+    """Writes a store of any teacher's logits: of PyTorch, ONNX or an API, as NumPy arrays or memmaps.
+
+    A teacher that can be asked for some examples at a time needs no such array:
+    `write(directory, lambda rows: losses.softmax(ask(rows), temperature), ...)`.
+
+    Args:
+        directory: for the store.
+        logits: floating `[N, C]`, row i of example i; or of each member of an ensemble.
+        digests: uint64 `[N]`, of the inputs that the teacher saw (`soft_targets.digests`).
+        temperature: to make the targets at.
+        mean: of an ensemble's members; None for one teacher.
+        options: the further ones of `write_steps`; C is taken from the logits.
+
+    Raises:
+        UserError: for arrays that are not `[N, C]` with N digests, or not finite; for an ensemble
+            without a mean; and as `write` does.
+    """
+    members = [logits] if isinstance(logits, np.ndarray) else list(logits)
+    shapes = {member.shape for member in members}
+    shape = next(iter(shapes), ())
+    if len(shapes) != 1 or len(shape) != 2 or shape[0] != len(digests):
+        raise UserError(
+            f"logits are {', '.join(map(str, sorted(shapes))) or 'none'} for {len(digests)} digests; "
+            f"expected arrays ({len(digests)}, C), of each teacher one"
+        )
+    if (mean is None) != (len(members) == 1):
+        raise UserError(
+            f"mean is {mean!r} for {len(members)} arrays of logits; expected 'arithmetic' or "
+            "'geometric' for an ensemble, and None for one teacher"
+        )
+
+    def targets_of(rows: np.ndarray) -> Array:
+        some = np.stack([member[rows] for member in members]).astype(np.float32)
+        good = np.isfinite(some).all(axis=(0, 2))
+        if not good.all():
+            raise UserError(f"the logits are not finite, first for example {rows[good.argmin()]}")
+        return _mean_probs(some, temperature, mean or "arithmetic")
+
+    write(
+        directory,
+        targets_of,
+        digests,
+        num_classes=shape[1],
+        temperature=temperature,
+        mean=mean,
+        **options,
+    )
 
 
 def load(
@@ -169,23 +255,22 @@ def load(
             count or of a version that is not known; for one that is not finished, or damaged.
     """
     directory = Path(directory)
-    meta = _read_meta(directory)
     expected = {"teacher": teacher, "data": data and dict(data), "num_classes": num_classes}
-    _check_same(directory, meta, {name: x for name, x in expected.items() if x is not None})
-    shards = [_shard(directory, i) for i in range(-(-meta["num_examples"] // meta["shard_rows"]))]
-    hashes = meta.pop("sha256")
-    if WEIGHTS not in hashes:
-        raise UserError(
-            f"the compressed targets in {directory} are not finished, {len(hashes)} of {len(shards)} "
-            "shards are written: finish them with the same command"
-        )
-    for path in (*shards, directory / WEIGHTS):
-        _check_whole(path, hashes)
-    ids, probabilities, tail, digests = (
-        [np.load(shard / f"{name}.npy", mmap_mode="r") for shard in shards] for name in FIELDS
+    meta, shards = target_shards.open_finished(
+        directory, {name: x for name, x in expected.items() if x is not None}
     )
-    probabilities = [shard.view(jnp.bfloat16) for shard in probabilities]
-    return Store(ids, probabilities, tail, digests, np.load(directory / WEIGHTS), meta)
+    fields = {
+        name: [np.load(shard / f"{name}.npy", mmap_mode="r") for shard in shards]
+        for name in (*FIELDS[meta["encoding"]], "digests")
+    }
+    return Store(
+        fields["ids"],
+        [shard.view(jnp.bfloat16) for shard in fields.get("probabilities", [])],
+        fields.get("tail", []),
+        fields["digests"],
+        np.load(directory / WEIGHTS),
+        meta,
+    )
 
 
 def rows(store: Store, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -196,13 +281,19 @@ def rows(store: Store, indices: np.ndarray) -> dict[str, np.ndarray]:
         indices: integer `[n]`, each 0..N-1.
 
     Returns:
-        "teacher_ids" `[n, k]`, "teacher_probabilities" bfloat16 `[n, k]` and "teacher_tail" `[n]`.
+        "teacher_ids" `[n, k]`, "teacher_probabilities" bfloat16 `[n, k]` and "teacher_tail" `[n]`. Of a
+        "sampled" store float32 `[n, 1]`, which is 1 / k, and zeros: the same loss serves both.
 
     Raises:
         UserError: for a row that the store doesn't have.
     """
-    fields = zip(training.TOP_K_FIELDS, store[:3], strict=True)
-    return {name: _take(store, shards, indices) for name, shards in fields}
+    ids = _take(store, store.ids, indices)
+    if store.meta["encoding"] == "sampled":
+        size, share = len(ids), np.float32(1 / store.meta["k"])
+        rest = [np.full((size, 1), share), np.zeros(size, np.float32)]
+    else:
+        rest = [_take(store, shards, indices) for shards in (store.probabilities, store.tail)]
+    return dict(zip(training.TOP_K_FIELDS, [ids, *rest], strict=True))
 
 
 def attach(
@@ -268,120 +359,14 @@ def _take(store: Store, shards: list[np.ndarray], indices: np.ndarray) -> np.nda
     return taken
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def _reduce(probabilities: Array, count: Array, k: int) -> tuple[Array, ...]:
-    """`top_k` of a batch, the sum of its first `count` rows, and which are distributions."""
-    kept = top_k(probabilities, k)
-    probabilities = probabilities.astype(jnp.float32)
-    real = jnp.arange(len(probabilities)) < count
-    total = jnp.sum(jnp.where(real[:, None], probabilities, 0.0), axis=0)
-    one = jnp.abs(jnp.sum(probabilities, axis=-1) - 1.0) < 0.01  # false for NaN too
-    return *kept, total, one & jnp.all(probabilities >= 0, axis=-1)
+def _dealt(shards: Sequence[int] | None, count: int) -> Sequence[int]:
+    """Those that this process of a run writes, of some or all of a store's shards."""
+    shards = range(count) if shards is None else shards
+    wrong = [number for number in shards if not 0 <= number < count]
+    if wrong:
+        raise UserError(f"no shard {wrong[0]}; the store has {count}, numbered from 0")
+    index = 0 if processes.count() == 1 else jax.process_index()
+    return shards[index :: processes.count()]
 
 
-def _compressed(
-    targets_of: TargetsOf, start: int, size: int, batch_size: int, num_classes: int, k: int
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """Each batch's ids, probabilities, tail and sum; the device is by then at the next batch."""
-    running = None
-    for first in range(start, start + size, batch_size):
-        count = min(batch_size, start + size - first)
-        targets = jnp.asarray(targets_of(first + np.minimum(np.arange(batch_size), count - 1)))
-        if targets.shape != (batch_size, num_classes):
-            raise UserError(
-                f"targets_of gave an array {targets.shape} for {batch_size} rows of {num_classes} "
-                f"classes; expected ({batch_size}, {num_classes})"
-            )
-        if running is not None:
-            yield _fetch(*running)
-        running = first, count, _reduce(targets, jnp.asarray(count), k)
-    assert running is not None
-    yield _fetch(*running)
-
-
-def _fetch(first: int, count: int, reduced: tuple[Array, ...]) -> tuple[np.ndarray, ...]:
-    ids, probabilities, tail, total, good = (np.asarray(x) for x in reduced)
-    if not good[:count].all():
-        raise UserError(
-            f"the teacher's soft targets are not probabilities with sum 1, first for example "
-            f"{first + good.argmin()}"
-        )
-    return ids[:count], probabilities[:count].view(np.uint16), tail[:count], total
-
-
-def _shard(directory: Path, number: int) -> Path:
-    return directory / "shards" / f"{number:05d}"
-
-
-def _write_shard(shard: Path, batches: list[tuple[np.ndarray, ...]], digests: np.ndarray) -> None:
-    *fields, sums = zip(*batches, strict=True)
-    arrays = [np.concatenate(parts) for parts in fields] + [digests]
-    with _whole(shard) as partial:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, array in zip(FIELDS, arrays, strict=True):
-            np.save(partial / f"{name}.npy", array)
-        np.save(partial / "sum.npy", np.sum(sums, axis=0, dtype=np.float64))
-        shutil.rmtree(shard, ignore_errors=True)  # one that was killed before its hash was noted
-
-
-def _sha256(path: Path) -> str:
-    """Of a file, or of all arrays in a folder."""
-    digest = hashlib.sha256()
-    for part in sorted(path.glob("*.npy")) if path.is_dir() else [path]:
-        digest.update(part.read_bytes())
-    return digest.hexdigest()
-
-
-def _check_whole(path: Path, hashes: Mapping[str, str]) -> None:
-    if not path.exists() or _sha256(path) != hashes.get(path.name):
-        raise UserError(
-            f"{path} is damaged: its SHA-256 is not the one in meta.json; remove it and give the "
-            "command that wrote it again"
-        )
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name to write under; what is there takes the real name at the end, whole."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with _whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=1))
-
-
-def _start(directory: Path, meta: Mapping[str, Any]) -> dict[str, str]:
-    """The hashes of what a writer of the same store did already; none if the folder is new."""
-    if not (directory / "meta.json").exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_json(directory / "meta.json", {**meta, "sha256": {}})
-    found = _read_meta(directory)
-    _check_same(directory, found, meta)
-    return found["sha256"]
-
-
-def _read_meta(directory: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((directory / "meta.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"no readable compressed targets in {directory}: {error}") from error
-    if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
-        raise UserError(
-            f"{directory} is {meta.get('format')} version {meta.get('version')}; this program reads "
-            f"{FORMAT} version {VERSION}"
-        )
-    return meta
-
-
-def _check_same(directory: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    differences = [
-        f"{name} {found.get(name)!r}, not {value!r}"
-        for name, value in expected.items()
-        if found.get(name) != value
-    ]
-    if differences:
-        raise UserError(f"the compressed targets in {directory} have {'; '.join(differences)}")
+_mean_probs = jax.jit(soft_targets.mean_probs, static_argnames="mean")

@@ -23,8 +23,8 @@ from distill_jax.optimizers import OUTPUT_LAYER
 Batch = dict[str, Any]
 """Fields of B examples: "id" [B], "image" [B, ...], "label" int32 [B]; by need "label_known" bool
 [B] and "teacher_logits" float32 [B, C]; or "teacher_ids" uint [B, k], "teacher_probabilities" [B, k]
-(or [B, 1], all alike) and "teacher_tail" float32 [B]; or "teacher_hidden" [B, M, D] with "teacher_layer",
-{"kernel" [M, D, C], "bias" [M, C]}, the only field that is not of examples."""
+(or [B, 1], all alike) and "teacher_tail" float32 [B]; or "teacher_hidden" [B, M, D] with
+"teacher_layer", {"kernel" [M, D, C], "bias" [M, C]}, the only field that is not of examples."""
 
 TOP_K_FIELDS = ("teacher_ids", "teacher_probabilities", "teacher_tail")
 _WHOLE = "teacher_layer"

@@ -51,7 +51,7 @@ def watch_all(server: socket.socket, token: int, count: int) -> None:
     while len(peers) < count - 1:
         peer, _ = server.accept()
         peer.settimeout(_CONNECT_SECONDS)
-        word = _read(peer)
+        word = _read(peer, 8)  # what it sends next, if it ends at once, is for the thread to read
         if len(word) == 8 and word[4:] == token.to_bytes(4, "big"):
             peers[peer] = int.from_bytes(word[:4], "big")
     server.close()
@@ -106,9 +106,9 @@ def _watch(peers: Mapping[socket.socket, int], count: int) -> None:
                 selector.unregister(source)
 
 
-def _read(peer: socket.socket) -> bytes:
+def _read(peer: socket.socket, size: int = 16) -> bytes:
     try:
-        return peer.recv(16)
+        return peer.recv(size)
     except OSError:
         return b""
 

@@ -2,19 +2,15 @@
 
 import functools
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import compressed_targets, soft_targets
+from distill_jax import compressed_targets, losses, sampled_targets, soft_targets, training
 from distill_jax.errors import UserError
 
 N, CLASSES, SHARD, BATCH = 50, 12, 16, 6
@@ -41,10 +37,6 @@ def write(directory, targets_of=tiny_targets, digests=DIGESTS, **changes):
     sizes = {"shard_rows": SHARD, "batch_size": BATCH}
     compressed_targets.write(directory, targets_of, digests, **{**RUN, **sizes, **changes})
     return directory
-
-
-def write_slowly(directory):
-    write(directory, lambda rows: time.sleep(0.1) or tiny_targets(rows))
 
 
 def content(directory):
@@ -108,45 +100,6 @@ def test_batches_all_have_one_size_and_do_not_change_the_store(batch_size, whole
     assert content(tmp_path) == content(whole)
 
 
-def test_a_killed_writer_goes_on_to_the_same_bytes(whole, tmp_path):
-    command = "import sys, test_compressed_targets as t; t.write_slowly(sys.argv[1])"
-    folder = Path(__file__).parent
-    process = subprocess.Popen(
-        [sys.executable, "-c", command, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": f"{folder}:{folder.parent}"},
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "shards/00001").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    with pytest.raises(UserError, match=r"not finished, \d of 4 shards .* the same command"):
-        compressed_targets.load(tmp_path)
-    asked = []
-    write(tmp_path, lambda rows: asked.extend(rows) or tiny_targets(rows))
-    assert min(asked) >= SHARD  # at most the shard whose hash was not noted is made again
-    assert content(tmp_path) == content(whole)
-
-
-def test_what_a_kill_during_a_shard_leaves_is_written_over(whole, tmp_path):
-    def killed_in_the_third_shard(rows):
-        if rows[-1] >= 2 * SHARD:
-            raise KeyboardInterrupt
-        return tiny_targets(rows)
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, killed_in_the_third_shard)
-    for name in ("00002.partial", "00002"):  # written in part; whole, but its hash not noted
-        (tmp_path / "shards" / name).mkdir()
-        (tmp_path / "shards" / name / "ids.npy").write_bytes(b"half")
-    (tmp_path / "meta.json.partial").write_text("{")
-    asked = []
-    write(tmp_path, lambda rows: asked.extend(rows) or tiny_targets(rows))
-    assert set(asked) == set(range(2 * SHARD, N))
-    assert content(tmp_path) == content(whole)
-
-
 def never(rows):
     raise AssertionError("nothing was left to do")
 
@@ -161,6 +114,7 @@ def test_another_run_can_not_go_on_with_a_store(whole):
         ("mean", "'arithmetic'", None),
         ("data", {"alignment": "ab12"}, {"alignment": "cd34"}),
         ("shard_rows", 16, 8),
+        ("encoding", "'top_k'", "sampled"),
     ):
         with pytest.raises(UserError, match=re.escape(f"{name} {there}, not {here!r}")):
             write(whole, never, **{name: here})
@@ -206,9 +160,11 @@ def test_load_refuses_another_teacher_data_class_count_and_version(whole, tmp_pa
             compressed_targets.load(whole, **wanted)
     store = copied(whole, tmp_path)
     meta = json.loads((store / "meta.json").read_text())
-    (store / "meta.json").write_text(json.dumps({**meta, "version": 2}))
+    (store / "meta.json").write_text(json.dumps({**meta, "version": 1}))
     for opened in (compressed_targets.load, write):
-        with pytest.raises(UserError, match=r"version 2; this program reads .* version 1"):
+        with pytest.raises(
+            UserError, match=r"version 1; this program reads .* 2: .* make it again"
+        ):
             opened(store)
     with pytest.raises(UserError, match="no readable compressed targets in"):
         compressed_targets.load(tmp_path)
@@ -270,3 +226,123 @@ def test_attach_refuses_what_does_not_fit(whole):
             attach({"id": changed}, store, DIGESTS[ids], 2.0)
         with pytest.raises(UserError, match=message):
             compressed_targets.rows(store, changed)
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("sampled") / "store", encoding="sampled", k=5, seed=7)
+
+
+def test_a_sampled_store_keeps_the_drawn_classes_alone(sampled):
+    store = compressed_targets.load(sampled, teacher="abc", data=RUN["data"], num_classes=CLASSES)
+    p = jnp.asarray(tiny_targets(range(N)))
+    expected = sampled_targets.sample(p, 5, sampled_targets.offsets(7, np.arange(N)))
+    rows = np.array([49, 0, 16, 15, 16, 33])
+    found = compressed_targets.rows(store, rows)
+    assert found["teacher_ids"].dtype == np.uint16
+    np.testing.assert_array_equal(found["teacher_ids"], expected[rows])
+    assert found["teacher_probabilities"].dtype == found["teacher_tail"].dtype == np.float32
+    np.testing.assert_array_equal(found["teacher_probabilities"], np.full((6, 1), np.float32(0.2)))
+    np.testing.assert_array_equal(found["teacher_tail"], np.zeros(6))
+    assert store.meta.items() >= {**RUN, "encoding": "sampled", "k": 5, "seed": 7}.items()
+    assert compressed_targets.bytes_per_example(store) == 5 * 2 + 8
+    np.testing.assert_allclose(store.tail_weights, jnp.mean(p, axis=0), rtol=1e-6)
+    joined = compressed_targets.attach({"id": rows}, store, DIGESTS[rows], 2.0)
+    np.testing.assert_array_equal(joined["teacher_ids"], found["teacher_ids"])
+    with pytest.raises(UserError, match=r"temperature 2.0 .* temperature 1.0"):
+        compressed_targets.attach({"id": rows}, store, DIGESTS[rows], 1.0)
+    # The step's loss is that of the shares in which classes were drawn.
+    batch = {name: jnp.asarray(field) for name, field in joined.items()}
+    batch["label"] = jnp.zeros(6, jnp.int32)
+    hyper = {"temperature": jnp.float32(2), "hard_weight": jnp.float32(0)}
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((6, CLASSES)), jnp.float32)
+    shares = jnp.mean(jax.nn.one_hot(expected[rows], CLASSES), axis=1)
+    np.testing.assert_allclose(
+        training.top_k_distillation_loss(store.tail_weights)(logits, batch, hyper),
+        losses.soft_cross_entropy(logits, shares, 2.0),
+        rtol=1e-5,
+    )
+
+
+def test_draws_do_not_depend_on_batches_and_shards_but_on_the_seed(sampled, tmp_path):
+    ids = np.concatenate(compressed_targets.load(sampled).ids)
+    for batch_size, shard_rows, seed in ((1, 50, 7), (13, 7, 7), (6, 16, 8)):
+        directory = tmp_path / f"{batch_size}_{seed}"
+        sizes = {"batch_size": batch_size, "shard_rows": shard_rows}
+        write(directory, encoding="sampled", k=5, seed=seed, **sizes)
+        found = np.concatenate(compressed_targets.load(directory).ids)
+        assert (found == ids).all() == (seed == 7)
+    with pytest.raises(UserError, match="seed 7, not 8"):
+        write(sampled, never, encoding="sampled", k=5, seed=8)
+
+
+def test_more_classes_drawn_than_there_are(tmp_path):
+    write(tmp_path / "store", encoding="sampled", k=64)
+    store = compressed_targets.load(tmp_path / "store")
+    ids = np.concatenate(store.ids)
+    shares = np.stack([np.bincount(row, minlength=CLASSES) for row in ids]) / 64
+    np.testing.assert_array_equal(shares, tiny_targets(range(N)))  # multiples of 1/64
+    for wrong in ({"encoding": "sampled", "k": 0}, {"encoding": "sampled", "k": 2**15 + 1}):
+        with pytest.raises(UserError, match=f"k must be 1 to 32768 draws, not {wrong['k']}"):
+            write(tmp_path / "none", **wrong)
+    with pytest.raises(UserError, match="encoding must be 'top_k' or 'sampled', not 'dense'"):
+        write(tmp_path / "none", encoding="dense")
+    assert not (tmp_path / "none").exists()
+
+
+def write_logits(directory, logits, digests=DIGESTS, **changes):
+    fixed = {
+        "k": 3,
+        "teacher": "abc",
+        "data": RUN["data"],
+        "shard_rows": SHARD,
+        "batch_size": BATCH,
+    }
+    compressed_targets.write_logits(directory, logits, digests, **{**fixed, **changes})
+    return compressed_targets.load(directory)
+
+
+def test_a_store_of_any_teachers_logits(tmp_path):
+    random = np.random.default_rng(0)
+    members = [random.standard_normal((N, CLASSES)).astype(np.float32) for _ in range(2)]
+    np.save(tmp_path / "logits.npy", members[0])
+    mapped = np.load(tmp_path / "logits.npy", mmap_mode="r")
+    one = write_logits(tmp_path / "one", mapped, temperature=3.0)
+    p = losses.softmax(jnp.asarray(members[0]), 3.0)
+    kept = compressed_targets.rows(one, np.arange(N))
+    expected = compressed_targets.top_k(p, 3)
+    for found, field in zip(kept.values(), expected, strict=True):
+        np.testing.assert_allclose(
+            found.astype(np.float32), field.astype(jnp.float32), rtol=2**-7, atol=1e-6
+        )
+    assert one.meta["mean"] is None and one.meta["temperature"] == 3.0
+    for mean in ("arithmetic", "geometric"):
+        both = write_logits(
+            tmp_path / mean, members, temperature=3.0, mean=mean, encoding="sampled"
+        )
+        p = soft_targets.mean_probs(jnp.asarray(np.stack(members)), 3.0, mean)
+        np.testing.assert_allclose(both.tail_weights, jnp.mean(p, axis=0), rtol=1e-5)
+        assert both.meta["mean"] == mean and both.meta["num_classes"] == CLASSES
+    double = write_logits(tmp_path / "double", members[0].astype(np.float64), temperature=3.0)
+    np.testing.assert_array_equal(np.concatenate(double.ids), np.concatenate(one.ids))
+
+
+def test_logits_that_are_none(tmp_path):
+    logits = np.zeros((N, CLASSES), np.float32)
+    with pytest.raises(UserError, match=r"logits are \(50, 12\) for 49 digests; .*\(49, C\)"):
+        write_logits(tmp_path / "a", logits, DIGESTS[:-1], temperature=1.0)
+    with pytest.raises(UserError, match=r"logits are \(50, 11\), \(50, 12\) for 50"):
+        write_logits(tmp_path / "a", [logits, logits[:, 1:]], temperature=1.0, mean="arithmetic")
+    with pytest.raises(UserError, match=r"logits are \(50,\) for 50"):
+        write_logits(tmp_path / "a", logits[:, 0], temperature=1.0)
+    with pytest.raises(UserError, match="logits are none for 50"):
+        write_logits(tmp_path / "a", [], temperature=1.0)
+    for members, mean in (([logits], "geometric"), ([logits, logits], None)):
+        with pytest.raises(UserError, match=f"mean is {mean!r} for {len(members)} arrays"):
+            write_logits(tmp_path / "a", members, temperature=1.0, mean=mean)
+    assert not (tmp_path / "a").exists()
+    for wrong in (np.nan, np.inf, -np.inf):
+        broken = logits.copy()
+        broken[20, 3] = wrong
+        with pytest.raises(UserError, match="logits are not finite, first for example 20"):
+            write_logits(tmp_path / "b", broken, temperature=1.0)

@@ -30,8 +30,9 @@ def make_soft_targets(context: Context) -> list[Row]:
         def targets_of(wanted: np.ndarray, base=base, found=found, inputs=inputs) -> np.ndarray:
             return specialist_training.combined(config, base, found, inputs[wanted])
 
+        directory = context.directory / f"seed_{seed}"
         compressed_targets.write(
-            context.directory / f"seed_{seed}",
+            directory,
             targets_of,
             digests,
             num_classes=data.num_classes,
@@ -43,6 +44,8 @@ def make_soft_targets(context: Context) -> list[Row]:
             batch_size=4096,
             progress=_progress(seed),
         )
+        size = compressed_targets.bytes_per_example(compressed_targets.load(directory))
+        print(f"soft targets, seed {seed}: {size} bytes an example")
     return []
 
 

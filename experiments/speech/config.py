@@ -50,7 +50,8 @@ def get_config(preset: str = "default") -> ConfigDict:
     }
     config.soft_targets = {
         "mean": "arithmetic",  # or geometric
-        "k": 64,  # largest probabilities kept of each frame
+        "encoding": "top_k",  # the k largest probabilities of a frame; or "sampled": k states drawn
+        "k": 64,
         "temperatures": (1.0, 2.0, 5.0, 10.0),
         "shard_rows": 65536,
     }
@@ -66,7 +67,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.compression = {
         **net,
         "percent": 4.0,
-        "k": (8, 16, 64),
+        "k": (8, 16, 64, 256),  # largest; and draws of as many bytes as each
         "temperature": 2.0,
         "hard_weight": 0.5,
         "epochs": 6,

@@ -1,8 +1,8 @@
 """The nets of the speech study: how they are trained, and what they say of frames."""
 
 import functools
-import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, processes, soft_targets, training
+from distill_jax import compressed_targets, soft_targets, training
 from distill_jax.data import frames
 from distill_jax.data.sources import Examples
 from distill_jax.models import Model, Params
@@ -185,17 +185,18 @@ def accuracy(log_probs: np.ndarray, examples: Examples) -> float:
     return 100.0 * float((log_probs.argmax(axis=-1) == examples["label"]).mean())
 
 
-@processes.main_only
 def write_targets(
     context: Context,
     net: Net,
     names: Mapping[float, str],
     mean: Mean | None,
     teacher: str,
+    shards: Sequence[int] | None = None,
 ) -> None:
     """Writes, or goes on writing, soft targets over the training set, a store for each temperature.
 
-    All of them in one pass over the ensemble, which is what takes the time.
+    All of them in one pass over the ensemble, which is what takes the time. The processes of a run
+    share the shards out.
 
     Args:
         context: of the stage that keeps them.
@@ -203,8 +204,10 @@ def write_targets(
         names: the stores' folders by temperature.
         mean: of the members; None for a single one.
         teacher: its fingerprint.
+        shards: the numbers of those to write, of stores that are finished later; None: all of them.
     """
     config, data = context.config.soft_targets, load_data(context.config)
+    digests = training_set.digests(context.config)
     latest: dict[int, Array] = {}  # the members' logits of one batch, for all temperatures
 
     def targets_of(rows: np.ndarray, temperature: float) -> Array:
@@ -218,26 +221,35 @@ def write_targets(
 
     def progress(done: int, size: int) -> None:
         rate = done / (time.monotonic() - begun)
-        print(f"soft targets: {done}/{size} frames, {rate:.0f} a second", flush=True)
+        print(f"soft targets of {teacher}: {done}/{size} frames, {rate:.0f} a second", flush=True)
 
     writers = [
         compressed_targets.write_steps(
             context.directory / name,
             functools.partial(targets_of, temperature=temperature),
-            training_set.digests(context.config),
+            digests,
             num_classes=data.num_classes,
-            k=min(config.k, data.num_classes),
+            k=config.k if config.encoding == "sampled" else min(config.k, data.num_classes),
             temperature=temperature,
             mean=mean,
             teacher=teacher,
             data={"alignment": data.fingerprint},
+            encoding=config.encoding,
             shard_rows=config.shard_rows,
+            shards=shards,
             progress=progress if temperature == max(names) else None,
         )
         for temperature, name in names.items()
     ]
-    for _ in itertools.zip_longest(*writers):
-        pass
+    compressed_targets.run_steps(*writers)
+    if shards is None:
+        for name in names.values():
+            compressed_targets.finish(context.directory / name, digests)
+
+
+def shard_count(config: ConfigDict) -> int:
+    """How many shards each store of soft targets over the training set has."""
+    return math.ceil(load_data(config).lengths.sum() / config.soft_targets.shard_rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)

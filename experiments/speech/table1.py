@@ -1,6 +1,8 @@
 """Table 1 of the paper: one net, the ensemble, and one net distilled from it."""
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,6 +14,8 @@ from experiments import members
 from experiments.speech import nets, training_set
 from experiments.speech.data import Data, load_data
 from experiments.study import Context, Row, make_row, read_json, write_json
+
+_SHARD_RUNS = 64  # at most so many groups of the stage that writes soft targets
 
 
 def ensemble(context: Context) -> list[Row]:
@@ -59,21 +63,36 @@ def ensemble(context: Context) -> list[Row]:
 
 def make_soft_targets(context: Context) -> list[Row]:
     """The ensemble's soft targets over the training set at each temperature, stored once."""
-    config = context.config
-    net = nets.load_ensemble(context)
+    for name in _write_soft_targets(context):
+        store = nets.load_targets(context.config, context.directory / name)
+        text = f"{name}: {compressed_targets.bytes_per_example(store)} bytes a frame"
+        if store.tail:
+            tail = 100.0 * float(np.mean(np.concatenate(store.tail)))
+            text += f", {tail:.1f} % of the probability in the tail"
+        print(text)
+    return []
+
+
+def soft_target_groups(context: Context) -> list[Callable[[], list[str]]]:
+    """What writes each run of shards of all these stores, for independent processes."""
+    shards = range(nets.shard_count(context.config))
+    size = math.ceil(len(shards) / _SHARD_RUNS)
+    runs = [shards[start : start + size] for start in range(0, len(shards), size)]
+    return [functools.partial(_write_soft_targets, context, run) for run in runs]
+
+
+def _write_soft_targets(context: Context, shards: Sequence[int] | None = None) -> list[str]:
+    """Writes all shards of all stores, or only some; the names of the stores."""
+    config, net = context.config, nets.load_ensemble(context)
     teacher = nets.fingerprint(net, config.ensemble)
     temperatures = config.soft_targets.temperatures
     stores = {value: store_name(value) for value in temperatures}
-    nets.write_targets(context, net, stores, config.soft_targets.mean, teacher)
+    nets.write_targets(context, net, stores, config.soft_targets.mean, teacher, shards)
     # One large net's, for a small one to learn from.
     small = {value: f"one_{store_name(value)}" for value in {1.0, config.unlabelled.temperature}}
-    nets.write_targets(context, nets.first(net, 1), small, None, f"{teacher}, member 0")
-    for name in [*stores.values(), *small.values()]:
-        store = nets.load_targets(context.config, context.directory / name)
-        tail = 100.0 * float(np.mean(np.concatenate(store.tail)))
-        size = compressed_targets.bytes_per_example(store)
-        print(f"{name}: {size} bytes a frame, {tail:.1f} % of the probability in the tail")
-    return []
+    one = nets.first(net, 1)
+    nets.write_targets(context, one, small, None, f"{teacher}, member 0", shards)
+    return [*stores.values(), *small.values()]
 
 
 def distilled(context: Context) -> list[Row]:
