@@ -10,10 +10,18 @@ from command import ENVIRONMENT, ROOT
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("number, printed", [(0, r"loss \d+\.\d+\n"), (1, r"\(500, 30\) \d+\n")])
+PRINTED = (
+    r"loss \d+\.\d+\n",
+    r"\d+ bytes an example, not 20000\n",
+    r"loss \d+\.\d+, gradient \(64, 14000\)\n",
+    r"\(500, 30\) \d+\n",
+)
+
+
+@pytest.mark.parametrize("number, printed", list(enumerate(PRINTED)))
 def test_the_snippets_run(number, printed):
     snippets = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == len(PRINTED)
     snippet = snippets[number]
     result = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning", "-c", snippet],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from absl import app
+from absl import app, logging
 
 from distill_jax.errors import UserError
 
@@ -19,6 +19,7 @@ def run(main: Callable[[], None]) -> None:
     """Runs a benchmark's command line; a UserError ends it with one line and status 1."""
 
     def guarded(argv: Sequence[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # not what JAX has to say of backends it didn't find
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}")
         try:
