@@ -1,10 +1,10 @@
-"""Soft targets cut to the k largest probabilities and the sum of the rest; what that costs.
+"""Soft targets cut to the k largest probabilities and the sum of the rest; what compression costs.
 
-The loss spreads the rest over the other classes (`losses.top_k_soft_cross_entropy`).
+The loss spreads the rest over the other classes (`losses.top_k_soft_cross_entropy`). Drawn classes
+(`sampled_targets`) are the same three fields, so `densify` and `compare` serve both.
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,11 @@ from jax.typing import ArrayLike
 from distill_jax import losses
 from distill_jax.errors import UserError
 
+Kept = tuple[Array, Array, Array]
+"""What is kept of N examples' targets: ids, probabilities and tail, as `top_k` gives them."""
 
-def top_k(probabilities: Array, k: int) -> tuple[Array, Array, Array]:
+
+def top_k(probabilities: Array, k: int) -> Kept:
     """The k largest of each example's soft targets.
 
     The tail is what the other classes really have, and not 1 less the rounded probabilities: rounding
@@ -47,59 +50,102 @@ def densify(
     """Dense targets float32 `[..., C]` that the loss gives the same value; to measure and to test.
 
     Args:
-        ids: integer `[..., k]`.
-        probabilities: `[..., k]`.
+        ids: integer `[..., k]`; what is drawn repeatedly adds up.
+        probabilities: `[..., k]`, or `[..., 1]` for all k.
         tail: `[...]`.
         tail_weights: `[C]`; None spreads the tail equally.
         num_classes: C.
     """
     spread = losses.tail_distribution(ids, num_classes, tail_weights)
     dense = tail.astype(jnp.float32)[..., None] * spread
-    named = probabilities.astype(jnp.float32)
-    return jnp.put_along_axis(dense, ids.astype(jnp.int32), named, axis=-1, inplace=False)
+    named = jnp.broadcast_to(probabilities.astype(jnp.float32), ids.shape)
+    add = jnp.vectorize(lambda row, k, p: row.at[k].add(p), signature="(c),(k),(k)->(c)")
+    return add(dense, ids.astype(jnp.int32), named)
 
 
-@functools.partial(jax.jit, static_argnames="k")
+@jax.jit
 def compare(
     probabilities: Array,
-    k: int,
+    kept: Sequence[Kept],
     logits: Array,
     temperature: ArrayLike,
     tail_weights: Array | None,
 ) -> dict[str, Array]:
-    """What training on the k largest of dense targets changes.
+    """What training on compressed targets changes, against dense ones.
+
+    The errors of the examples' gradients, with respect to their logits, are split in two. The noise of
+    drawn targets is what an example's error differs by from draw to draw: it averages out over
+    examples. The bias is what the errors of all examples and draws have in common, the norm of their
+    mean, which no number of examples takes away. Both are relative to the root mean square norm of the
+    examples' dense gradients (the norm of their mean goes to 0 as a student converges). So in a mean
+    over more than `(gradient_noise / gradient_bias)^2` examples the bias is the larger one.
+
+    With one compression the bias is the norm of the examples' mean error. Of several, drawn
+    independently, its square is estimated by the mean product of two different ones' mean errors, in
+    which noise has no part; where that is negative, as half of the time without a bias, by 0.
 
     Args:
         probabilities: dense soft targets `[N, C]`.
-        k: kept of them.
+        kept: R compressions of them: ids `[N, k]`, probabilities `[N, k]` or `[N, 1]`, tail `[N]`. One
+            of `top_k`; of drawn targets several, with offsets of their own.
         logits: `[N, C]` of a student.
         temperature: of the targets.
         tail_weights: `[C]`; None spreads the tail equally.
 
     Returns:
-        float32 scalars. "kl": mean KL(dense, densified) in nats, infinite where a class with a
-        probability has no tail weight. "loss_difference": mean absolute difference of the examples'
-        losses, relative to the mean loss. "gradient_cosine": of the losses' gradients with respect to
-        all logits.
+        float32 scalars, all but the last two means over the compressions. "kl": mean KL(dense,
+        densified) in nats, infinite where a class with a probability was not drawn, or has no tail
+        weight. "total_variation": mean of half the sum of absolute differences of probabilities, 0 to
+        1, finite always. "loss_difference": mean absolute difference of the examples' losses, relative
+        to the mean loss. "gradient_cosine": of the losses' gradients with respect to all logits.
+        "gradient_bias" and "gradient_noise": see above; no noise with one compression.
     """
-    kept = top_k(probabilities, k)
-    restored = densify(*kept, tail_weights, probabilities.shape[-1])
-    restored = restored / jnp.sum(restored, axis=-1, keepdims=True)
-    kl = jnp.sum(jax.scipy.special.rel_entr(probabilities, restored), axis=-1)
+    z = logits.astype(jnp.float32)
 
     def with_gradient(loss: Callable[[Array], Array]) -> tuple[Array, Array]:
-        values, pull_back = jax.vjp(loss, logits.astype(jnp.float32))
+        values, pull_back = jax.vjp(loss, z)
         return values, pull_back(jnp.ones_like(values))[0]
 
     dense, dense_gradient = with_gradient(
         lambda z: losses.soft_cross_entropy(z, probabilities, temperature)
     )
-    found, gradient = with_gradient(
-        lambda z: losses.top_k_soft_cross_entropy(z, *kept, temperature, tail_weights)
-    )
-    norms = jnp.linalg.norm(gradient) * jnp.linalg.norm(dense_gradient)
-    return {
-        "kl": jnp.mean(kl),
-        "loss_difference": jnp.mean(jnp.abs(found - dense)) / jnp.mean(dense),
-        "gradient_cosine": jnp.sum(gradient * dense_gradient) / norms,
-    }
+
+    def against_dense(one: Kept) -> tuple[dict[str, Array], Array]:
+        found, gradient = with_gradient(
+            lambda z: losses.top_k_soft_cross_entropy(z, *one, temperature, tail_weights)
+        )
+        norms = jnp.linalg.norm(gradient) * jnp.linalg.norm(dense_gradient)
+        errors = {
+            **_distances(probabilities, densify(*one, tail_weights, probabilities.shape[-1])),
+            "loss_difference": jnp.mean(jnp.abs(found - dense)) / jnp.mean(dense),
+            "gradient_cosine": jnp.sum(gradient * dense_gradient) / norms,
+        }
+        return errors, gradient - dense_gradient
+
+    every = jax.tree.map(lambda *fields: jnp.stack(fields), *kept)
+    errors, differences = jax.lax.map(against_dense, every)
+    bias, noise = _bias_and_noise(differences)
+    scale = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(dense_gradient), axis=-1)))
+    means = jax.tree.map(jnp.mean, errors)
+    return {**means, "gradient_bias": bias / scale, "gradient_noise": noise / scale}
+
+
+def _distances(probabilities: Array, restored: Array) -> dict[str, Array]:
+    """The mean divergence and total variation of distributions `[N, C]`, of which one is rounded."""
+    restored = restored / jnp.sum(restored, axis=-1, keepdims=True)
+    kl = jnp.sum(jax.scipy.special.rel_entr(probabilities, restored), axis=-1)
+    variation = 0.5 * jnp.sum(jnp.abs(probabilities - restored), axis=-1)
+    return {"kl": jnp.mean(kl), "total_variation": jnp.mean(variation)}
+
+
+def _bias_and_noise(errors: Array) -> tuple[Array, Array]:
+    """The norm of what R draws of N examples' errors `[R, N, C]` have in common, and of the rest."""
+    count = len(errors)
+    means = jnp.mean(errors, axis=1)
+    if count == 1:
+        return jnp.linalg.norm(means), jnp.zeros(())
+    # The products of all pairs, less those of each with itself.
+    products = jnp.sum(jnp.square(jnp.sum(means, axis=0))) - jnp.sum(jnp.square(means))
+    shared = products / jnp.float32(count * (count - 1))
+    noise = jnp.sum(jnp.var(errors, axis=0, ddof=1), axis=-1)
+    return jnp.sqrt(jnp.maximum(shared, 0.0)), jnp.sqrt(jnp.mean(noise))

@@ -51,16 +51,23 @@ def fraction_rows():
     ]
 
 
-def compression_rows(divergences=(0.5, 0.1)):
-    found = [("k=8", 36, 55.0, 0.2, divergences[0]), ("k=64", 260, 56.0, 0.1, divergences[1])]
+def compression_rows():
+    found = [
+        ("dense", 1260, 56.2, 0.3, None, None),
+        ("k=64", 268, 56.0, 0.1, 0.08, 0.04),
+        ("draws=130", 268, 56.1, 0.2, 0.25, 0.0),
+        ("k=8", 44, 55.0, 0.2, 0.4, 0.3),
+        ("draws=18", 44, 55.6, 0.4, 0.6, 0.0),
+    ]
     rows = []
-    for name, size, value, std, kl in [("dense", 4000, 56.2, 0.3, None), *found[::-1]]:
+    for name, size, value, std, variation, bias in found:
         metrics = [
             ("bytes_per_frame", size, None),
             ("frame_accuracy", value, std),
-            ("kl", kl, None),
+            ("total_variation", variation, None),
+            ("gradient_bias", bias, None),
         ]
-        rows += [make_row("speech_compression", name, *metric) for metric in metrics]
+        rows += [make_row("speech_compression", name, *metric, bytes=size) for metric in metrics]
     return rows
 
 
@@ -219,24 +226,30 @@ def test_one_epoch_shows_as_a_point_and_absent_rows_as_no_line():
         assert [line.get_marker() for line in axes.lines] == ["o", "o"]
 
 
-def test_compression_joins_sizes_to_accuracies_and_parses_k():
-    accuracy, divergence = figures.compression(compression_rows()).axes
-    assert [axes.get_xscale() for axes in (accuracy, divergence)] == ["log", "log"]
-    dense, some = (c.lines[0].get_xydata().tolist() for c in accuracy.containers)
-    assert dense == [[4000, 56.2]] and some == [[36, 55.0], [260, 56.0]]
-    bars = accuracy.containers[1].lines[2][0].get_segments()
-    assert np.ptp(np.array(bars)[..., 1], axis=1) == pytest.approx([0.4, 0.2])
-    named = {text.get_text(): tuple(text.xy) for text in accuracy.texts}
-    assert named == {"dense": (4000, 56.2), "k=8": (36, 55.0), "k=64": (260, 56.0)}
-    assert texts(accuracy.get_xticklabels()) == ["36", "260", "4000"]
-    assert divergence.containers[0].lines[0].get_xydata().tolist() == [[8, 0.5], [64, 0.1]]
-    assert divergence.get_yscale() == "log"
-
-
-def test_a_divergence_without_a_logarithm_is_not_drawn():
-    _, one = figures.compression(compression_rows((float("inf"), 0.1))).axes
-    assert one.containers[0].lines[0].get_xydata().tolist() == [[64, 0.1]]
-    assert len(figures.compression(compression_rows((0.0, float("inf")))).axes) == 1
+def test_compression_has_the_largest_and_the_drawn_by_their_bytes():
+    accuracy, variation, bias = figures.compression(compression_rows()).axes
+    assert labelled(accuracy) == {
+        "the k largest": [[44, 55.0], [268, 56.0]],
+        "drawn": [[44, 55.6], [268, 56.1]],
+        "dense": [[1260, 56.2]],
+    }
+    assert {text.get_text(): tuple(text.xy) for text in accuracy.texts} == {
+        "8": (44, 55.0),
+        "64": (268, 56.0),
+        "18": (44, 55.6),
+        "130": (268, 56.1),
+    }
+    band = accuracy.patches[0]
+    assert (band.get_y(), band.get_height()) == pytest.approx((55.9, 0.6))
+    assert labelled(variation) == {
+        "the k largest": [[44, 0.4], [268, 0.08]],
+        "drawn": [[44, 0.6], [268, 0.25]],
+    }
+    assert labelled(bias) == {
+        "the k largest": [[44, 0.3], [268, 0.04]],
+        "drawn": [[44, 0.0], [268, 0.0]],
+    }
+    assert {axes.get_xscale() for axes in (accuracy, variation, bias)} == {"log"}
 
 
 # Confusions.

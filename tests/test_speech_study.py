@@ -80,10 +80,22 @@ def test_all_tables_have_their_rows(workdir):
         "soft targets",
     ):
         assert value(rows, "speech_fraction", row, "train_frame_accuracy") > 0
-    for k in (8, 16):
-        assert value(rows, "speech_compression", f"k={k}", "bytes_per_frame") == 4 * k + 4
-    kl = [value(rows, "speech_compression", f"k={k}", "kl") for k in (8, 16)]
-    assert kl[0] > kl[1] > 0
+    for row, size in (("k=8", 44), ("draws=18", 44), ("k=16", 76), ("draws=34", 76)):
+        assert value(rows, "speech_compression", row, "bytes_per_frame") == size
+        own, dense, less = (
+            value(rows, "speech_compression", *of)
+            for of in (
+                (row, "frame_accuracy"),
+                ("dense", "frame_accuracy"),
+                (row, "frame_accuracy_less_dense"),
+            )
+        )
+        assert less == pytest.approx(own - dense)
+    for metric in ("kl", "total_variation", "gradient_bias"):
+        lost = [value(rows, "speech_compression", f"k={k}", metric) for k in (8, 16)]
+        assert lost[0] > lost[1] > 0
+    drawn = [row for row in rows if row["row"].startswith("draws=")]
+    assert not [row for row in drawn if row["metric"] == "kl"]  # it is infinite
     assert {row["table"] for row in rows} == {
         "speech",
         "speech_mean",

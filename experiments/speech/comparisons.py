@@ -1,14 +1,17 @@
 """What the paper says beside its tables: temperatures, a small student; and the compressed store."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, training
+from distill_jax import sampled_targets, top_k_targets, training
 from distill_jax.data import frames
 from distill_jax.data.sources import Examples
+from distill_jax.top_k_targets import Kept
 from experiments import members
 from experiments.speech import nets, training_set
 from experiments.speech.data import load_data
@@ -47,38 +50,40 @@ def temperature(context: Context) -> list[Row]:
 
 
 def compression(context: Context) -> list[Row]:
-    """Dense soft targets against the k largest: what differs, and what a student makes of them."""
+    """Dense soft targets, the k largest, and drawn classes of as many bytes: errors and students."""
     config, data = context.config, load_data(context.config)
-    net = config.compression
+    net, seeds = config.compression, len(config.seeds)
     log_probs, examples = _dense_targets(context)
     probabilities = jnp.exp(jnp.asarray(log_probs))
     mean = jnp.mean(probabilities, axis=0)
 
-    def add(row: str, metric: str, values: Any, seconds: float = 0.0) -> None:
-        rows.append(make_row(config, "speech_compression", row, metric, values, seconds))
-
-    def student(name: str, fields: Examples, loss: training.Loss) -> members.Trained:
+    def student(row: str, targets: Sequence[Examples], loss: training.Loss) -> members.Trained:
+        print(f"compression, {row}", flush=True)
+        joined = [{**examples, **own} for own in targets]
+        # Of one name, so that a seed's students begin alike and see the same batches.
         variant = {"temperature": net.temperature, "hard_weight": net.hard_weight}
-        joined = [{**examples, **fields}] * len(config.seeds)
-        return nets.train(context, name, net, joined, loss, [variant])
+        directory = context.directory / row.replace("=", "_")
+        return nets.train(context, "student", net, joined, loss, [variant], directory=directory)
 
-    rows: list[Row] = []
-    fields = {"teacher_logits": log_probs * np.float32(net.temperature)}
-    trained = student("dense", fields, training.distillation_loss)
-    add("dense", "bytes_per_frame", [4 * data.num_classes])
-    add("dense", "frame_accuracy", nets.frame_accuracies(trained, data), trained.seconds)
-    some = np.arange(min(4096, len(log_probs)))
-    one = nets.first(nets.Net(trained.model, trained.params), 1)
+    targets = {"teacher_logits": log_probs * np.float32(net.temperature)}
+    dense = student("dense", [targets] * seeds, training.distillation_loss)
+    rows = _compression_rows(config, "dense", 4 * data.num_classes + _DIGEST, dense, {})
+    some = np.arange(len(log_probs))[:: -(-len(log_probs) // _COMPARED)]
+    one = nets.first(nets.Net(dense.model, dense.params), 1)
     logits = jnp.asarray(nets.log_probs(one, frames.select(examples, some)))
     for k in [k for k in net.k if k < data.num_classes]:
-        kept = jax.jit(compressed_targets.top_k, static_argnums=1)(probabilities, k)
-        fields = dict(zip(training.TOP_K_FIELDS, map(np.asarray, kept), strict=True))
-        trained = student(f"k_{k}", fields, training.top_k_distillation_loss(mean))
-        error = compressed_targets.compare(probabilities[some], k, logits, net.temperature, mean)
-        add(f"k={k}", "bytes_per_frame", [sum(x[0].nbytes for x in fields.values())])
-        for metric, value in error.items():
-            add(f"k={k}", metric, [float(value)])
-        add(f"k={k}", "frame_accuracy", nets.frame_accuracies(trained, data), trained.seconds)
+        for row, size, kept in _encodings(probabilities, k, examples["id"], max(2, seeds)):
+            part = jax.tree.map(lambda field: field[some], kept[:4])
+            found = top_k_targets.compare(probabilities[some], part, logits, net.temperature, mean)
+            # No divergence where a class is not drawn.
+            errors = {name: [float(x)] for name, x in found.items() if np.isfinite(x)}
+            # Every student has draws of its own, so that the spread over seeds has theirs too.
+            own = [map(np.asarray, kept[seed % len(kept)]) for seed in range(seeds)]
+            fields = [dict(zip(training.TOP_K_FIELDS, one, strict=True)) for one in own]
+            trained = student(row, fields, training.top_k_distillation_loss(mean))
+            less = nets.frame_accuracies(trained, data) - nets.frame_accuracies(dense, data)
+            measured = {**errors, "frame_accuracy_less_dense": less}
+            rows += _compression_rows(config, row, size, trained, measured)
     return rows
 
 
@@ -137,3 +142,39 @@ def _dense_targets(context: Context) -> tuple[np.ndarray, Examples]:
     apply = nets.mean_log_probs(teacher.model, net.temperature, config.soft_targets.mean)
     rows = np.arange(len(examples["label"]))
     return frames.logits_over_windows(apply, teacher.params, examples, rows), examples
+
+
+def _encodings(
+    probabilities: Array, k: int, ids: np.ndarray, repeats: int
+) -> Iterator[tuple[str, int, list[Kept]]]:
+    """The k largest, and independent draws of as many bytes: name, bytes a frame as stored, fields."""
+    largest = _top_k(probabilities, k)
+    size = sum(field[0].nbytes for field in largest)
+    yield f"k={k}", size + _DIGEST, [largest]
+    draws = size // largest[0].itemsize
+    one_each, tail = jnp.full((len(ids), 1), jnp.float32(1 / draws)), jnp.zeros(len(ids))
+    offsets = [sampled_targets.offsets(seed, ids) for seed in range(repeats)]
+    drawn = [(_sample(probabilities, draws, one), one_each, tail) for one in offsets]
+    yield f"draws={draws}", size + _DIGEST, drawn
+
+
+def _compression_rows(
+    config: ConfigDict,
+    row: str,
+    size: int,
+    trained: members.Trained,
+    measured: Mapping[str, Sequence[float] | np.ndarray],
+) -> list[Row]:
+    """The rows of one form of the targets, with its size to be plotted against."""
+    found, seconds = nets.frame_accuracies(trained, load_data(config)), trained.seconds
+    values = {"bytes_per_frame": [size], **measured, "frame_accuracy": found}
+    return [
+        make_row(config, "speech_compression", row, metric, numbers, seconds, bytes=size)
+        for metric, numbers in values.items()
+    ]
+
+
+_COMPARED = 4096  # examples, at most
+_DIGEST = 8  # bytes of a stored example that say which input it is of
+_top_k = jax.jit(top_k_targets.top_k, static_argnames="k")
+_sample = jax.jit(sampled_targets.sample, static_argnames="draws")

@@ -55,10 +55,10 @@ _CAPTIONS = {
     "overfitting": "Frame accuracy while nets learn from a small part of the training set, with "
     "hard and with soft targets: mean over seeds, with a band from the lowest to the highest seed. "
     "The horizontal line is the test accuracy of nets trained on all data with hard targets.",
-    "compression": "What becomes of a distilled net when only the k largest soft targets of each "
-    "frame are kept: its frame accuracy against the room that they take, and how far the kept "
-    "targets are from the dense ones. All axes but that of accuracy are logarithmic; bars, and the "
-    "shade for the dense targets, are one standard deviation over seeds.",
+    "compression": "What becomes of a distilled net when few numbers of each frame's soft targets "
+    "are kept: the k largest or drawn classes, their number at each point. Its frame accuracy, with "
+    "one standard deviation over seeds, shaded for dense targets; how far the targets of a frame are "
+    "from the dense ones; and what all frames' gradients with respect to the logits are off by.",
     "utterance": "From top to bottom: the log-mel energies that the nets see, brighter if louder, "
     "below the words; the phones of the forced alignment, with ticks where its HMM state changes; "
     "each net's probability of every phone in each frame, the aligned phone framed (full colour is a "
@@ -188,37 +188,42 @@ def overfitting(curves: Mapping[str, Any], rows: Sequence[Row]) -> Figure | None
 
 
 def compression(rows: Sequence[Row]) -> Figure | None:
-    """What the k largest soft targets cost and what they lose, beside the dense ones."""
-    table = "speech_compression"
-    sizes = {row["row"]: row["value"] for row in select(rows, table, "bytes_per_frame")}
-    kept = select(rows, table, "frame_accuracy")
-    sized = [{**row, "bytes": sizes[row["row"]]} for row in kept if row["row"] in sizes]
-    if not sized:
+    """What the k largest soft targets and drawn ones cost and lose, by the bytes that they take."""
+    sized = [row for row in rows if "bytes" in row]
+    accuracies = select(sized, "speech_compression", "frame_accuracy")
+    if not accuracies:
         return None
-    divergences = [
-        {**row, "k": int(row["row"].removeprefix("k="))}
-        for row in select(rows, table, "kl")
-        if 0 < row["value"] < np.inf  # what a logarithmic axis can show
-    ]
-    figure, panels = make_panels(2 if divergences else 1, height=2.7)
-    axes = panels[0]
-    for row in sized:
+    titles = {
+        "frame_accuracy": ("accuracy of the distilled net", "frame accuracy (%)"),
+        "total_variation": ("distance of a frame's targets", "total variation"),
+        "gradient_bias": ("bias of the gradient", "relative to a frame's gradient"),
+    }
+    figure, panels = make_panels(3, height=2.7, extra=0.3)
+    for axes, (metric, (title, label)) in zip(panels, titles.items(), strict=True):
+        found = select(sized, "speech_compression", metric)
+        for name, kind, below, style in (
+            ("the k largest", "k=", True, {}),
+            ("drawn", "draws=", False, {"linestyle": "--", "markerfacecolor": "none"}),
+        ):
+            some = [row for row in found if row["row"].startswith(kind)]
+            _draw_line(axes, some, "bytes", color=OURS, marker="o", label=name, **style)
+            for row in some if metric == "frame_accuracy" else []:
+                place = (row["bytes"], row["value"])
+                offset, va = ((-4, -3), "top") if below else ((-4, 3), "bottom")
+                note(axes, row["row"].removeprefix(kind), place, offset, ha="right", va=va)
+        tidy(axes, title, "bytes a frame", label)
+        log_axis(axes, "x", sorted({row["bytes"] for row in accuracies if row["row"] != "dense"}))
+        axes.margins(x=0.16)
+    for row in accuracies:
         if row["row"] == "dense":
             low, high = row["value"] - (row["std"] or 0.0), row["value"] + (row["std"] or 0.0)
-            axes.axhspan(low, high, color=PAPER, alpha=0.2, linewidth=0)
-            _draw_line(axes, [row], "bytes", color=PAPER, marker="s")
-        note(axes, row["row"], (row["bytes"], row["value"]), (-4, 3), ha="right", va="bottom")
-    some = [row for row in sized if row["row"] != "dense"]
-    _draw_line(axes, some, "bytes", color=OURS, marker="o")
-    tidy(axes, "accuracy of the distilled net", "bytes a frame", "frame accuracy (%)")
-    log_axis(axes, "x", sorted(row["bytes"] for row in sized))
-    axes.margins(x=0.16)
-    widen(axes, 1.0)
-    if divergences:
-        _draw_line(panels[1], divergences, "k", color=OURS, marker="o")
-        tidy(panels[1], "what the targets lose", "k", "KL from the dense targets (nats)")
-        log_axis(panels[1], "x", sorted(row["k"] for row in divergences))
-        log_axis(panels[1], "y")
+            panels[0].axhspan(low, high, color=PAPER, alpha=0.2, linewidth=0)
+            _draw_line(panels[0], [row], "bytes", color=PAPER, marker="s", label="dense")
+    widen(panels[0], 1.0)
+    for axes in panels[1:]:
+        axes.set_ylim(bottom=0)
+    handles = panels[0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=SMALL)
     return figure
 
 

@@ -1,0 +1,275 @@
+"""What few bytes per example cost soft targets of very many classes, and students of them.
+
+    python -m experiments.benchmarks.soft_target_storage
+
+The predictions of a frozen random teacher, sure of some examples and not of others, are written to
+stores of `compressed_targets`: the k largest, and drawn classes of as many bytes. Students that begin
+alike learn from these and from dense targets. They are judged by the share of labels, drawn by the
+teacher at temperature 1, that are their first choice: its expectation, the teacher's probability of that
+choice, so that no drawing blurs the comparison. Independent draws (arXiv 2503.16870) are compared with
+the stores' systematic ones by their gradients. The last line is the result as JSON.
+"""
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import Array
+
+from distill_jax import compressed_targets, losses, models, optimizers, soft_targets, training
+from distill_jax.data.epochs import make_epoch, steps_per_epoch
+from distill_jax.errors import UserError
+from distill_jax.top_k_targets import Kept, compare
+from experiments.benchmarks import command
+
+_CLASSES = flags.DEFINE_integer("classes", 14_000, "C.", lower_bound=4)
+_K = flags.DEFINE_integer("k", 61, "Largest probabilities kept; drawn are 2 k + 2.", lower_bound=1)
+_TEMPERATURES = flags.DEFINE_list("temperatures", ["1", "2"], "Of the soft targets, each in turn.")
+_EXAMPLES = flags.DEFINE_integer("examples", 32_768, "That students learn from.", lower_bound=1)
+_TESTED = flags.DEFINE_integer("tested", 4096, "That they are judged on.", lower_bound=1)
+_COMPARED = flags.DEFINE_integer("compared", 512, "Whose gradients are compared.", lower_bound=1)
+_EPOCHS = flags.DEFINE_integer("epochs", 4, "Of each student.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 128, "Of the students' steps.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Students of each kind, and draws.", lower_bound=2)
+
+_SIZES = (_CLASSES, _K, _EXAMPLES, _TESTED, _COMPARED, _EPOCHS, _BATCH, _SEEDS)
+_INPUTS = 16
+_COLUMNS = {
+    "bytes": ".0f",
+    "kl": ".4f",
+    "total_variation": ".4f",
+    "gradient_cosine": ".4f",
+    "gradient_bias": ".4f",
+    "gradient_noise": ".4f",
+    "accuracy": ".3f",
+    "accuracy_std": ".3f",
+    "less_dense": ".3f",
+    "less_dense_std": ".3f",
+}
+
+Logits = Callable[[Array], Array]
+"""A net: inputs `[B, 16]` -> logits `[B, C]`."""
+
+Fields = dict[str, np.ndarray]
+"""Of a batch, `[N, ...]`."""
+
+
+class Encoding(NamedTuple):
+    """A form of the targets.
+
+    size: bytes of an example as stored. fields: for each seed, `[N, ...]`. transforms: of a batch.
+    """
+
+    size: int
+    fields: list[Fields]
+    loss: training.Loss
+    transforms: Sequence[training.Transform] = ()
+
+
+def main() -> None:
+    """Measures at each temperature, and prints the tables and the JSON line."""
+    figures: dict[str, dict[str, float]] = {}
+    ratios: dict[str, float] = {}
+    for temperature in _temperatures():
+        found = measure(temperature)
+        _print_table(temperature, found)
+        noise = {name: found[name]["gradient_noise"] for name in ("independent", "sampled")}
+        variance = (noise["independent"] / noise["sampled"]) ** 2
+        ratios[f"T={temperature:g} gradient_variance independent/sampled"] = variance
+        figures |= {f"T={temperature:g} {name}": numbers for name, numbers in found.items()}
+    result = {
+        "benchmark": "soft_target_storage",
+        "device": jax.default_backend(),
+        **{flag.name: flag.value for flag in _SIZES},
+        "ratios": ratios,
+        "figures": figures,
+    }
+    print(json.dumps(result))
+
+
+def measure(temperature: float) -> dict[str, dict[str, float]]:
+    """Writes the stores, trains the students, and gives the figures of each form of the targets."""
+    teacher = make_teacher(_CLASSES.value)
+    inputs, test_inputs = (
+        draw_inputs(flag.value, i) for i, flag in enumerate((_EXAMPLES, _TESTED))
+    )
+    encodings = encode(teacher, inputs, temperature)
+    nets = {name: students(encoding, inputs, temperature) for name, encoding in encodings.items()}
+    some = inputs[: _COMPARED.value]
+    figures = gradient_errors(teacher, some, encodings, nets["dense"][0], temperature)
+    expected = losses.softmax(teacher(jnp.asarray(test_inputs)))
+    found = {name: judge(own, test_inputs, expected) for name, own in nets.items()}
+    for name, accuracies in found.items():
+        figures[name]["bytes"] = encodings[name].size
+        for metric, values in (
+            ("accuracy", accuracies),
+            ("less_dense", accuracies - found["dense"]),  # of the same seed
+        ):
+            figures[name] |= {metric: values.mean(), f"{metric}_std": values.std(ddof=1)}
+    best = 100.0 * float(jnp.mean(jnp.max(expected, axis=-1)))
+    return {**figures, "teacher": {"accuracy": best}}
+
+
+def make_teacher(num_classes: int) -> Logits:
+    """Fixed and random: classes are directions among features that bend with the inputs.
+
+    How far an example's logits spread depends on its inputs too. Of 14,000 classes at temperature 1,
+    the first choice has a probability above 0.9 in a tenth of the examples, below 0.15 in another.
+    """
+    keys = jax.random.split(jax.random.key(0), 3)
+    bend = jax.random.normal(keys[0], (_INPUTS, _INPUTS)) * jnp.float32(1.5 / np.sqrt(_INPUTS))
+    directions = jax.random.normal(keys[1], (_INPUTS, num_classes))
+    popularity = 0.5 * jax.random.normal(keys[2], (1, num_classes))
+
+    @jax.jit
+    def teacher(inputs: Array) -> Array:
+        features = jnp.tanh(inputs @ bend)
+        features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
+        deviation = 3.0 * (10.0 / 3.0) ** jax.nn.sigmoid(2.0 * inputs[:, :1])
+        return deviation * (features @ directions + popularity)
+
+    return teacher
+
+
+def draw_inputs(count: int, seed: int) -> np.ndarray:
+    """Normal inputs float32 `[N, 16]`."""
+    return np.random.default_rng(seed).standard_normal((count, _INPUTS)).astype(np.float32)
+
+
+def encode(teacher: Logits, inputs: np.ndarray, temperature: float) -> dict[str, Encoding]:
+    """The dense targets, and those of stores that are written and read back; drawn for each seed."""
+    digests, seeds = soft_targets.digests(inputs), _SEEDS.value
+    targets = jax.jit(lambda some: losses.softmax(teacher(some), temperature))
+
+    def stored(encoding: str, k: int, seed: int = 0) -> tuple[compressed_targets.Store, Fields]:
+        with tempfile.TemporaryDirectory() as folder:
+            compressed_targets.write(
+                folder,
+                lambda rows: targets(inputs[rows]),
+                digests,
+                num_classes=_CLASSES.value,
+                k=k,
+                temperature=temperature,
+                mean=None,
+                teacher="random",
+                data={},
+                encoding=encoding,
+                seed=seed,
+                batch_size=256,
+            )
+            store = compressed_targets.load(folder)
+            return store, compressed_targets.rows(store, np.arange(len(inputs)))
+
+    def compressed(stores: Sequence[tuple[compressed_targets.Store, Fields]]) -> Encoding:
+        first = stores[0][0]
+        loss = training.top_k_distillation_loss(first.tail_weights)
+        size = compressed_targets.bytes_per_example(first)
+        return Encoding(size, [fields for _, fields in stores], loss)
+
+    size = 4 * _CLASSES.value + digests.itemsize
+    # Made anew for each batch, as those of all examples would not fit.
+    online = [training.online_teacher(teacher)]
+    return {
+        "dense": Encoding(size, [{}] * seeds, training.distillation_loss, online),
+        "top_k": compressed([stored("top_k", _K.value)] * seeds),
+        "sampled": compressed([stored("sampled", 2 * _K.value + 2, i) for i in range(seeds)]),
+    }
+
+
+def students(encoding: Encoding, inputs: np.ndarray, temperature: float) -> list[Logits]:
+    """A student for each seed, by soft targets alone."""
+    model = models.mlp((128, 64), _CLASSES.value)
+    steps = _EPOCHS.value * steps_per_epoch(len(inputs), _BATCH.value)
+    optimizer = optimizers.adam(optimizers.cosine(steps, warmup_steps=steps // 10))
+    step = training.make_train_step(model, optimizer, encoding.loss, encoding.transforms)
+    run_epochs = make_epoch(step, _BATCH.value, _EPOCHS.value)
+    numbers = {"learning_rate": 0.02, "temperature": temperature, "hard_weight": 0.0}
+    hyper = {name: jnp.float32(number) for name, number in numbers.items()}
+
+    @jax.jit
+    def train(key: Array, examples: training.Batch) -> models.Params:
+        init_key, train_key = jax.random.split(key)
+        state = training.init_state(model, optimizer, init_key, examples["image"][:1])
+        return run_epochs(state, examples, train_key, hyper)[0].params
+
+    # A seed's key is the same for all forms, so its students begin alike and see the same batches.
+    unused = np.zeros(len(inputs), np.int32)
+    trained = [
+        train(jax.random.key(seed), {"image": inputs, "label": unused, **fields})
+        for seed, fields in enumerate(encoding.fields)
+    ]
+    return [functools.partial(jax.jit(model.apply), params) for params in trained]
+
+
+def judge(nets: Sequence[Logits], inputs: np.ndarray, expected: Array) -> np.ndarray:
+    """Per cent of labels, drawn with probabilities `[N, C]`, that are each net's first choice."""
+    choices = [jnp.argmax(net(jnp.asarray(inputs)), axis=-1) for net in nets]
+    hits = [jnp.take_along_axis(expected, own[:, None], axis=-1) for own in choices]
+    return 100.0 * np.array([jnp.mean(own) for own in hits], np.float64)
+
+
+def gradient_errors(
+    teacher: Logits,
+    inputs: np.ndarray,
+    encodings: Mapping[str, Encoding],
+    student: Logits,
+    temperature: float,
+) -> dict[str, dict[str, float]]:
+    """`compare` of the stores and of independent draws, at a student's logits; nothing of the dense."""
+    logits = student(jnp.asarray(inputs))
+    probabilities = losses.softmax(teacher(jnp.asarray(inputs)), temperature)
+    mean = jnp.mean(probabilities, axis=0)
+
+    def errors(forms: Sequence[Kept]) -> dict[str, float]:
+        found = compare(probabilities, forms, logits, temperature, mean)
+        return {metric: float(value) for metric, value in found.items() if np.isfinite(value)}
+
+    def kept(fields: Mapping[str, np.ndarray]) -> Kept:
+        ids, named, tail = (jnp.asarray(fields[x][: len(inputs)]) for x in training.TOP_K_FIELDS)
+        return ids, named, tail
+
+    sampled = [kept(fields) for fields in encodings["sampled"].fields]
+    independent = [
+        (draw_independently(probabilities, ids.shape[1], jax.random.key(i)), share, tail)
+        for i, (ids, share, tail) in enumerate(sampled)
+    ]
+    return {
+        "dense": {},
+        "top_k": errors([kept(encodings["top_k"].fields[0])]),
+        "sampled": errors(sampled),
+        "independent": errors(independent),
+    }
+
+
+@functools.partial(jax.jit, static_argnames="draws")
+def draw_independently(probabilities: Array, draws: int, key: Array) -> Array:
+    """Classes int32 `[N, draws]`, each drawn by itself with the probabilities `[N, C]`."""
+    ends = jnp.cumsum(probabilities, axis=-1)
+    points = ends[:, -1:] * jax.random.uniform(key, (len(ends), draws))
+    find = jax.vmap(lambda ends, points: jnp.searchsorted(ends, points, side="right"))
+    return jnp.minimum(find(ends, points), ends.shape[-1] - 1)
+
+
+def _temperatures() -> list[float]:
+    try:
+        return [float(text) for text in _TEMPERATURES.value]
+    except ValueError as error:
+        raise UserError(f"--temperatures: {error}; expected such as 1,2") from None
+
+
+def _print_table(temperature: float, figures: Mapping[str, Mapping[str, float]]) -> None:
+    print(f"\ntemperature {temperature:g}")
+    print(" " * 12 + "".join(f"{name:>17}" for name in _COLUMNS))
+    for name, found in figures.items():
+        cells = [format(found[x], form) if x in found else "" for x, form in _COLUMNS.items()]
+        print(f"{name:12}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+if __name__ == "__main__":
+    command.run(main)
