@@ -5,7 +5,7 @@ classes), a probability 2 (bfloat16), the rest 4 (float32). The loss spreads the
 classes in proportion to the teacher's mean distribution over the whole set, which the store carries
 (`losses.top_k_soft_cross_entropy`).
 
-"sampled": k classes drawn in proportion to their probabilities (`sampled_targets`): 2 bytes each (4).
+"sampled": k classes drawn in proportion to their probabilities (`sampled_targets`), mostly a byte each.
 On average over the draws, the loss and its gradient are those of the dense targets.
 
 An example's id is its row, 0..N-1. The store is written shard by shard, by any number of processes; a
@@ -23,7 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distill_jax import processes, soft_targets, target_encodings, target_shards, training
+from distill_jax import (
+    processes,
+    sampled_targets,
+    soft_targets,
+    target_encodings,
+    target_shards,
+    training,
+)
 from distill_jax.errors import UserError
 from distill_jax.soft_targets import Mean
 from distill_jax.target_encodings import FIELDS, Encoding, TargetsOf
@@ -36,9 +43,10 @@ from distill_jax.top_k_targets import top_k as top_k
 class Store(NamedTuple):
     """A teacher's word on N examples, each field a list of memory-mapped shards; read with `rows`.
 
-    ids: uint16 or uint32 `[n, k]`. probabilities: bfloat16 `[n, k]`, falling. tail: float32 `[n]`. A
-    "sampled" store has neither of these two. digests: uint64 `[n]`, of each example's input.
-    tail_weights: float32 `[C]`, the mean distribution. meta: what `write` was told, and "num_examples".
+    ids: uint16 or uint32 `[n, k]`; of a "sampled" store the steps between them, as from
+    `sampled_targets.pack`. probabilities: bfloat16 `[n, k]`, falling. tail: float32 `[n]`; a "sampled"
+    store has neither of these two. digests: uint64 `[n]`, of each example's input. tail_weights:
+    float32 `[C]`, the mean distribution. meta: what `write` was told, and "num_examples".
     """
 
     ids: list[np.ndarray]
@@ -130,7 +138,7 @@ def write_steps(
             for batch in target_encodings.batches(targets_of, rows, batch_size, meta):
                 batches.append(batch)
                 yield
-            arrays = target_encodings.concatenate(batches, encoding)
+            arrays = target_encodings.concatenate(batches, meta)
             arrays["digests"] = digests[rows.start : rows.stop]
             target_shards.write(directory, number, arrays, meta)
         done += len(rows)
@@ -259,12 +267,13 @@ def load(
     meta, shards = target_shards.open_finished(
         directory, {name: x for name, x in expected.items() if x is not None}
     )
+    names = FIELDS[meta["encoding"]]
     fields = {
         name: [np.load(shard / f"{name}.npy", mmap_mode="r") for shard in shards]
-        for name in (*FIELDS[meta["encoding"]], "digests")
+        for name in (*names, "digests")
     }
     return Store(
-        fields["ids"],
+        fields[names[0]],
         [shard.view(jnp.bfloat16) for shard in fields.get("probabilities", [])],
         fields.get("tail", []),
         fields["digests"],
@@ -287,10 +296,10 @@ def rows(store: Store, indices: np.ndarray) -> dict[str, np.ndarray]:
     Raises:
         UserError: for a row that the store doesn't have.
     """
-    ids = _take(store, store.ids, indices)
+    ids, k = _take(store, store.ids, indices), store.meta["k"]
     if store.meta["encoding"] == "sampled":
-        size, share = len(ids), np.float32(1 / store.meta["k"])
-        rest = [np.full((size, 1), share), np.zeros(size, np.float32)]
+        ids = sampled_targets.unpack(ids, k, store.meta["num_classes"])
+        rest = [np.full((len(ids), 1), np.float32(1 / k)), np.zeros(len(ids), np.float32)]
     else:
         rest = [_take(store, shards, indices) for shards in (store.probabilities, store.tail)]
     return dict(zip(training.TOP_K_FIELDS, [ids, *rest], strict=True))

@@ -31,7 +31,7 @@ ChunkLoss = Callable[[Array, Any, Any], Array]
 Over = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Spreads a pass over the devices that have different examples: `parallel.over_data`."""
 
-_MOST_ROWS, _FEWEST_ROWS = 2048, 128
+_MOST_ROWS = 2048
 
 
 def on_one_device(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,14 +46,17 @@ class Outcome(NamedTuple):
     predicted: Array
 
 
-def chunk_rows(batch_size: int) -> int:
-    """Examples of a chunk: an eighth of a large batch, so that an eighth of its logits exist.
+def chunk_rows(batch_size: int, units: int) -> int:
+    """Examples of a chunk, of hidden activations `[batch_size, units]`; chunks are about equal.
 
-    At least 128, for matrix units want as many. At most 2048: every chunk adds to the kernel's whole
-    gradient, 8 bytes of memory traffic per weight and 6 operations per weight and example, and from
-    there on an accelerator notices no difference.
+    On a CPU a sixteenth of the batch, so that a sixteenth of its logits exist; but at least an eighth of
+    the units, as the kernel's gradient is in memory anyway. Every chunk adds to it: 8 bytes of memory
+    traffic per weight, for 6 operations per weight and example. So an accelerator takes an eighth of
+    the batch, of a thousand examples at least; and nobody more than 2048, where that is no matter.
     """
-    return min(max(-(-batch_size // 8), _FEWEST_ROWS), _MOST_ROWS)
+    parts, fewest = (16, max(128, units // 8)) if jax.default_backend() == "cpu" else (8, 1024)
+    rows = min(max(batch_size // parts, fewest), _MOST_ROWS)
+    return -(-batch_size // max(batch_size // rows, 1))
 
 
 def per_example(
@@ -65,7 +68,7 @@ def per_example(
     rows: int | None = None,
 ) -> Outcome:
     """Each example's loss, differentiable in `hidden` and `layer`; arguments as for `mean_loss`."""
-    return _per_example(loss, rows or chunk_rows(len(hidden)), hidden, layer, fields, constants)
+    return _per_example(loss, rows or chunk_rows(*hidden.shape), hidden, layer, fields, constants)
 
 
 def mean_loss(
@@ -90,13 +93,13 @@ def mean_loss(
         layer: float32 or in the dtype of `hidden`. A class is left out by a bias of -inf.
         fields: a tree of arrays `[B, ...]`, such as labels and soft targets.
         constants: a tree of what is the same for all examples: traced scalars, a teacher's layer.
-        rows: examples of a chunk; None to choose by `chunk_rows`.
+        rows: examples of a chunk; None: as `chunk_rows` says.
         over: `parallel.over_data(mesh)` if the batch is split over devices.
 
     Returns:
         The mean, float32, and the outcome, through which no gradient flows.
     """
-    rows = rows or chunk_rows(len(hidden))
+    rows = rows or chunk_rows(*hidden.shape)
     return _mean_loss(loss, rows, over, hidden, layer, fields, constants)
 
 

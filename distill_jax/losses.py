@@ -96,16 +96,17 @@ def top_k_soft_cross_entropy(
     temperature: ArrayLike,
     tail_weights: Array | None = None,
 ) -> Array:
-    """`soft_cross_entropy` with targets of which only the k largest are kept, and the others' sum.
+    """`soft_cross_entropy` with targets of which k classes are kept, and the others' sum.
 
     `T^2 * -(sum_j p_j log q_{id_j} + tail * sum_i s_i log q_i)` with `s = tail_distribution(...)`.
-    The dense targets are not built. Same value and gradient as with them, as
-    `compressed_targets.densify` writes them out.
+    The dense targets are not built. Same value and gradient as with them, as `top_k_targets.densify`
+    writes them out. For the k largest probabilities, and for classes that were drawn.
 
     Args:
         logits: `[..., C]` of the student.
-        ids: integer `[..., k]`, distinct classes.
-        probabilities: `[..., k]` of these classes, produced at the same temperature.
+        ids: integer `[..., k]`; what is there repeatedly adds up.
+        probabilities: `[..., k]` of these classes, or `[..., 1]` for all k, produced at the same
+            temperature.
         tail: `[...]`, the probability of all other classes together; it has no effect if k = C.
         temperature: scalar above 0.
         tail_weights: `[C]`, see `tail_distribution`.
@@ -117,8 +118,10 @@ def top_k_soft_cross_entropy(
     named = jax.lax.stop_gradient(probabilities.astype(jnp.float32))
     log_q_named = jnp.take_along_axis(log_q, ids.astype(jnp.int32), axis=-1)
     spread = tail_distribution(ids, logits.shape[-1], tail_weights)
-    rest = jax.lax.stop_gradient(tail.astype(jnp.float32)) * _expected_log(spread, log_q)
-    return -jnp.square(temperature) * (_expected_log(named, log_q_named) + rest)
+    # Multiplied first: without a tail, a class left out by -inf has no part in the sum.
+    rest = jax.lax.stop_gradient(tail.astype(jnp.float32))[..., None] * spread
+    expected = _expected_log(named, log_q_named) + _expected_log(rest, log_q)
+    return -jnp.square(temperature) * expected
 
 
 def top_k_distillation(
@@ -144,7 +147,7 @@ def tail_distribution(ids: Array, num_classes: int, tail_weights: Array | None =
     because all weights less those of the k leave only rounding errors where the k have most of it.
 
     Args:
-        ids: integer `[..., k]`, distinct classes.
+        ids: integer `[..., k]`.
         num_classes: C.
         tail_weights: `[C]`, at least 0, of any sum, such as the teacher's mean distribution; None for
             equal shares.

@@ -7,10 +7,14 @@ linear in the targets. Anshumann et al., "Sparse Logit Sampling", 2025, arXiv 25
 class by itself. Here the draws of an example stand at equal distances on the running sum of its
 probabilities (systematic sampling), so that a class of probability p is drawn `draws p` times, rounded
 down or up: of the same mean, and with less variance.
+
+They come in the order of the classes, so what is stored are the steps from one to the next: with 14,000
+classes and a hundred draws mostly a byte each, where a class takes two.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -46,8 +50,7 @@ def sample(probabilities: Array, draws: int, offsets: Array) -> Array:
     find = jnp.vectorize(
         lambda ends, points: jnp.searchsorted(ends, points, side="right"), signature="(c),(k)->(k)"
     )
-    id_dtype = jnp.uint16 if probabilities.shape[-1] <= 2**16 else jnp.uint32
-    return find(ends, points).astype(id_dtype)
+    return find(ends, points).astype(_id_dtype(probabilities.shape[-1]))
 
 
 def offsets(seed: int, rows: ArrayLike) -> Array:
@@ -64,6 +67,58 @@ def offsets(seed: int, rows: ArrayLike) -> Array:
     return jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row)))(
         jnp.asarray(rows).astype(jnp.uint32)
     )
+
+
+def pack(ids: np.ndarray, num_classes: int) -> np.ndarray:
+    """Draws as the steps between them, in the unit that takes the fewest bytes.
+
+    The unit's largest number means as many classes on, and no draw; it also fills up the row.
+
+    Args:
+        ids: `[n, draws]` as from `sample`, ascending.
+        num_classes: C.
+
+    Returns:
+        uint8, uint16 or uint32 `[n, width]`; `width` depends on the draws and C alone.
+    """
+    n, draws = ids.shape
+    unit, width = _packing(draws, num_classes)
+    far = int(np.iinfo(unit).max)
+    steps = np.asarray(np.diff(ids.astype(np.int64), axis=1, prepend=0), np.int64)
+    packed = np.full((n, width), far, unit)
+    places = np.arange(draws) + np.cumsum(steps // far, axis=1)
+    np.put_along_axis(packed, places, (steps % far).astype(unit), axis=1)
+    return packed
+
+
+def unpack(packed: np.ndarray, draws: int, num_classes: int) -> np.ndarray:
+    """The other way round: ids uint16 (uint32 if C > 65,536) `[n, draws]`."""
+    drawn = packed != np.iinfo(packed.dtype).max
+    ids = np.cumsum(packed, axis=1, dtype=np.uint32)[drawn].reshape(-1, draws)
+    return ids.astype(_id_dtype(num_classes))
+
+
+def most_draws(size: int, num_classes: int) -> int:
+    """How many draws of an example so many bytes hold."""
+    return max(size // unit.itemsize - _longest(unit, num_classes) for unit in _UNITS)
+
+
+_UNITS = tuple(map(np.dtype, (np.uint8, np.uint16, np.uint32)))
+
+
+def _packing(draws: int, num_classes: int) -> tuple[np.dtype, int]:
+    """The unit of `pack`, and how many there are in a row."""
+    widths = [(unit, draws + _longest(unit, num_classes)) for unit in _UNITS]
+    return min(widths, key=lambda packing: packing[0].itemsize * packing[1])
+
+
+def _longest(unit: np.dtype, num_classes: int) -> int:
+    """How often a row can have to go on without a draw."""
+    return (num_classes - 1) // int(np.iinfo(unit).max)
+
+
+def _id_dtype(num_classes: int) -> type[np.unsignedinteger]:
+    return np.uint16 if num_classes <= 2**16 else np.uint32
 
 
 def _points(total: Array, draws: int, offsets: Array) -> Array:

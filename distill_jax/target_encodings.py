@@ -16,7 +16,7 @@ from distill_jax.target_shards import Meta
 from distill_jax.top_k_targets import top_k
 
 Encoding = Literal["top_k", "sampled"]
-FIELDS = {"top_k": ("ids", "probabilities", "tail"), "sampled": ("ids",)}
+FIELDS = {"top_k": ("ids", "probabilities", "tail"), "sampled": ("steps",)}
 TargetsOf = Callable[[np.ndarray], ArrayLike]
 """Rows int64 `[B]` -> the soft targets of these examples, probabilities `[B, C]`."""
 
@@ -67,11 +67,13 @@ def batches(
     yield _fetch(*running)
 
 
-def concatenate(batches: list[tuple[np.ndarray, ...]], encoding: Encoding) -> dict[str, np.ndarray]:
-    """All batches' arrays by name, and "sum"; bfloat16, which NumPy's format doesn't know, as bits."""
+def concatenate(batches: list[tuple[np.ndarray, ...]], meta: Meta) -> dict[str, np.ndarray]:
+    """All batches' arrays by name as they are stored, and "sum"."""
     *fields, sums = zip(*batches, strict=True)
-    arrays = dict(zip(FIELDS[encoding], map(np.concatenate, fields), strict=True))
-    if "probabilities" in arrays:
+    arrays = dict(zip(FIELDS[meta["encoding"]], map(np.concatenate, fields), strict=True))
+    if "steps" in arrays:
+        arrays["steps"] = sampled_targets.pack(arrays["steps"], meta["num_classes"])
+    else:  # bfloat16, which NumPy's format doesn't know, as bits
         arrays["probabilities"] = arrays["probabilities"].view(np.uint16)
     return {**arrays, "sum": np.stack(sums).sum(axis=0, dtype=np.float64)}
 

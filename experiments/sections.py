@@ -12,7 +12,7 @@ def net(**changes: Any) -> dict[str, Any]:
         "max_norm": 0.0,  # longest incoming weight vector of a hidden unit; 0: no limit
         "dtype": "float32",  # of the arithmetic; or bfloat16
         # From so many, batch size x classes, the loss is fused with the output layer; 0: never.
-        "fused_logits": 2**21,
+        "fused_logits": 2**22,
         "jitter": 0,  # pixels
         "optimizer": "adam",  # or sgd, dropout_2012
         "momentum": 0.9,  # of sgd

@@ -264,7 +264,16 @@ def test_logits_of_a_chunk_are_all_that_is_in_memory(kind):
 
 
 @pytest.mark.parametrize(
-    ("size", "rows"), [(1, 128), (128, 128), (1025, 129), (8192, 1024), (65_536, 2048)]
+    ("size", "units", "rows"),
+    [
+        (1, 64, 1),
+        (127, 64, 127),
+        (1024, 64, 128),
+        (1100, 64, 138),  # eight chunks, with four examples to fill the last up
+        (1024, 2560, 342),
+        (8192, 2560, 512),
+        (65_536, 2560, 2048),
+    ],
 )
-def test_chunks_are_chosen_from_the_batch(size, rows):
-    assert large_output.chunk_rows(size) == rows
+def test_chunks_are_chosen_from_the_shapes(size, units, rows):
+    assert large_output.chunk_rows(size, units) == rows

@@ -46,6 +46,27 @@ def test_a_class_is_drawn_as_often_as_its_probability_says(classes, draws, seed)
     assert (found >= draws * units // UNITS).all() and (found <= -(-draws * units // UNITS)).all()
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from([1, 2, 255, 256, 257, 511, 14_000, 65_536, 70_000, 2**20]),
+    st.sampled_from([1, 5, 300]),
+    st.integers(0, 10**6),
+)
+def test_packed_draws_come_back_and_as_many_as_fit(classes, draws, seed):
+    random = np.random.default_rng(seed)
+    top = random.choice([1, classes // 100 + 1, classes], 6)[:, None]  # also with long ways between
+    ids = np.sort((random.random((6, draws)) ** 3 * top).astype(np.int64), axis=1)
+    ids[0], ids[1] = 0, classes - 1
+    packed = sampled_targets.pack(ids, classes)
+    found = sampled_targets.unpack(packed, draws, classes)
+    np.testing.assert_array_equal(found, ids)
+    assert found.dtype == (np.uint16 if classes <= 65_536 else np.uint32)
+    size = packed[0].nbytes
+    assert size <= (draws + 1) * found.itemsize
+    assert sampled_targets.most_draws(size, classes) == draws
+    assert sampled_targets.most_draws(size - 1, classes) < draws
+
+
 def test_the_mean_loss_and_gradient_are_the_dense_ones():
     p, _ = in_units(12, 3)
     z = jnp.asarray(3 * np.random.default_rng(0).standard_normal(12), jnp.float32)

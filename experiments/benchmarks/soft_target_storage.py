@@ -22,14 +22,24 @@ import numpy as np
 from absl import flags
 from jax import Array
 
-from distill_jax import compressed_targets, losses, models, optimizers, soft_targets, training
+from distill_jax import (
+    compressed_targets,
+    losses,
+    models,
+    optimizers,
+    sampled_targets,
+    soft_targets,
+    training,
+)
 from distill_jax.data.epochs import make_epoch, steps_per_epoch
 from distill_jax.errors import UserError
 from distill_jax.top_k_targets import Kept, compare
 from experiments.benchmarks import command
 
 _CLASSES = flags.DEFINE_integer("classes", 14_000, "C.", lower_bound=4)
-_K = flags.DEFINE_integer("k", 61, "Largest probabilities kept; drawn are 2 k + 2.", lower_bound=1)
+_K = flags.DEFINE_integer(
+    "k", 61, "Largest probabilities kept; and draws of as many bytes.", lower_bound=1
+)
 _TEMPERATURES = flags.DEFINE_list("temperatures", ["1", "2"], "Of the soft targets, each in turn.")
 _EXAMPLES = flags.DEFINE_integer("examples", 32_768, "That students learn from.", lower_bound=1)
 _TESTED = flags.DEFINE_integer("tested", 4096, "That they are judged on.", lower_bound=1)
@@ -172,13 +182,14 @@ def encode(teacher: Logits, inputs: np.ndarray, temperature: float) -> dict[str,
         size = compressed_targets.bytes_per_example(first)
         return Encoding(size, [fields for _, fields in stores], loss)
 
+    draws = sampled_targets.most_draws(4 * _K.value + 4, _CLASSES.value)
     size = 4 * _CLASSES.value + digests.itemsize
     # Made anew for each batch, as those of all examples would not fit.
     online = [training.online_teacher(teacher)]
     return {
         "dense": Encoding(size, [{}] * seeds, training.distillation_loss, online),
         "top_k": compressed([stored("top_k", _K.value)] * seeds),
-        "sampled": compressed([stored("sampled", 2 * _K.value + 2, i) for i in range(seeds)]),
+        "sampled": compressed([stored("sampled", draws, i) for i in range(seeds)]),
     }
 
 

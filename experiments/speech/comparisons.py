@@ -151,7 +151,7 @@ def _encodings(
     largest = _top_k(probabilities, k)
     size = sum(field[0].nbytes for field in largest)
     yield f"k={k}", size + _DIGEST, [largest]
-    draws = size // largest[0].itemsize
+    draws = sampled_targets.most_draws(size, probabilities.shape[-1])
     one_each, tail = jnp.full((len(ids), 1), jnp.float32(1 / draws)), jnp.zeros(len(ids))
     offsets = [sampled_targets.offsets(seed, ids) for seed in range(repeats)]
     drawn = [(_sample(probabilities, draws, one), one_each, tail) for one in offsets]
