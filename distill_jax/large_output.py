@@ -68,7 +68,7 @@ def per_example(
     rows: int | None = None,
 ) -> Outcome:
     """Each example's loss, differentiable in `hidden` and `layer`; arguments as for `mean_loss`."""
-    return _per_example(loss, rows or chunk_rows(*hidden.shape), hidden, layer, fields, constants)
+    return _per_example(loss, rows, hidden, layer, fields, constants)
 
 
 def mean_loss(
@@ -93,28 +93,27 @@ def mean_loss(
         layer: float32 or in the dtype of `hidden`. A class is left out by a bias of -inf.
         fields: a tree of arrays `[B, ...]`, such as labels and soft targets.
         constants: a tree of what is the same for all examples: traced scalars, a teacher's layer.
-        rows: examples of a chunk; None: as `chunk_rows` says.
+        rows: examples of a chunk; None: as `chunk_rows` says of those that a device has.
         over: `parallel.over_data(mesh)` if the batch is split over devices.
 
     Returns:
         The mean, float32, and the outcome, through which no gradient flows.
     """
-    rows = rows or chunk_rows(*hidden.shape)
     return _mean_loss(loss, rows, over, hidden, layer, fields, constants)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _per_example(
-    loss: ChunkLoss, rows: int, hidden: Array, layer: Layer, fields: Any, constants: Any
+    loss: ChunkLoss, rows: int | None, hidden: Array, layer: Layer, fields: Any, constants: Any
 ) -> Outcome:
     return _values(loss, rows, hidden, layer, fields, constants)
 
 
-def _per_example_forward(loss: ChunkLoss, rows: int, *arguments: Any):
+def _per_example_forward(loss: ChunkLoss, rows: int | None, *arguments: Any):
     return _values(loss, rows, *arguments), arguments
 
 
-def _per_example_backward(loss: ChunkLoss, rows: int, arguments: Any, cotangent: Outcome):
+def _per_example_backward(loss: ChunkLoss, rows: int | None, arguments: Any, cotangent: Outcome):
     hidden, layer, fields, constants = arguments
     _, gradients = _gradients(loss, rows, hidden, layer, fields, constants, cotangent.values)
     return *gradients, None, None
@@ -125,20 +124,28 @@ _per_example.defvjp(_per_example_forward, _per_example_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _mean_loss(
-    loss: ChunkLoss, rows: int, over: Over, hidden: Array, layer: Layer, fields: Any, constants: Any
+    loss: ChunkLoss,
+    rows: int | None,
+    over: Over,
+    hidden: Array,
+    layer: Layer,
+    fields: Any,
+    constants: Any,
 ) -> tuple[Array, Outcome]:
     outcome = over(functools.partial(_values, loss, rows))(hidden, layer, fields, constants)
     return jnp.mean(outcome.values), outcome
 
 
-def _mean_loss_forward(loss: ChunkLoss, rows: int, over: Over, hidden: Array, *others: Any):
+def _mean_loss_forward(loss: ChunkLoss, rows: int | None, over: Over, hidden: Array, *others: Any):
     weights = jnp.full(len(hidden), 1.0 / len(hidden), jnp.float32)
     run = over(functools.partial(_gradients, loss, rows))
     outcome, gradients = run(hidden, *others, weights)
     return (jnp.mean(outcome.values), outcome), gradients
 
 
-def _mean_loss_backward(loss: ChunkLoss, rows: int, over: Over, gradients: Any, cotangent: Any):
+def _mean_loss_backward(
+    loss: ChunkLoss, rows: int | None, over: Over, gradients: Any, cotangent: Any
+):
     scale, _ = cotangent
     return *jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), None, None
 
@@ -147,7 +154,7 @@ _mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
 
 
 def _values(
-    loss: ChunkLoss, rows: int, hidden: Array, layer: Layer, fields: Any, constants: Any
+    loss: ChunkLoss, rows: int | None, hidden: Array, layer: Layer, fields: Any, constants: Any
 ) -> Outcome:
     """The losses, chunk by chunk."""
 
@@ -155,13 +162,13 @@ def _values(
         logits = _logits(chunk[0], layer)
         return _outcome(loss(logits, chunk[1], constants), logits)
 
-    size = len(hidden)
+    rows, size = rows or chunk_rows(*hidden.shape), len(hidden)
     return _joined(jax.lax.map(one, _chunks((hidden, fields), size, rows)), size)
 
 
 def _gradients(
     loss: ChunkLoss,
-    rows: int,
+    rows: int | None,
     hidden: Array,
     layer: Layer,
     fields: Any,
@@ -183,7 +190,7 @@ def _gradients(
         back = _product(narrow, layer["kernel"].astype(hidden.dtype).T).astype(hidden.dtype)
         return total, (_outcome(values, logits), back)
 
-    size = len(hidden)
+    rows, size = rows or chunk_rows(*hidden.shape), len(hidden)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), layer)
     total, (outcome, back) = jax.lax.scan(
         add, zeros, _chunks((hidden, fields, weights), size, rows)

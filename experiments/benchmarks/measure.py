@@ -31,9 +31,8 @@ def peak_resident(run: Callable[[], Any]) -> int | None:
     time.sleep(SETTLE_SECONDS)
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        (PROCESS / "clear_refs").write_text(
-            "5"
-        )  # sets VmHWM back to VmRSS: man proc_pid_clear_refs
+        # Sets VmHWM back to VmRSS: man proc_pid_clear_refs.
+        (PROCESS / "clear_refs").write_text("5")
     except (AttributeError, OSError):
         return None
     before = _read_bytes("VmRSS")
