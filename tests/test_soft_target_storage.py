@@ -50,7 +50,14 @@ def test_a_net_is_judged_by_what_the_teacher_gives_its_first_choice():
 
 @pytest.fixture(scope="module")
 def result():
-    sizes = {"classes": 300, "k": 4, "examples": 256, "tested": 64, "compared": 256, "epochs": 1}
+    sizes = {
+        "classes": 300,
+        "k": 4,
+        "transfer_set": 256,
+        "tested": 64,
+        "compared": 256,
+        "epochs": 1,
+    }
     process = subprocess.run(
         [
             sys.executable,

@@ -41,14 +41,16 @@ _K = flags.DEFINE_integer(
     "k", 61, "Largest probabilities kept; and draws of as many bytes.", lower_bound=1
 )
 _TEMPERATURES = flags.DEFINE_list("temperatures", ["1", "2"], "Of the soft targets, each in turn.")
-_EXAMPLES = flags.DEFINE_integer("examples", 32_768, "That students learn from.", lower_bound=1)
+_TRANSFER = flags.DEFINE_integer(
+    "transfer_set", 32_768, "Examples that students learn from.", lower_bound=1
+)
 _TESTED = flags.DEFINE_integer("tested", 4096, "That they are judged on.", lower_bound=1)
 _COMPARED = flags.DEFINE_integer("compared", 512, "Whose gradients are compared.", lower_bound=1)
 _EPOCHS = flags.DEFINE_integer("epochs", 4, "Of each student.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 128, "Of the students' steps.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Students of each kind, and draws.", lower_bound=2)
 
-_SIZES = (_CLASSES, _K, _EXAMPLES, _TESTED, _COMPARED, _EPOCHS, _BATCH, _SEEDS)
+_SIZES = (_CLASSES, _K, _TRANSFER, _TESTED, _COMPARED, _EPOCHS, _BATCH, _SEEDS)
 _INPUTS = 16
 _COLUMNS = {
     "bytes": ".0f",
@@ -107,7 +109,7 @@ def measure(temperature: float) -> dict[str, dict[str, float]]:
     """Writes the stores, trains the students, and gives the figures of each form of the targets."""
     teacher = make_teacher(_CLASSES.value)
     inputs, test_inputs = (
-        draw_inputs(flag.value, i) for i, flag in enumerate((_EXAMPLES, _TESTED))
+        draw_inputs(flag.value, i) for i, flag in enumerate((_TRANSFER, _TESTED))
     )
     encodings = encode(teacher, inputs, temperature)
     nets = {name: students(encoding, inputs, temperature) for name, encoding in encodings.items()}
