@@ -216,16 +216,8 @@ def label_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
 
 def distillation_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
     """The paper's objective at `hyper["temperature"]` and `hyper["hard_weight"]`."""
-    temperature = hyper["temperature"]
-    targets = losses.softmax(_teacher_logits(batch), temperature)
-    return losses.distillation(
-        logits,
-        targets,
-        batch["label"],
-        temperature,
-        hyper["hard_weight"],
-        batch.get("label_known"),
-    )
+    targets = losses.softmax(_teacher_logits(batch), hyper["temperature"])
+    return _distillation(logits, targets, batch, hyper)
 
 
 def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
@@ -241,9 +233,14 @@ def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
     weights = None if tail_weights is None else jnp.asarray(tail_weights, jnp.float32)
 
     def loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+        ids, probabilities, tail = _take(
+            batch, TOP_K_FIELDS, "join them with compressed_targets.attach"
+        )
         return losses.top_k_distillation(
             logits,
-            *_teacher_top_k(batch),
+            ids,
+            probabilities,
+            tail,
             batch["label"],
             hyper["temperature"],
             hyper["hard_weight"],
@@ -262,18 +259,10 @@ def hidden_teacher_loss(mean: soft_targets.Mean = "arithmetic") -> Loss:
     """
 
     def loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
-        temperature = hyper["temperature"]
-        targets = soft_targets.mean_probs_of_hidden(
-            batch["teacher_hidden"], batch[_WHOLE], temperature, mean
-        )
-        return losses.distillation(
-            logits,
-            targets,
-            batch["label"],
-            temperature,
-            hyper["hard_weight"],
-            batch.get("label_known"),
-        )
+        how = "add training.online_teacher_hidden to the step's transforms"
+        hidden, layer = _take(batch, ("teacher_hidden", _WHOLE), how)
+        targets = soft_targets.mean_probs_of_hidden(hidden, layer, hyper["temperature"], mean)
+        return _distillation(logits, targets, batch, hyper)
 
     return loss
 
@@ -295,24 +284,32 @@ def logit_matching_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
     return losses.logit_matching(logits, _teacher_logits(batch), zero_mean=True)
 
 
+def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> Array:
+    return losses.distillation(
+        logits,
+        targets,
+        batch["label"],
+        hyper["temperature"],
+        hyper["hard_weight"],
+        batch.get("label_known"),
+    )
+
+
 def _teacher_logits(batch: Batch) -> Array:
-    if "teacher_logits" not in batch:
-        raise UserError(
-            f"the batch has no teacher_logits, only {sorted(batch)}: join them with "
-            "soft_targets.attach or add training.online_teacher to the step's transforms"
-        )
-    return batch["teacher_logits"]
+    (logits,) = _take(
+        batch,
+        ("teacher_logits",),
+        "join them with soft_targets.attach or add training.online_teacher to the step's transforms",
+    )
+    return logits
 
 
-def _teacher_top_k(batch: Batch) -> tuple[Array, Array, Array]:
-    missing = [name for name in TOP_K_FIELDS if name not in batch]
+def _take(batch: Batch, names: Sequence[str], how: str) -> tuple[Any, ...]:
+    """Fields of a batch; a UserError says how it gets them if it has not."""
+    missing = [name for name in names if name not in batch]
     if missing:
-        raise UserError(
-            f"the batch has no {', '.join(missing)}, only {sorted(batch)}: join them with "
-            "compressed_targets.attach"
-        )
-    ids, probabilities, tail = (batch[name] for name in TOP_K_FIELDS)
-    return ids, probabilities, tail
+        raise UserError(f"the batch has no {', '.join(missing)}, only {sorted(batch)}: {how}")
+    return tuple(batch[name] for name in names)
 
 
 def _accumulate(gradient, parts: int, params: Params, batch: Batch, key: Array, hyper: Hyper):

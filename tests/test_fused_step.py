@@ -121,6 +121,12 @@ def test_a_model_that_does_not_tell_its_hidden_layer_is_refused():
         training.make_train_step(bare, OPTIMIZER, training.Fused(training.label_loss))
 
 
+def test_a_batch_without_the_teachers_activations_says_how_to_get_them():
+    batch = {"label": jnp.zeros(4, jnp.int32)}
+    with pytest.raises(UserError, match=r"no teacher_hidden, teacher_layer.*online_teacher_hidden"):
+        training.hidden_teacher_loss()(jnp.zeros((4, CLASSES)), batch, tiny.hyper())
+
+
 def test_the_hidden_layer_and_the_output_layer_are_the_model():
     trunk = models.conv_trunk((4,), (2,))
     chained = models.chain(trunk, MODEL)
