@@ -296,13 +296,11 @@ def rows(store: Store, indices: np.ndarray) -> dict[str, np.ndarray]:
     Raises:
         UserError: for a row that the store doesn't have.
     """
-    ids, k = _take(store, store.ids, indices), store.meta["k"]
+    kept = [_take(store, shards, indices) for shards in store[:3] if shards]
     if store.meta["encoding"] == "sampled":
-        ids = sampled_targets.unpack(ids, k, store.meta["num_classes"])
-        rest = [np.full((len(ids), 1), np.float32(1 / k)), np.zeros(len(ids), np.float32)]
-    else:
-        rest = [_take(store, shards, indices) for shards in (store.probabilities, store.tail)]
-    return dict(zip(training.TOP_K_FIELDS, [ids, *rest], strict=True))
+        ids = sampled_targets.unpack(kept[0], store.meta["k"], store.meta["num_classes"])
+        kept = [*sampled_targets.as_targets(ids)]
+    return dict(zip(training.TOP_K_FIELDS, kept, strict=True))
 
 
 def attach(

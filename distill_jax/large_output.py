@@ -59,6 +59,7 @@ def chunk_rows(batch_size: int, units: int) -> int:
     return -(-batch_size // max(batch_size // rows, 1))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def per_example(
     loss: ChunkLoss,
     hidden: Array,
@@ -68,9 +69,10 @@ def per_example(
     rows: int | None = None,
 ) -> Outcome:
     """Each example's loss, differentiable in `hidden` and `layer`; arguments as for `mean_loss`."""
-    return _per_example(loss, rows, hidden, layer, fields, constants)
+    return _values(loss, rows, hidden, layer, fields, constants)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
 def mean_loss(
     loss: ChunkLoss,
     hidden: Array,
@@ -99,17 +101,12 @@ def mean_loss(
     Returns:
         The mean, float32, and the outcome, through which no gradient flows.
     """
-    return _mean_loss(loss, rows, over, hidden, layer, fields, constants)
+    outcome = over(functools.partial(_values, loss, rows))(hidden, layer, fields, constants)
+    return jnp.mean(outcome.values), outcome
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _per_example(
-    loss: ChunkLoss, rows: int | None, hidden: Array, layer: Layer, fields: Any, constants: Any
-) -> Outcome:
-    return _values(loss, rows, hidden, layer, fields, constants)
-
-
-def _per_example_forward(loss: ChunkLoss, rows: int | None, *arguments: Any):
+def _per_example_forward(loss: ChunkLoss, *others: Any):
+    *arguments, rows = others
     return _values(loss, rows, *arguments), arguments
 
 
@@ -119,27 +116,15 @@ def _per_example_backward(loss: ChunkLoss, rows: int | None, arguments: Any, cot
     return *gradients, None, None
 
 
-_per_example.defvjp(_per_example_forward, _per_example_backward)
+per_example.defvjp(_per_example_forward, _per_example_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _mean_loss(
-    loss: ChunkLoss,
-    rows: int | None,
-    over: Over,
-    hidden: Array,
-    layer: Layer,
-    fields: Any,
-    constants: Any,
-) -> tuple[Array, Outcome]:
-    outcome = over(functools.partial(_values, loss, rows))(hidden, layer, fields, constants)
-    return jnp.mean(outcome.values), outcome
-
-
-def _mean_loss_forward(loss: ChunkLoss, rows: int | None, over: Over, hidden: Array, *others: Any):
+def _mean_loss_forward(loss: ChunkLoss, hidden: Array, *others: Any):
+    *arguments, rows, over = others
     weights = jnp.full(len(hidden), 1.0 / len(hidden), jnp.float32)
-    run = over(functools.partial(_gradients, loss, rows))
-    outcome, gradients = run(hidden, *others, weights)
+    outcome, gradients = over(functools.partial(_gradients, loss, rows))(
+        hidden, *arguments, weights
+    )
     return (jnp.mean(outcome.values), outcome), gradients
 
 
@@ -150,7 +135,7 @@ def _mean_loss_backward(
     return *jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), None, None
 
 
-_mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
+mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
 
 
 def _values(

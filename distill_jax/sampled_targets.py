@@ -12,6 +12,8 @@ They come in the order of the classes, so what is stored are the steps from one 
 classes and a hundred draws mostly a byte each, where a class takes two.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,16 @@ def offsets(seed: int, rows: ArrayLike) -> Array:
     return jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row)))(
         jnp.asarray(rows).astype(jnp.uint32)
     )
+
+
+def as_targets(ids: np.ndarray) -> tuple[Any, Any, Any]:
+    """Draws `[n, draws]` as what `losses.top_k_soft_cross_entropy` takes: a share each, and no tail.
+
+    Returns:
+        the ids, probabilities float32 `[n, 1]`, all 1 / draws, and tail float32 `[n]`, all 0.
+    """
+    size, draws = ids.shape
+    return ids, np.full((size, 1), np.float32(1 / draws)), np.zeros(size, np.float32)
 
 
 def pack(ids: np.ndarray, num_classes: int) -> np.ndarray:

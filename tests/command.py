@@ -1,9 +1,11 @@
 """Runs the command lines as a user does: in processes of their own, on the machine's own devices."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SMOKE = "--config=experiments/mnist/config.py:smoke"
@@ -27,6 +29,20 @@ def run(*arguments: str, module: str = "launch.main") -> str:
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     return output
+
+
+def benchmark(name: str, *arguments: str) -> dict[str, Any]:
+    """The result of a benchmark on the machine's own devices."""
+    process = subprocess.run(
+        [sys.executable, "-m", f"experiments.benchmarks.{name}", *arguments],
+        cwd=ROOT,
+        # One CPU device instead of conftest's eight; little optimised to compile sooner.
+        env={**ENVIRONMENT, "XLA_FLAGS": "--xla_backend_optimization_level=1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def fails(*arguments: str, module: str = "launch.main") -> str:

@@ -1,39 +1,20 @@
 """The benchmarks run, and their last line is the result."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
+from command import benchmark
 
 from experiments.benchmarks import scaling_plan
 from experiments.benchmarks.mnist_epoch_jax import flops_per_example
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(benchmark: str, *arguments: str) -> dict[str, Any]:
-    """The result of a benchmark on the machine's own devices."""
-    process = subprocess.run(
-        [sys.executable, "-m", f"experiments.benchmarks.{benchmark}", *arguments],
-        cwd=ROOT,
-        # One CPU device instead of conftest's eight; little optimised to compile sooner.
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(process.stdout.splitlines()[-1])
-
 
 def test_mnist_epoch_ends_with_its_result():
     # Three steps.
-    result = run("mnist_epoch", "--batch_size=100", "--steps=0.005", "--rounds=1", "--nopytorch")
+    result = benchmark(
+        "mnist_epoch", "--batch_size=100", "--steps=0.005", "--rounds=1", "--nopytorch"
+    )
     assert result["benchmark"] == "mnist_epoch"
     assert result["device"] in ("cpu", "gpu")
     assert set(result["figures"]) == {
@@ -63,7 +44,7 @@ def test_flops_are_those_of_the_matrix_products(layers, flops):
 
 
 def test_scaling_ends_with_its_result():
-    result = run("scaling", "--nets=mnist", "--devices=1,2", "--batch_size=64", "--rounds=1")
+    result = benchmark("scaling", "--nets=mnist", "--devices=1,2", "--batch_size=64", "--rounds=1")
     assert (result["benchmark"], result["device"]) == ("scaling", jax.default_backend())
     figures = result["figures"]
     assert set(figures) == {

@@ -1,20 +1,13 @@
 """The benchmark of compressed soft targets: its teacher, its draws, its judgement, and that it runs."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command import benchmark
 
 from distill_jax import losses
 from experiments.benchmarks import soft_target_storage
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_the_teacher_is_sure_of_some_examples_and_not_of_others():
@@ -58,22 +51,8 @@ def result():
         "compared": 256,
         "epochs": 1,
     }
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "experiments.benchmarks.soft_target_storage",
-            *(f"--{name}={size}" for name, size in sizes.items()),
-            "--seeds=2",
-            "--temperatures=2",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(process.stdout.splitlines()[-1])
+    flags = [f"--{name}={size}" for name, size in sizes.items()]
+    return benchmark("soft_target_storage", *flags, "--seeds=2", "--temperatures=2")
 
 
 def test_it_ends_with_its_result(result):

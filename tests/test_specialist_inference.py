@@ -1,22 +1,15 @@
 """Which specialists are active, that only those are run, mistakes, and the benchmark."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from command import benchmark
 
 from distill_jax.errors import UserError
 from distill_jax.specialists import inference, solvers
 from experiments.benchmarks import specialist_inference
-
-ROOT = Path(__file__).parent.parent
 
 
 def ensemble(seed, num_specialists=6, classes=10, special=3):
@@ -166,15 +159,7 @@ def test_mistakes_are_named():
 
 def test_the_benchmark_ends_with_its_result():
     flags = ["--sizes=40x6x8", "--examples=4", "--max_passes=30"]
-    process = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmarks.specialist_inference", *flags],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    result = json.loads(process.stdout.splitlines()[-1])
+    result = benchmark("specialist_inference", *flags)
     assert result["benchmark"] == "specialist_inference"
     assert result["device"] in ("cpu", "gpu")
     figures = result["figures"]

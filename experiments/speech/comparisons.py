@@ -152,9 +152,11 @@ def _encodings(
     size = sum(field[0].nbytes for field in largest)
     yield f"k={k}", size + _DIGEST, [largest]
     draws = sampled_targets.most_draws(size, probabilities.shape[-1])
-    one_each, tail = jnp.full((len(ids), 1), jnp.float32(1 / draws)), jnp.zeros(len(ids))
     offsets = [sampled_targets.offsets(seed, ids) for seed in range(repeats)]
-    drawn = [(_sample(probabilities, draws, one), one_each, tail) for one in offsets]
+    drawn = [
+        sampled_targets.as_targets(np.asarray(_sample(probabilities, draws, one)))
+        for one in offsets
+    ]
     yield f"draws={draws}", size + _DIGEST, drawn
 
 
