@@ -29,7 +29,7 @@ from distill_jax import (
     soft_targets,
     target_encodings,
     target_shards,
-    training,
+    train_step,
 )
 from distill_jax.errors import UserError
 from distill_jax.soft_targets import Mean
@@ -300,7 +300,7 @@ def rows(store: Store, indices: np.ndarray) -> dict[str, np.ndarray]:
     if store.meta["encoding"] == "sampled":
         ids = sampled_targets.unpack(kept[0], store.meta["k"], store.meta["num_classes"])
         kept = [*sampled_targets.as_targets(ids)]
-    return dict(zip(training.TOP_K_FIELDS, kept, strict=True))
+    return dict(zip(train_step.TOP_K_FIELDS, kept, strict=True))
 
 
 def attach(

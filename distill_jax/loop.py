@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tensorboardX import SummaryWriter
 
-from distill_jax import checkpoints, parallel, processes
+from distill_jax import checkpoints, processes, sharding
 from distill_jax.errors import Stopped, UserError
-from distill_jax.training import TrainState
+from distill_jax.train_step import TrainState
 
 Record = dict[str, Any]
 """What is known after a unit: "unit" (how many are done), "seconds" of training so far (with those
@@ -74,7 +74,7 @@ def fit(
     clock = _clock(history)
     pending: tuple[int, Array, dict[str, Array]] | None = None
     for unit in range(first, units):
-        asked = parallel.any_process(processes.stop_asked())
+        asked = sharding.any_process(processes.stop_asked())
         state, metrics = processes.settle(advance(state, unit))
         # `+ 0` is a copy: the state itself is donated to the next unit.
         fetched = {**metrics, **(evaluate(state) if evaluate is not None else {})}

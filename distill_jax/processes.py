@@ -24,7 +24,7 @@ from jax import Array
 from jax._src import distributed  # for the coordinator's address, which has no public name
 from jax.experimental import multihost_utils
 
-from distill_jax import watch
+from distill_jax import process_watch
 from distill_jax.errors import Stopped, UserError
 
 _P = ParamSpec("_P")
@@ -121,14 +121,14 @@ def _await_first(address: str, how: str) -> None:
 
 def _watch(index: int) -> None:
     """Connects to process 0, at the coordinator's host and a port that it broadcasts."""
-    server = watch.listen() if index == 0 else None
+    server = process_watch.listen() if index == 0 else None
     port, token = agree(server.getsockname()[1] if server else 0), agree(secrets.randbits(31))
     if server:
-        watch.watch_all(server, token, count())
+        process_watch.watch_all(server, token, count())
         return
     address = distributed.global_state.coordinator_address
     assert address is not None
-    watch.watch_first(address.rpartition(":")[0].strip("[]"), port, token, index, count())
+    process_watch.watch_first(address.rpartition(":")[0].strip("[]"), port, token, index, count())
 
 
 def count() -> int:
@@ -249,13 +249,13 @@ def leave(status: int, message: str) -> NoReturn:
     """
     together = count() == 1 or status == STOPPED
     if not together:
-        watch.ENDING.set()
+        process_watch.ENDING.set()
         time.sleep(_PAUSE)
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if together:
         sys.exit(status)
-    watch.tell_error(jax.process_index())
+    process_watch.tell_error(jax.process_index())
     if is_main():
         time.sleep(_PAUSE)
     os._exit(status)

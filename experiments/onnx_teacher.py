@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from distill_jax import compressed_targets, losses, models, optimizers, soft_targets, training
-from distill_jax.data import sources
-from distill_jax.data.epochs import make_epoch, steps_per_epoch
-from distill_jax.data.jitter import jitter
-from distill_jax.data.sources import Examples
+from distill_jax import compressed_targets, losses, models, optimizers, soft_targets, train_step
+from distill_jax.data import images
+from distill_jax.data.augment import jitter
+from distill_jax.data.images import Examples
+from distill_jax.epochs import make_epoch, steps_per_epoch
 from distill_jax.errors import UserError
 from experiments.benchmarks import command
 
@@ -37,13 +37,13 @@ Teacher = Callable[[np.ndarray], np.ndarray]
 
 def main(teacher_file: str | None, workdir: Path, k: int, count: int) -> None:
     """Prints the test errors of the teacher, and of a student of `count` images without and with it."""
-    data, file = sources.load("embedded"), Path(teacher_file or workdir / "teacher.onnx")
+    data, file = images.load("embedded"), Path(teacher_file or workdir / "teacher.onnx")
     workdir.mkdir(parents=True, exist_ok=True)
     for package in ("onnx", "onnxruntime"):  # before any training
         _require(package)
     if teacher_file is None and not file.exists():
         net = models.mlp((800, 800), CLASSES, input_dropout=0.1, hidden_dropout=0.3)
-        params = train(net, data.train, training.label_loss, TEACHER_EPOCHS, shift=2)
+        params = train(net, data.train, train_step.label_loss, TEACHER_EPOCHS, shift=2)
         write_onnx(file, [params[layer] for layer in ("hidden_0", "hidden_1", "output")])
 
     teacher = open_teacher(file)  # from here on the file is all there is of it
@@ -51,7 +51,7 @@ def main(teacher_file: str | None, workdir: Path, k: int, count: int) -> None:
     examples = {name: field[:count] for name, field in data.train.items()}
     taught, soft_loss = join(teacher, fingerprint(file), examples, workdir, k)
     student = models.mlp((300, 300), CLASSES)
-    ways = ("labels", examples, training.label_loss), ("soft targets", taught, soft_loss)
+    ways = ("labels", examples, train_step.label_loss), ("soft targets", taught, soft_loss)
     for name, fields, loss in ways:
         params = train(student, fields, loss, STUDENT_EPOCHS)
         logits = soft_targets.logits_over(student.apply, params, data.test["image"])
@@ -106,7 +106,7 @@ def fingerprint(file: Path) -> str:
 
 def join(
     teacher: Teacher, name: str, examples: Examples, workdir: Path, k: int
-) -> tuple[Examples, training.Loss]:
+) -> tuple[Examples, train_step.Loss]:
     """Examples with soft targets, which are made and kept in `workdir` once, and the loss for them.
 
     `name` is the teacher's fingerprint. All logits are kept for k = 0, and serve any temperature; else
@@ -121,7 +121,7 @@ def join(
         if not directory.exists():
             soft_targets.save(directory, soft_targets.make(teacher(images), examples, name))
         targets = soft_targets.load(directory, name, CLASSES)
-        return soft_targets.attach(examples, targets), training.distillation_loss
+        return soft_targets.attach(examples, targets), train_step.distillation_loss
     directory, digests = workdir / f"top_{k}", soft_targets.digests(images)
     compressed_targets.write(
         directory,
@@ -136,20 +136,20 @@ def join(
     )
     store = compressed_targets.load(directory, teacher=name, num_classes=CLASSES)
     taught = compressed_targets.attach(examples, store, digests, TEMPERATURE)
-    return taught, training.top_k_distillation_loss(store.tail_weights)
+    return taught, train_step.top_k_distillation_loss(store.tail_weights)
 
 
 def train(
-    model: models.Model, examples: Examples, loss: training.Loss, epochs: int, shift: int = 0
+    model: models.Model, examples: Examples, loss: train_step.Loss, epochs: int, shift: int = 0
 ) -> models.Params:
     """A trained net's parameters; an epoch is one program. Images jitter by `shift` pixels."""
     steps = epochs * steps_per_epoch(len(examples["label"]), BATCH_SIZE)
     optimizer = optimizers.adam(optimizers.cosine(steps, warmup_steps=steps // 10))
-    step = training.make_train_step(model, optimizer, loss, [jitter(shift)] if shift else [])
+    step = train_step.make_train_step(model, optimizer, loss, [jitter(shift)] if shift else [])
     run_epoch = jax.jit(make_epoch(step, BATCH_SIZE), donate_argnums=0)
     hyper = {"learning_rate": 2e-3, "temperature": TEMPERATURE, "hard_weight": HARD_WEIGHT}
     resident = {name: jnp.asarray(field) for name, field in examples.items()}
-    state = training.init_state(model, optimizer, jax.random.key(0), resident["image"][:1])
+    state = train_step.init_state(model, optimizer, jax.random.key(0), resident["image"][:1])
     for _ in range(epochs):
         state, _metrics = run_epoch(state, resident, jax.random.key(1), hyper)
     return state.params

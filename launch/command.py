@@ -21,7 +21,7 @@ def define_config() -> flags.FlagHolder:
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command line; a UserError or a wrong flag ends it with one line and status 1.
 
-    Other exit statuses are `STOPPED` of `distill_jax.processes` and `LOST` of `distill_jax.watch`.
+    Other exit statuses: `processes.STOPPED` and `process_watch.LOST`.
     """
     flags.mark_flag_as_required("config")
 

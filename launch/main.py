@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # JAX reads these settings when it is imported.
     from distill_jax import processes
-    from experiments import parts
+    from experiments.common import parts
 
     processes.start(_DISTRIBUTED.value)
     processes.handle_sigterm()

@@ -33,9 +33,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from distill_jax.errors import UserError
-from experiments import parts
-from experiments.study import check_names, check_same, read_json, write_json
-from experiments.sweeps import Overrides
+from experiments.common import parts
+from experiments.common.study import check_names, check_same, read_json, write_json
+from experiments.common.sweeps import Overrides
 from launch import backends, command
 from launch.backends import Job
 

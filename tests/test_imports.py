@@ -43,7 +43,7 @@ def names(path):
 
 
 def test_the_sources_are_found():
-    assert {"distill_jax/losses.py", "distill_jax/data/epochs.py", "launch/main.py"} <= {
+    assert {"distill_jax/losses.py", "distill_jax/epochs.py", "launch/main.py"} <= {
         name_of(path) for path in SOURCES
     }
 
@@ -64,7 +64,7 @@ def test_one_file_of_the_library_names_devices():
     sharding = {"Mesh", "NamedSharding", "PartitionSpec", "pmap", "shard_map", "jax.sharding"}
     sharding |= {"with_sharding_constraint", "jax.devices", "device_put", "make_mesh"}
     assert [name_of(path) for path in LIBRARY if names(path) & sharding] == [
-        "distill_jax/parallel.py"
+        "distill_jax/sharding.py"
     ]
 
 

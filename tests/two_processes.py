@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax import checkpoints, loop, models, optimizers, parallel, processes, training
-from distill_jax.data.epochs import make_epoch
+from distill_jax import checkpoints, loop, models, optimizers, processes, sharding, train_step
+from distill_jax.epochs import make_epoch
 
 MEMBERS, CLASSES, BATCH = 2, 16, 48
 MODEL = models.mlp((32, 16), CLASSES, hidden_dropout=0.2)
@@ -31,15 +31,15 @@ def train(mesh: Any, directory: Path, units: int) -> tuple[Any, list[loop.Record
     }
     own = {name: name == "teacher_logits" for name in examples}
     hyper = {"learning_rate": 0.05, "temperature": 3.0, "hard_weight": 0.3}
-    step = training.make_train_step(MODEL, OPTIMIZER, training.distillation_loss)
-    epoch = make_epoch(step, BATCH, 1, parallel.shard_batch(mesh, BATCH))
-    compiled = parallel.compile_epoch(epoch, mesh, own)
-    resident = parallel.put_examples(examples, mesh, own)
+    step = train_step.make_train_step(MODEL, OPTIMIZER, train_step.distillation_loss)
+    epoch = make_epoch(step, BATCH, 1, sharding.shard_batch(mesh, BATCH))
+    compiled = sharding.compile_epoch(epoch, mesh, own)
+    resident = sharding.put_examples(examples, mesh, own)
     keys = jax.random.split(jax.random.key(1), MEMBERS)
     numbers = {name: np.full(MEMBERS, value, np.float32) for name, value in hyper.items()}
     numbers = jax.tree.map(jax.numpy.asarray, numbers)
-    states = parallel.init_members(
-        lambda key: training.init_state(MODEL, OPTIMIZER, key, examples["image"][:1]), keys, mesh
+    states = sharding.init_members(
+        lambda key: train_step.init_state(MODEL, OPTIMIZER, key, examples["image"][:1]), keys, mesh
     )
     with checkpoints.open_dir(directory) as manager:
         states, history = loop.fit(
@@ -55,7 +55,7 @@ def main(how: str, directory: Path, runs: list[str]) -> None:
     processes.start(how)
     for number, run in enumerate(runs):
         sizes, _, units = run.partition(":")
-        mesh = parallel.make_mesh(*map(int, sizes.split(",")))
+        mesh = sharding.make_mesh(*map(int, sizes.split(",")))
         params, history = train(mesh, directory / str(number), int(units))
         if processes.is_main():
             leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(params)]

@@ -12,8 +12,8 @@ import numpy as np
 
 from distill_jax import compressed_targets, soft_targets
 from distill_jax.compressed_targets import Store
-from distill_jax.data.records import Records
-from distill_jax.data.sources import Examples
+from distill_jax.data.images import Examples
+from distill_jax.data.stream import Records
 
 DigestsOf = Callable[[Examples], np.ndarray]
 """Examples `[n, ...]` -> the digests of their inputs, uint64 `[n]`."""

@@ -3,7 +3,7 @@
     python -m distill_jax.data.prepare_tfds --data_dir=DIR
 
 Afterwards the stock `tfds.data_source("mnist", data_dir=DIR, download=False)` reads it, as does
-`distill_jax.data.sources.load("tfds:mnist", DIR)`. TFDS's own preparation needs TensorFlow.
+`distill_jax.data.images.load("tfds:mnist", DIR)`. TFDS's own preparation needs TensorFlow.
 """
 
 import sys
@@ -16,7 +16,7 @@ from absl import app, flags
 from PIL import Image
 from tensorflow_datasets.image_classification import mnist as stock
 
-from distill_jax.data import sources
+from distill_jax.data import images
 from distill_jax.errors import UserError
 
 _DATA_DIR = flags.DEFINE_string(
@@ -35,14 +35,14 @@ with tfds.core.registered.skip_registration():
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
             del dl_manager  # Nothing is downloaded.
-            source = sources.load("embedded")
+            source = images.load("embedded")
             return {
                 "train": self._generate_examples(source.train),
                 "test": self._generate_examples(source.test),
             }
 
         def _generate_examples(
-            self, examples: sources.Examples
+            self, examples: images.Examples
         ) -> Iterator[tuple[int, dict[str, Any]]]:
             # The key is the index within the split, as in the stock builder. TFDS orders examples
             # by a hash of split and key: sorting the indices by it gives their order on disk.

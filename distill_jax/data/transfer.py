@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from distill_jax.data.sources import Examples
+from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 
 

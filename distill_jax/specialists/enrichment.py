@@ -32,7 +32,7 @@ from distill_jax import losses
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists.clustering import pad_sets
-from distill_jax.training import Batch, Hyper
+from distill_jax.train_step import Batch, Hyper
 
 
 def dustbin_labels(class_set: Array, num_classes: int) -> Array:

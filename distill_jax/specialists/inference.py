@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from distill_jax.errors import UserError
 from distill_jax.models import Params
-from distill_jax.specialists import solvers
+from distill_jax.specialists import eq5
 
 
 class Evidence(NamedTuple):
@@ -146,7 +146,7 @@ def run_active(
 
 def combine(
     evidence: Evidence,
-    method: solvers.Method | None = None,
+    method: eq5.Method | None = None,
     tolerance: ArrayLike = 1e-6,
     max_passes: ArrayLike = 1000,
     batch_size: int = 256,
@@ -155,7 +155,7 @@ def combine(
 
     Args:
         evidence: of B examples.
-        method: `solvers.newton()`, the default, `solvers.fixed_point()` or `solvers.descent(...)`, each
+        method: `eq5.newton()`, the default, `eq5.fixed_point()` or `eq5.descent(...)`, each
             forward, KL(p, q), or reverse, KL(q, p).
         tolerance: an example is done at this residual, in units of probability. Newton's q is then
             within about 1e-6 of the minimum; the others' are where their last passes changed little.
@@ -169,7 +169,7 @@ def combine(
         UserError: for shapes that don't fit together, naming them.
     """
     _check_shapes(evidence)
-    return _combine(evidence, tolerance, max_passes, method or solvers.newton(), batch_size)
+    return _combine(evidence, tolerance, max_passes, method or eq5.newton(), batch_size)
 
 
 _choose = jax.jit(active_specialists, static_argnames=("max_active", "n"))
@@ -200,11 +200,11 @@ def _combine(
     evidence: Evidence,
     tolerance: Array,
     max_passes: Array,
-    method: solvers.Method,
+    method: eq5.Method,
     batch_size: int,
 ) -> tuple[Array, Array]:
     def one(arrays: tuple[Array, ...]) -> tuple[Array, Array]:
-        return solvers.solve(solvers.pose(*arrays), method, tolerance, max_passes)
+        return eq5.solve(eq5.pose(*arrays), method, tolerance, max_passes)
 
     return jax.lax.map(one, tuple(evidence), batch_size=batch_size)
 

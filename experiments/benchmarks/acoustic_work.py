@@ -13,14 +13,14 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import soft_targets, training
-from distill_jax.data.epochs import make_epoch, take_rows
+from distill_jax import soft_targets, train_step
+from distill_jax.epochs import make_epoch, take_rows
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from distill_jax.optimizers import OUTPUT_LAYER
 from experiments.benchmarks.measure import seconds
 from experiments.benchmarks.scaling_plan import parameter_count
-from experiments.members import build_model, build_optimizer, dtype_of
+from experiments.common.members import build_model, build_optimizer, dtype_of
 
 FRAMES = (26, 40)
 KEPT = 64  # of a store's soft targets
@@ -95,7 +95,7 @@ def measure_job(job: Job, matrix: int, rounds: int) -> tuple[float, dict[Way, Fi
     model = build_model(job.net, job.classes)
     optimizer = build_optimizer(job.net, job.steps, job.net.epochs)
     image = jnp.zeros((1, *FRAMES), jnp.uint8)
-    fresh = jax.jit(lambda key: training.init_state(model, optimizer, key, image))
+    fresh = jax.jit(lambda key: train_step.init_state(model, optimizer, key, image))
     key = jax.random.key(0)
     numbers = ("learning_rate", "temperature", "hard_weight")
     hyper = {name: jnp.float32(job.net[name]) for name in numbers}
@@ -172,7 +172,7 @@ def _teachers(job: Job, model: Model) -> Params:
     return jax.jit(lambda keys: jax.lax.map(init, keys))(keys)
 
 
-def _examples(job: Job, targets: str, teachers: Params) -> training.Batch:
+def _examples(job: Job, targets: str, teachers: Params) -> train_step.Batch:
     """Random frames with their targets, and the teachers that will be asked."""
     random = np.random.default_rng(0)
     size = job.steps * job.net.batch_size
@@ -189,7 +189,7 @@ def _examples(job: Job, targets: str, teachers: Params) -> training.Batch:
             jnp.asarray(probabilities[:, :KEPT], jnp.bfloat16),
             jnp.asarray(probabilities[:, KEPT]),
         )
-        examples |= dict(zip(training.TOP_K_FIELDS, fields, strict=True))
+        examples |= dict(zip(train_step.TOP_K_FIELDS, fields, strict=True))
     elif TEACHERS[targets]:
         examples["teachers"] = jax.tree.map(lambda leaf: leaf[: TEACHERS[targets]], teachers)
     return examples
@@ -197,12 +197,14 @@ def _examples(job: Job, targets: str, teachers: Params) -> training.Batch:
 
 def _epoch(job: Job, model: Model, optimizer: Any, way: Way) -> Callable[..., Any]:
     """The steps as one program."""
-    losses = {"hard": training.label_loss, "stored": training.top_k_distillation_loss()}
-    online = training.hidden_teacher_loss() if way.fused else training.distillation_loss
+    losses = {"hard": train_step.label_loss, "stored": train_step.top_k_distillation_loss()}
+    online = train_step.hidden_teacher_loss() if way.fused else train_step.distillation_loss
     loss = losses.get(way.targets, online)
-    step = training.make_train_step(model, optimizer, training.Fused(loss) if way.fused else loss)
+    step = train_step.make_train_step(
+        model, optimizer, train_step.Fused(loss) if way.fused else loss
+    )
 
-    def gather(examples: training.Batch, rows: Array) -> training.Batch:
+    def gather(examples: train_step.Batch, rows: Array) -> train_step.Batch:
         batch = take_rows({name: x for name, x in examples.items() if name != "teachers"}, rows)
         if not TEACHERS[way.targets]:
             return batch
@@ -212,7 +214,7 @@ def _epoch(job: Job, model: Model, optimizer: Any, way: Way) -> Callable[..., An
     return make_epoch(step, job.net.batch_size, gather=gather)
 
 
-def _ask(job: Job, model: Model, teachers: Params) -> training.Transform:
+def _ask(job: Job, model: Model, teachers: Params) -> train_step.Transform:
     """The teacher's logits, or those of the mean of several; one teacher after the other."""
 
     def logits(images: Array) -> Array:
@@ -221,10 +223,10 @@ def _ask(job: Job, model: Model, teachers: Params) -> training.Transform:
             return each[0]
         return soft_targets.ensemble_logits(each, job.net.temperature, "arithmetic")
 
-    return training.online_teacher(logits)
+    return train_step.online_teacher(logits)
 
 
-def _ask_hidden(job: Job, model: Model, teachers: Params) -> training.Transform:
+def _ask_hidden(job: Job, model: Model, teachers: Params) -> train_step.Transform:
     """The teachers' last hidden activations, and their output layers."""
     one = model.hidden
     assert one is not None
@@ -233,4 +235,4 @@ def _ask_hidden(job: Job, model: Model, teachers: Params) -> training.Transform:
         each = jax.lax.map(lambda params: one(params, images), teachers)
         return jnp.moveaxis(each, 0, 1)
 
-    return training.online_teacher_hidden(hidden, teachers[OUTPUT_LAYER])
+    return train_step.online_teacher_hidden(hidden, teachers[OUTPUT_LAYER])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distill_jax import large_output, training
+from distill_jax import fused_loss, train_step
 from experiments.benchmarks.large_output_work import (
     TEMPERATURE,
     Case,
@@ -21,7 +21,7 @@ from experiments.benchmarks.large_output_work import (
 )
 from experiments.benchmarks.measure import peak_resident
 
-STORED, TEACHER = training.top_k_distillation_loss(), training.hidden_teacher_loss()
+STORED, TEACHER = train_step.top_k_distillation_loss(), train_step.hidden_teacher_loss()
 
 
 class Program(NamedTuple):
@@ -76,12 +76,14 @@ def _put(case: Case) -> Work:
 
 def _targets(
     case: Case, work: Work
-) -> tuple[training.Batch, tuple[training.Batch, training.Hyper]]:
+) -> tuple[train_step.Batch, tuple[train_step.Batch, train_step.Hyper]]:
     """The fields of examples; those that are the same for all, and the numbers."""
     numbers = {"temperature": TEMPERATURE, "hard_weight": hard_weight(case)}
     hyper = {name: jnp.float32(number) for name, number in numbers.items()}
     if case.targets == "stored":
-        stored = zip(training.TOP_K_FIELDS, (work.ids, work.probabilities, work.tail), strict=True)
+        stored = zip(
+            train_step.TOP_K_FIELDS, (work.ids, work.probabilities, work.tail), strict=True
+        )
         return {"label": work.label, **dict(stored)}, ({}, hyper)
     layer = {"kernel": work.teacher_kernel[None], "bias": work.teacher_bias[None]}
     fields = {"label": work.label, "teacher_hidden": work.teacher_hidden[:, None]}
@@ -89,21 +91,21 @@ def _targets(
 
 
 def _mean_loss(
-    case: Case, hidden: Array, layer: large_output.Layer, fields: training.Batch, constants: Any
+    case: Case, hidden: Array, layer: fused_loss.Layer, fields: train_step.Batch, constants: Any
 ) -> Array:
     if case.way == "dense":
         return jnp.mean(_dense(case, hidden, layer, fields, constants))
     loss = STORED if case.targets == "stored" else TEACHER
 
-    def of_chunk(logits: Array, fields: training.Batch, constants: Any) -> Array:
+    def of_chunk(logits: Array, fields: train_step.Batch, constants: Any) -> Array:
         whole, hyper = constants
         return loss(logits, {**fields, **whole}, hyper)
 
-    return large_output.mean_loss(of_chunk, hidden, layer, fields, constants, case.rows or None)[0]
+    return fused_loss.mean_loss(of_chunk, hidden, layer, fields, constants, case.rows or None)[0]
 
 
 def _dense(
-    case: Case, hidden: Array, layer: large_output.Layer, fields: training.Batch, constants: Any
+    case: Case, hidden: Array, layer: fused_loss.Layer, fields: train_step.Batch, constants: Any
 ) -> Array:
     """As the step does it without the switch: the nets' own logits, the teacher's too."""
     whole, hyper = constants
@@ -112,10 +114,10 @@ def _dense(
         return STORED(logits, fields, hyper)
     teacher = jax.tree.map(lambda x: x[0], whole["teacher_layer"])
     teacher_logits = _logits(fields["teacher_hidden"][:, 0], teacher)
-    return training.distillation_loss(logits, {**fields, "teacher_logits": teacher_logits}, hyper)
+    return train_step.distillation_loss(logits, {**fields, "teacher_logits": teacher_logits}, hyper)
 
 
-def _logits(hidden: Array, layer: large_output.Layer) -> Array:
+def _logits(hidden: Array, layer: fused_loss.Layer) -> Array:
     """As the nets of `distill_jax.models` make them: in the dtype of the activations, then float32."""
     return (hidden @ layer["kernel"] + layer["bias"][None]).astype(jnp.float32)
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import parallel, training
-from distill_jax.data import sources
-from distill_jax.data.epochs import make_epoch, steps_per_epoch
-from distill_jax.data.jitter import jitter
-from experiments.members import build_model, build_optimizer
+from distill_jax import sharding, train_step
+from distill_jax.data import images
+from distill_jax.data.augment import jitter
+from distill_jax.epochs import make_epoch, steps_per_epoch
+from experiments.common.members import build_model, build_optimizer
 from experiments.mnist.config import get_config
 
 TRAIN_EXAMPLES, PIXELS, CLASSES = 60000, 28 * 28, 10
@@ -86,9 +86,9 @@ def section(net: str) -> ConfigDict:
     return get_config()[SECTIONS[net]]
 
 
-def load_examples(work: Work) -> sources.Examples:
+def load_examples(work: Work) -> images.Examples:
     """The training examples of so many steps, with random teacher logits."""
-    train = sources.load("embedded").train
+    train = images.load("embedded").train
     logits = np.random.default_rng(0).normal(0, 5, (TRAIN_EXAMPLES, CLASSES)).astype(np.float32)
     # A whole epoch is shuffled out of all; its remainder of a batch is left out afterwards.
     size = TRAIN_EXAMPLES if work.part == 1 else work.steps * work.batch_size
@@ -116,30 +116,30 @@ def _case(work: Work, case: Case) -> RunEpoch:
 @functools.cache
 def _program(work: Work, net: str, members: int) -> Callable[[int], list[RunEpoch]]:
     """One program with so many members, set up as a study does it: starts some runs of it."""
-    config, mesh = section(net), parallel.make_mesh()
+    config, mesh = section(net), sharding.make_mesh()
     model = build_model(config, CLASSES)
     optimizer = build_optimizer(config, work.steps, EPOCHS)
-    step = training.make_train_step(
+    step = train_step.make_train_step(
         model,
         optimizer,
-        training.label_loss if net == "teacher" else training.distillation_loss,
+        train_step.label_loss if net == "teacher" else train_step.distillation_loss,
         transforms=[jitter(config.jitter)] if config.jitter else [],
     )
     examples = load_examples(work)
     if net == "teacher":
         del examples["teacher_logits"]
     per_member = dict.fromkeys(examples, False)
-    run_epoch = make_epoch(step, work.batch_size, 1, parallel.shard_batch(mesh, work.batch_size))
-    compiled = parallel.compile_epoch(run_epoch, mesh, per_member)
-    resident = parallel.put_examples(examples, mesh, per_member)
+    run_epoch = make_epoch(step, work.batch_size, 1, sharding.shard_batch(mesh, work.batch_size))
+    compiled = sharding.compile_epoch(run_epoch, mesh, per_member)
+    resident = sharding.put_examples(examples, mesh, per_member)
     names = ["learning_rate"] + ([] if net == "teacher" else ["temperature", "hard_weight"])
     hyper = {name: jnp.full(members, config[name], jnp.float32) for name in names}
     image = jnp.asarray(examples["image"][:1])
 
     def start(runs: int) -> list[RunEpoch]:
         keys = jax.random.split(jax.random.key(0), runs * members)
-        states = parallel.init_members(
-            lambda key: training.init_state(model, optimizer, key, image), keys, mesh
+        states = sharding.init_members(
+            lambda key: train_step.init_state(model, optimizer, key, image), keys, mesh
         )
 
         def part(run: int) -> RunEpoch:

@@ -39,15 +39,15 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from distill_jax import parallel, training
-from distill_jax.data.epochs import make_epoch
-from distill_jax.data.jitter import jitter
+from distill_jax import sharding, train_step
+from distill_jax.data.augment import jitter
+from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
-from experiments import sections
 from experiments.benchmarks import command, scaling_plan
 from experiments.benchmarks.collectives import collectives
 from experiments.benchmarks.command import Ask
-from experiments.members import build_model, build_optimizer
+from experiments.common import sections
+from experiments.common.members import build_model, build_optimizer
 from experiments.mnist.config import get_config
 
 _NETS = flags.DEFINE_list("nets", ["mnist", "acoustic"], "What to train; none: only the plan.")
@@ -171,7 +171,7 @@ def _devices() -> tuple[str, list[int]]:
 def _measure(net: str, backend: str, counts: Sequence[int]) -> Iterator[tuple[str, Point]]:
     """Every point of a net, by its name."""
     batch_size = _BATCH_SIZE.value or NETS[net].batch_size
-    parallel.check_divides(batch_size, counts[-1], "--batch_size", "devices")
+    sharding.check_divides(batch_size, counts[-1], "--batch_size", "devices")
     share = batch_size // counts[-1]
     whole, part = (Case(net, "data", size) for size in (batch_size, share))
     ways = {
@@ -263,23 +263,23 @@ def _program(case: Case) -> tuple[Callable[[], None], float]:
     """What trains for a few steps as a study does, and the bytes that a device sends in each."""
     net, batch_size = NETS[case.net], case.batch_size
     mesh = (
-        parallel.make_mesh(data=-1) if case.axis == "data" else parallel.make_mesh(data=1, model=-1)
+        sharding.make_mesh(data=-1) if case.axis == "data" else sharding.make_mesh(data=1, model=-1)
     )
     model = build_model(net.section, net.classes)
     optimizer = build_optimizer(net.section, net.steps, net.section.epochs)
     transforms = [jitter(net.section.jitter)] if net.section.jitter else []
-    step = training.make_train_step(model, optimizer, training.label_loss, transforms)
+    step = train_step.make_train_step(model, optimizer, train_step.label_loss, transforms)
     examples = _draw(net, net.steps * batch_size)
     per_member = dict.fromkeys(examples, False)
-    run_epoch = make_epoch(step, batch_size, 1, parallel.shard_batch(mesh, batch_size))
-    resident = parallel.put_examples(examples, mesh, per_member)
+    run_epoch = make_epoch(step, batch_size, 1, sharding.shard_batch(mesh, batch_size))
+    resident = sharding.put_examples(examples, mesh, per_member)
     keys = jax.random.split(jax.random.key(0), 1)
     image = jnp.asarray(examples["image"][:1])
-    state = parallel.init_members(
-        lambda key: training.init_state(model, optimizer, key, image), keys, mesh
+    state = sharding.init_members(
+        lambda key: train_step.init_state(model, optimizer, key, image), keys, mesh
     )
     hyper = {"learning_rate": jnp.full(1, net.section.learning_rate, jnp.float32)}
-    epoch: Any = parallel.compile_epoch(run_epoch, mesh, per_member)
+    epoch: Any = sharding.compile_epoch(run_epoch, mesh, per_member)
     compiled = epoch.lower(state, resident, keys, hyper).compile()
 
     def run() -> None:

@@ -29,9 +29,9 @@ from distill_jax import (
     optimizers,
     sampled_targets,
     soft_targets,
-    training,
+    train_step,
 )
-from distill_jax.data.epochs import make_epoch, steps_per_epoch
+from distill_jax.epochs import make_epoch, steps_per_epoch
 from distill_jax.errors import UserError
 from distill_jax.top_k_targets import Kept, compare
 from experiments.benchmarks import command
@@ -80,8 +80,8 @@ class Encoding(NamedTuple):
 
     size: int
     fields: list[Fields]
-    loss: training.Loss
-    transforms: Sequence[training.Transform] = ()
+    loss: train_step.Loss
+    transforms: Sequence[train_step.Transform] = ()
 
 
 def main() -> None:
@@ -180,16 +180,16 @@ def encode(teacher: Logits, inputs: np.ndarray, temperature: float) -> dict[str,
 
     def compressed(stores: Sequence[tuple[compressed_targets.Store, Fields]]) -> Encoding:
         first = stores[0][0]
-        loss = training.top_k_distillation_loss(first.tail_weights)
+        loss = train_step.top_k_distillation_loss(first.tail_weights)
         size = compressed_targets.bytes_per_example(first)
         return Encoding(size, [fields for _, fields in stores], loss)
 
     draws = sampled_targets.most_draws(4 * _K.value + 4, _CLASSES.value)
     size = 4 * _CLASSES.value + digests.itemsize
     # Made anew for each batch, as those of all examples would not fit.
-    online = [training.online_teacher(teacher)]
+    online = [train_step.online_teacher(teacher)]
     return {
-        "dense": Encoding(size, [{}] * seeds, training.distillation_loss, online),
+        "dense": Encoding(size, [{}] * seeds, train_step.distillation_loss, online),
         "top_k": compressed([stored("top_k", _K.value)] * seeds),
         "sampled": compressed([stored("sampled", draws, i) for i in range(seeds)]),
     }
@@ -200,15 +200,15 @@ def students(encoding: Encoding, inputs: np.ndarray, temperature: float) -> list
     model = models.mlp((128, 64), _CLASSES.value)
     steps = _EPOCHS.value * steps_per_epoch(len(inputs), _BATCH.value)
     optimizer = optimizers.adam(optimizers.cosine(steps, warmup_steps=steps // 10))
-    step = training.make_train_step(model, optimizer, encoding.loss, encoding.transforms)
+    step = train_step.make_train_step(model, optimizer, encoding.loss, encoding.transforms)
     run_epochs = make_epoch(step, _BATCH.value, _EPOCHS.value)
     numbers = {"learning_rate": 0.02, "temperature": temperature, "hard_weight": 0.0}
     hyper = {name: jnp.float32(number) for name, number in numbers.items()}
 
     @jax.jit
-    def train(key: Array, examples: training.Batch) -> models.Params:
+    def train(key: Array, examples: train_step.Batch) -> models.Params:
         init_key, train_key = jax.random.split(key)
-        state = training.init_state(model, optimizer, init_key, examples["image"][:1])
+        state = train_step.init_state(model, optimizer, init_key, examples["image"][:1])
         return run_epochs(state, examples, train_key, hyper)[0].params
 
     # A seed's key is the same for all forms, so its students begin alike and see the same batches.
@@ -244,7 +244,7 @@ def gradient_errors(
         return {metric: float(value) for metric, value in found.items() if np.isfinite(value)}
 
     def kept(fields: Mapping[str, np.ndarray]) -> Kept:
-        ids, named, tail = (jnp.asarray(fields[x][: len(inputs)]) for x in training.TOP_K_FIELDS)
+        ids, named, tail = (jnp.asarray(fields[x][: len(inputs)]) for x in train_step.TOP_K_FIELDS)
         return ids, named, tail
 
     sampled = [kept(fields) for fields in encodings["sampled"].fields]

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from distill_jax.errors import UserError
-from distill_jax.specialists import inference, solvers
+from distill_jax.specialists import eq5, inference
 from distill_jax.specialists.inference import Evidence
 from experiments.benchmarks import command
 from experiments.specialists.solver_comparison import compare
@@ -42,7 +42,7 @@ def main() -> None:
     """Measures, and prints the tables and the JSON line."""
     size = _EXAMPLES.value
     cases = [_PREDICTIONS.value] if _PREDICTIONS.value else _SIZES.value
-    direction: solvers.Direction = "reverse" if _REVERSE.value else "forward"
+    direction: eq5.Direction = "reverse" if _REVERSE.value else "forward"
     figures: dict[str, dict[str, float]] = {}
     for case in cases:
         evidence = read(case, size) if _PREDICTIONS.value else draw(*_size(case), size)

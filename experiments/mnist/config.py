@@ -9,8 +9,8 @@ can be set: --config.distilled.temperature=8
 
 from ml_collections import ConfigDict
 
-from experiments import sections
-from experiments.sweeps import Overrides, product
+from experiments.common import sections
+from experiments.common.sweeps import Overrides, product
 
 PRESETS = ("smoke", "default", "paper")
 TEMPERATURES = (1.0, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 32.0)  # section 3's range

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from experiments.plots import (
+from experiments.common.plots import (
     OTHER,
     OURS,
     PAPER,

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import parallel, soft_targets, training
-from distill_jax.data import records, sources, transfer
-from distill_jax.data.records import Records
-from distill_jax.data.sources import Examples
-from distill_jax.data.streaming import Block
+from distill_jax import sharding, soft_targets, train_step
+from distill_jax.data import images, stream, transfer
+from distill_jax.data.images import Examples
+from distill_jax.data.stream import Records
 from distill_jax.errors import UserError
-from experiments import members
-from experiments.study import Context
+from experiments.common import members
+from experiments.common.study import Context
+from experiments.speech.stream import Block
 
 
 class Data(NamedTuple):
@@ -63,18 +63,18 @@ def _what_to_load(config: ConfigDict) -> tuple[str, str, int, int, int, int]:
 
 @functools.cache
 def _open(name: str, data_dir: str, train: int, test: int, validation: int, seed: int) -> Data:
-    prepared = sources.open_prepared(name, data_dir or None)
-    source = records.from_tfds(prepared)
+    prepared = images.open_prepared(name, data_dir or None)
+    source = stream.from_tfds(prepared)
     first = _first({"id": np.arange(source.size)}, train, "data.train_examples")
     kept, held_out = transfer.hold_out(first, validation, seed)
-    tested = _first(sources.read_test(prepared), test, "data.test_examples")
-    streamed = records.select(source, kept["id"])
+    tested = _first(images.read_test(prepared), test, "data.test_examples")
+    streamed = stream.select(source, kept["id"])
     return Data({}, source.read(held_out["id"]), tested, prepared.num_classes, streamed)
 
 
 @functools.cache
 def _load(name: str, data_dir: str, train: int, test: int, validation: int, seed: int) -> Data:
-    source = sources.load(name, data_dir or None)
+    source = images.load(name, data_dir or None)
     first = _first(source.train, train, "data.train_examples")
     kept, held_out = transfer.hold_out(first, validation, seed)
     tested = _first(source.test, test, "data.test_examples")
@@ -94,7 +94,7 @@ def train(
     name: str,
     net: ConfigDict,
     examples: Sequence[Examples] | members.Stream,
-    loss: training.Loss,
+    loss: train_step.Loss,
     variants: Sequence[dict[str, float]] = ({},),
     passes: int = 1,
     directory: Path | None = None,
@@ -126,7 +126,7 @@ def train_on_labels(
     examples: Sequence[Examples] | members.Stream = [data.train] * len(context.config.seeds)
     if data.streamed is not None:
         examples = _stream(context.config, net, data.streamed)
-    return train(context, name, net, examples, training.label_loss, directory=directory)
+    return train(context, name, net, examples, train_step.label_loss, directory=directory)
 
 
 def training_parts(config: ConfigDict) -> Iterator[Examples]:
@@ -179,21 +179,21 @@ def _stream(
 ) -> members.Stream:
     """The examples as a stream; fields `own` are `[n, M, ...]`, a member's each."""
     size, seed = config.data.block_examples, config.data.seed
-    rows = parallel.own_rows(parallel.make_mesh(**config.mesh), net.batch_size)
-    cut = records.cut(source.size, net.batch_size, size)
+    rows = sharding.own_rows(sharding.make_mesh(**config.mesh), net.batch_size)
+    cut = stream.cut(source.size, net.batch_size, size)
     one = source.read(np.arange(1))
 
-    def put(block: Block, mesh: Any) -> training.Batch:
+    def put(block: Block, mesh: Any) -> train_step.Batch:
         shared = {name: field for name, field in block.items() if name not in own}
         members_first = {name: np.moveaxis(block[name], 2, 0) for name in own}
-        return parallel.put_rows(shared, mesh, 1) | parallel.put_rows(members_first, mesh, 2)
+        return sharding.put_rows(shared, mesh, 1) | sharding.put_rows(members_first, mesh, 2)
 
     return members.Stream(
-        lambda first: records.blocks(source, net.batch_size, size, seed, rows, first),
+        lambda first: stream.blocks(source, net.batch_size, size, seed, rows, first),
         cut.steps,
         cut.blocks,
         jax.ShapeDtypeStruct(one["image"].shape[1:], one["image"].dtype),
         put,
         {name: name in own for name in one},
-        records.make_block_epoch,
+        stream.make_block_epoch,
     )

@@ -9,21 +9,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import losses, soft_targets, training
+from distill_jax import losses, soft_targets, train_step
 from distill_jax.data import transfer
-from distill_jax.data.sources import Examples
-from experiments import members
-from experiments.mnist import figures
-from experiments.mnist.nets import (
-    load_data,
-    train,
-    train_on_labels,
-    training_parts,
-    training_set_with_targets,
-    with_soft_targets,
-)
-from experiments.mnist.omissions import only_7_8, without_3
-from experiments.study import (
+from distill_jax.data.images import Examples
+from experiments.common import members
+from experiments.common.study import (
     Context,
     Row,
     Stage,
@@ -34,6 +24,16 @@ from experiments.study import (
     run_study,
     write_json,
 )
+from experiments.mnist import figures
+from experiments.mnist.nets import (
+    load_data,
+    train,
+    train_on_labels,
+    training_parts,
+    training_set_with_targets,
+    with_soft_targets,
+)
+from experiments.mnist.transfer_sets import only_7_8, without_3
 
 TITLE = "Distilling the Knowledge in a Neural Network, section 3: MNIST"
 CAPTIONS = {
@@ -91,7 +91,7 @@ def distilled(context: Context) -> list[Row]:
     """The small net regularised solely by soft targets (74 errors)."""
     net = context.config.distilled
     row = f"distilled 2x{net.hidden[0]}, T={net.temperature:g}"
-    return [_distil(context, "distilled", row, training.distillation_loss, net.hard_weight, 74)]
+    return [_distil(context, "distilled", row, train_step.distillation_loss, net.hard_weight, 74)]
 
 
 def alternatives(context: Context) -> list[Row]:
@@ -99,15 +99,17 @@ def alternatives(context: Context) -> list[Row]:
     net = context.config.distilled
     at = f"T={net.temperature:g}"
     return [
-        _distil(context, "soft_only", f"soft targets only, {at}", training.distillation_loss, 0.0),
+        _distil(
+            context, "soft_only", f"soft targets only, {at}", train_step.distillation_loss, 0.0
+        ),
         _distil(
             context,
             "label_modified",
             f"label-modified soft targets, {at}",
-            training.label_modified_loss,
+            train_step.label_modified_loss,
             net.hard_weight,
         ),
-        _distil(context, "logit_matching", "logit matching", training.logit_matching_loss, 0.0),
+        _distil(context, "logit_matching", "logit matching", train_step.logit_matching_loss, 0.0),
     ]
 
 
@@ -123,7 +125,7 @@ def sweep(context: Context) -> list[Row]:
             f"width_{width}",
             _changed(net, hidden=(width, width)),
             examples,
-            training.distillation_loss,
+            train_step.distillation_loss,
             [{"temperature": t, "hard_weight": net.hard_weight} for t in net.temperatures],
         )
         for temperature, errors in zip(
@@ -161,7 +163,7 @@ def fractions(context: Context) -> list[Row]:
             f"percent_{percent:g}",
             _changed(net, batch_size=min(net.batch_size, size)),
             examples,
-            training.distillation_loss,
+            train_step.distillation_loss,
             [{"temperature": net.temperature, "hard_weight": hard} for hard in (1.0, 0.0)],
             passes=max(1, round(len(full[0]["id"]) / size)),
         )
@@ -192,7 +194,7 @@ def unlabelled(context: Context) -> list[Row]:
         "teacher_half",
         _changed(config.teacher, epochs=net.teacher_epochs),
         [theirs] * len(config.seeds),
-        training.label_loss,
+        train_step.label_loss,
     )
     rows = [_error_row(context, "mnist_unlabelled", "teacher, labels of one half", teachers)]
     targets = [
@@ -206,7 +208,7 @@ def unlabelled(context: Context) -> list[Row]:
             f"known_{share:g}",
             net,
             [soft_targets.attach(partly, own, net.temperature) for own in targets],
-            training.distillation_loss,
+            train_step.distillation_loss,
             [{"temperature": net.temperature, "hard_weight": net.hard_weight if share else 0.0}],
         )
         known = f"{share:.0%} of the labels" if share else "no labels"
@@ -245,7 +247,7 @@ def _distil(
     context: Context,
     name: str,
     row: str,
-    loss: training.Loss,
+    loss: train_step.Loss,
     hard_weight: float,
     paper: float | None = None,
 ) -> Row:

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from distill_jax.errors import UserError
 from distill_jax.specialists import clustering
+from experiments.common.study import Context, Row, make_row, write_arrays, write_json
 from experiments.specialists import nets
 from experiments.specialists.data import Data, load_data
-from experiments.study import Context, Row, make_row, write_arrays, write_json
 
 _BATCH = 2000
 _NAMED = 12  # classes of a set that are named in the report

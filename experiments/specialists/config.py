@@ -10,8 +10,8 @@ accelerator and a set of 2,965 characters (python -m experiments.specialists.pre
 
 from ml_collections import ConfigDict
 
-from experiments import sections
-from experiments.sweeps import Overrides, product, zipped
+from experiments.common import sections
+from experiments.common.sweeps import Overrides, product, zipped
 
 PRESETS = ("smoke", "default", "paper")
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax.data import distortion, sources, transfer
-from distill_jax.data.sources import Examples
+from distill_jax.data import augment, images, transfer
+from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 from experiments.specialists import glyphs
 
@@ -73,7 +73,7 @@ def _load(
     # Held-out typefaces are few: two views of them make the accuracies steadier.
     counts = {"train": views, "seen": min(views, 2), "validation": min(views, 2), "test": 1}
     made = {
-        name: distortion.views(examples, counts[name], difficulty, seed)
+        name: augment.views(examples, counts[name], difficulty, seed)
         for name, examples in splits.items()
     }
     return Data(
@@ -88,7 +88,7 @@ def _load(
 def _tfds(
     source: str, data_dir: str, side: int, validation: float, seed: int
 ) -> tuple[int, dict[str, Examples]]:
-    found = sources.load(source, data_dir or None, side)
+    found = images.load(source, data_dir or None, side)
     size = len(found.train["id"])
     count = round(validation * size)
     if not 0 < count < size:

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, soft_targets, training
+from distill_jax import compressed_targets, soft_targets, train_step
 from distill_jax.data import transfer
-from distill_jax.data.sources import Examples
+from distill_jax.data.images import Examples
 from distill_jax.models import Params
-from experiments import members
+from experiments.common import members
+from experiments.common.study import Context, Row, make_row
 from experiments.specialists import nets, table3
 from experiments.specialists import training as specialist_training
 from experiments.specialists.data import load_data
-from experiments.study import Context, Row, make_row
 
 
 def make_soft_targets(context: Context) -> list[Row]:
@@ -106,7 +106,7 @@ def _train(
         name,
         ConfigDict(recipe),
         examples,
-        training.top_k_distillation_loss(),
+        train_step.top_k_distillation_loss(),
         {"temperature": 1.0, "hard_weight": config.distilled.hard_weight},
         start=start,
     )

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.plots import (
+from experiments.common.plots import (
     OTHER,
     OURS,
     PAPER,
@@ -29,7 +29,7 @@ from experiments.plots import (
     tidy,
     widen,
 )
-from experiments.report import NamedFigure
+from experiments.common.report import NamedFigure
 from experiments.specialists import pictures
 
 _CAPTIONS = {

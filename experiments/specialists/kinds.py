@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from distill_jax import training
-from distill_jax.data.epochs import Gather
+from distill_jax import train_step
+from distill_jax.epochs import Gather
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from distill_jax.specialists import enrichment
-from distill_jax.training import Batch
+from distill_jax.train_step import Batch
 
 
 class Kind(NamedTuple):
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
 
     outputs: Callable[[int, int], int]
     start: Callable[[Params, Array, int], Params]
-    loss: training.Loss
+    loss: train_step.Loss
     add: Callable[[Batch, Array, Array, Callable[[Array], Array]], Batch]
     read: Callable[[Array, Array, Array], Array]
     has_dustbin: bool = True
@@ -74,7 +74,7 @@ KINDS = {
     "unit": Kind(
         lambda size, classes: size + 1,
         enrichment.reduce_output,
-        training.label_loss,
+        train_step.label_loss,
         _map_labels,
         lambda logits, class_set, correction: enrichment.correct_dustbin(logits, correction),
     ),
@@ -88,7 +88,7 @@ KINDS = {
     "full_hard": Kind(
         lambda size, classes: classes,
         lambda params, class_set, classes: params,
-        training.label_loss,
+        train_step.label_loss,
         lambda batch, class_set, targets, teacher: batch,
         _read_full,
         has_dustbin=False,

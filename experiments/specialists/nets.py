@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import models, soft_targets, training
+from distill_jax import models, soft_targets, train_step
 from distill_jax.data import transfer
-from distill_jax.data.sources import Examples
+from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
-from experiments import members
+from experiments.common import members
+from experiments.common.study import Context
 from experiments.specialists.data import BYTE, Data, load_data
-from experiments.study import Context
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
 _CHUNK = 20_000  # examples whose features are in memory as float32
@@ -96,7 +96,7 @@ def train(
     name: str,
     net: ConfigDict,
     examples: Sequence[Examples],
-    loss: training.Loss,
+    loss: train_step.Loss,
     variant: Mapping[str, float] = types.MappingProxyType({}),
     start: models.Params | None = None,
     directory: Path | None = None,
@@ -148,7 +148,7 @@ def train_generalists(context: Context, directory: Path | None = None) -> member
         "generalist",
         context.config.generalist,
         examples,
-        training.label_loss,
+        train_step.label_loss,
         directory=directory,
     )
 

@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from experiments.plots import OTHER, OURS, SMALL, TEXT, WIDTH, note
+from experiments.common.plots import OTHER, OURS, SMALL, TEXT, WIDTH, note
 
 _MOST_SETS = 12
 _MOST_CLASSES = 20

@@ -7,12 +7,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax.specialists import store
+from experiments.common.study import Context, Row, make_row, write_json
 from experiments.specialists import nets
 from experiments.specialists import training as specialist_training
 from experiments.specialists.clusters import load_sets
 from experiments.specialists.data import load_data
 from experiments.specialists.kinds import kind_of
-from experiments.study import Context, Row, make_row, write_json
 
 NAMES = {
     "unit": "dustbin",

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 from jax import Array
 
-from distill_jax.specialists import inference, solvers
+from distill_jax.specialists import eq5, inference
 from distill_jax.specialists.inference import Evidence
 
 CLOSE = 1e-6  # of the reference, in every class
 
 
-def methods(direction: solvers.Direction = "forward") -> dict[str, solvers.Method]:
+def methods(direction: eq5.Direction = "forward") -> dict[str, eq5.Method]:
     """Ours, and the paper's gradient descent on logits, plain and as Adam.
 
     Adam takes about as many passes with steps of 0.03 to 0.3 on the benchmark's predictions, and more
@@ -24,15 +24,15 @@ def methods(direction: solvers.Direction = "forward") -> dict[str, solvers.Metho
     divergence is above 1/2, and 2 is the best step for that curvature.
     """
     return {
-        "newton": solvers.newton(direction),
-        "fixed_point": solvers.fixed_point(direction),
-        "adam": solvers.descent(optax.adam(0.1), direction),
-        "gradient_descent": solvers.descent(optax.sgd(2.0), direction),
+        "newton": eq5.newton(direction),
+        "fixed_point": eq5.fixed_point(direction),
+        "adam": eq5.descent(optax.adam(0.1), direction),
+        "gradient_descent": eq5.descent(optax.sgd(2.0), direction),
     }
 
 
 def compare(
-    evidence: Evidence, max_passes: int = 2000, direction: solvers.Direction = "forward"
+    evidence: Evidence, max_passes: int = 2000, direction: eq5.Direction = "forward"
 ) -> dict[str, dict[str, float]]:
     """Measures all methods on the same examples, as one batch.
 
@@ -65,16 +65,16 @@ def compare(
     return found
 
 
-def reference(evidence: Evidence, direction: solvers.Direction = "forward") -> np.ndarray:
+def reference(evidence: Evidence, direction: eq5.Direction = "forward") -> np.ndarray:
     """q float64 `[N, C]`, with a residual of 1e-12, computed on the host."""
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         logits = (np.asarray(x, np.float64) for x in evidence[:2])
         double = Evidence(*logits, *(np.asarray(x) for x in evidence[2:]))
-        return np.asarray(inference.combine(double, solvers.newton(direction), 1e-12, 200)[0])
+        return np.asarray(inference.combine(double, eq5.newton(direction), 1e-12, 200)[0])
 
 
 def passes_needed(
-    evidence: Evidence, method: solvers.Method, target: np.ndarray, max_passes: int
+    evidence: Evidence, method: eq5.Method, target: np.ndarray, max_passes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Passes int `[N]` to within 1e-6 of the target `[N, C]`, and bool `[N]`, whether they got there."""
     passes, errors = _approach(tuple(evidence), target.astype(np.float32), max_passes, method)
@@ -84,14 +84,14 @@ def passes_needed(
 @functools.partial(jax.jit, static_argnames="method")
 @functools.partial(jax.vmap, in_axes=(0, 0, None, None))
 def _approach(
-    arrays: tuple[Array, ...], target: Array, max_passes: Array, method: solvers.Method
+    arrays: tuple[Array, ...], target: Array, max_passes: Array, method: eq5.Method
 ) -> tuple[Array, Array]:
-    problem = solvers.pose(*arrays)
+    problem = eq5.pose(*arrays)
 
-    def error(state: solvers.State) -> Array:
+    def error(state: eq5.State) -> Array:
         return jnp.max(jnp.abs(method.solution(problem, state) - target))
 
-    def one_pass(carry: tuple[solvers.State, Array, Array]):
+    def one_pass(carry: tuple[eq5.State, Array, Array]):
         state, passes, _ = carry
         state, _ = method.step(problem, state)
         return state, passes + 1, error(state)
@@ -105,7 +105,7 @@ def _approach(
     return passes, errors
 
 
-def _run(evidence: Evidence, method: solvers.Method, passes: int) -> tuple[np.ndarray, float, int]:
+def _run(evidence: Evidence, method: eq5.Method, passes: int) -> tuple[np.ndarray, float, int]:
     """q after so many passes, the median of the seconds it takes, and its temporary bytes."""
     size = len(evidence.generalist)
     combine = functools.partial(inference.combine, method=method, batch_size=size)

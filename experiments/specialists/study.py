@@ -7,6 +7,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax.specialists import inference
+from experiments.common.study import (
+    Context,
+    Row,
+    Stage,
+    draw_report,
+    finished_rows,
+    make_row,
+    read_json,
+    run_study,
+    write_arrays,
+)
 from experiments.specialists import (
     clusters,
     distilled,
@@ -18,17 +29,6 @@ from experiments.specialists import (
 )
 from experiments.specialists import training as specialist_training
 from experiments.specialists.data import load_data
-from experiments.study import (
-    Context,
-    Row,
-    Stage,
-    draw_report,
-    finished_rows,
-    make_row,
-    read_json,
-    run_study,
-    write_arrays,
-)
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 5, 6.1 and 8: specialists"
 CAPTIONS = {

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import losses, soft_targets, training
+from distill_jax import losses, soft_targets, train_step
 from distill_jax.specialists import clustering
-from experiments import members
+from experiments.common import members
+from experiments.common.study import Context, Row, make_row, write_arrays
 from experiments.specialists import nets
 from experiments.specialists import training as specialist_training
 from experiments.specialists.clusters import load_sets, random_sets
 from experiments.specialists.data import Data, load_data
-from experiments.study import Context, Row, make_row, write_arrays
 
 PAPER = types.MappingProxyType(
     {
@@ -156,7 +156,7 @@ def train_longer(context: Context, directory: Path | None = None) -> members.Tra
         "longer",
         ConfigDict({**config.generalist.to_dict(), **config.controls.to_dict()}),
         [data.train] * len(config.seeds),
-        training.label_loss,
+        train_step.label_loss,
         start=nets.load_generalists(context),
         directory=directory,
     )
@@ -167,7 +167,7 @@ def ensemble(context: Context) -> list[Row]:
     config, data = context.config, load_data(context.config)
     net = ConfigDict({**config.generalist.to_dict(), **config.controls.to_dict()})
     second = nets.train(
-        context, "second", net, [data.train] * len(config.seeds), training.label_loss
+        context, "second", net, [data.train] * len(config.seeds), train_step.label_loss
     )
     measured: dict[str, list[float]] = {}
     for s, base in enumerate(nets.load_bases(context)):

@@ -11,16 +11,16 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import models, training
-from distill_jax.data.sources import Examples
+from distill_jax import models, train_step
+from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 from distill_jax.specialists import enrichment, inference, store
-from experiments import members
+from experiments.common import members
+from experiments.common.study import Context, read_json, write_json
 from experiments.specialists import nets
 from experiments.specialists.data import Data, load_data
 from experiments.specialists.kinds import kind_of, make_gather
 from experiments.specialists.nets import Base
-from experiments.study import Context, read_json, write_json
 
 _ROWS = 4096  # examples combined at a time
 
@@ -205,7 +205,7 @@ def network(config: ConfigDict, base: Base, kind: str, size: int, classes: int) 
     return build(config.generalist, kind_of(kind).outputs(size, classes))
 
 
-def count_errors(model: models.Model, params: models.Params, examples: training.Batch) -> Array:
+def count_errors(model: models.Model, params: models.Params, examples: train_step.Batch) -> Array:
     """Errors among the examples that are "counted" `[N]`.
 
     The prediction is the best of the outputs that are "allowed" `[outputs]`; it must be the "wanted" one

@@ -8,15 +8,14 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import sampled_targets, top_k_targets, training
-from distill_jax.data import frames
-from distill_jax.data.sources import Examples
+from distill_jax import sampled_targets, top_k_targets, train_step
+from distill_jax.data.images import Examples
 from distill_jax.top_k_targets import Kept
-from experiments import members
-from experiments.speech import nets, training_set
+from experiments.common import members
+from experiments.common.study import Context, Row, make_row
+from experiments.speech import frames, nets, training_set
 from experiments.speech.data import load_data
 from experiments.speech.table1 import distil, store_name
-from experiments.study import Context, Row, make_row
 
 
 def temperature(context: Context) -> list[Row]:
@@ -57,7 +56,7 @@ def compression(context: Context) -> list[Row]:
     probabilities = jnp.exp(jnp.asarray(log_probs))
     mean = jnp.mean(probabilities, axis=0)
 
-    def student(row: str, targets: Sequence[Examples], loss: training.Loss) -> members.Trained:
+    def student(row: str, targets: Sequence[Examples], loss: train_step.Loss) -> members.Trained:
         print(f"compression, {row}", flush=True)
         joined = [{**examples, **own} for own in targets]
         # Of one name, so that a seed's students begin alike and see the same batches.
@@ -66,7 +65,7 @@ def compression(context: Context) -> list[Row]:
         return nets.train(context, "student", net, joined, loss, [variant], directory=directory)
 
     targets = {"teacher_logits": log_probs * np.float32(net.temperature)}
-    dense = student("dense", [targets] * seeds, training.distillation_loss)
+    dense = student("dense", [targets] * seeds, train_step.distillation_loss)
     rows = _compression_rows(config, "dense", 4 * data.num_classes + _DIGEST, dense, {})
     some = np.arange(len(log_probs))[:: -(-len(log_probs) // _COMPARED)]
     one = nets.first(nets.Net(dense.model, dense.params), 1)
@@ -79,8 +78,8 @@ def compression(context: Context) -> list[Row]:
             errors = {name: [float(x)] for name, x in found.items() if np.isfinite(x)}
             # Every student has draws of its own, so that the spread over seeds has theirs too.
             own = [map(np.asarray, kept[seed % len(kept)]) for seed in range(seeds)]
-            fields = [dict(zip(training.TOP_K_FIELDS, one, strict=True)) for one in own]
-            trained = student(row, fields, training.top_k_distillation_loss(mean))
+            fields = [dict(zip(train_step.TOP_K_FIELDS, one, strict=True)) for one in own]
+            trained = student(row, fields, train_step.top_k_distillation_loss(mean))
             less = nets.frame_accuracies(trained, data) - nets.frame_accuracies(dense, data)
             measured = {**errors, "frame_accuracy_less_dense": less}
             rows += _compression_rows(config, row, size, trained, measured)
@@ -98,7 +97,7 @@ def unlabelled(context: Context) -> list[Row]:
         "small",
         net,
         training_set.labelled(config, net, 1),
-        training.label_loss,
+        train_step.label_loss,
         seeds=seeds,
     )
     base = nets.frame_accuracies(small, data)

@@ -9,8 +9,8 @@ and a prepared corpus: --config.data.source=DIR. Any field can be set: --config.
 
 from ml_collections import ConfigDict
 
-from experiments import sections
-from experiments.sweeps import Overrides, product
+from experiments.common import sections
+from experiments.common.sweeps import Overrides, product
 
 PRESETS = ("smoke", "default", "paper")
 

@@ -8,15 +8,14 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax.data import frames
-from distill_jax.data.sources import Examples
+from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
-from experiments.speech import speech_frames
+from experiments.speech import frames, speech_frames
 from experiments.speech.speech_frames import SPLITS, Corpus, Utterance
 
 
 class Data(NamedTuple):
-    """Cases of `distill_jax.data.frames`, and what belongs to them.
+    """Cases of `experiments.speech.frames`, and what belongs to them.
 
     lengths: int `[U]`, frames of the training utterances. train, validation, test: packed, "label" a
     class; train is empty where it is streamed (`training_set` serves both). num_classes: C.

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from experiments.plots import (
+from experiments.common.plots import (
     OTHER,
     OURS,
     PAPER,
@@ -32,7 +32,7 @@ from experiments.plots import (
     tidy,
     widen,
 )
-from experiments.report import NamedFigure
+from experiments.common.report import NamedFigure
 
 _COLORS = {"ensemble": OTHER, "distilled": OURS}
 _FRAME = 0.01  # seconds

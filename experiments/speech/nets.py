@@ -14,15 +14,14 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, soft_targets, training
-from distill_jax.data import frames
-from distill_jax.data.sources import Examples
+from distill_jax import compressed_targets, soft_targets, train_step
+from distill_jax.data.images import Examples
 from distill_jax.models import Model, Params
 from distill_jax.soft_targets import Mean
-from experiments import members
-from experiments.speech import training_set
+from experiments.common import members
+from experiments.common.study import Context
+from experiments.speech import frames, training_set
 from experiments.speech.data import Data, load_data
-from experiments.study import Context
 
 WINDOWS = members.Cases(
     frames.gather_windows,
@@ -42,7 +41,7 @@ def train(
     name: str,
     net: ConfigDict,
     examples: Sequence[Examples] | members.Stream,
-    loss: training.Loss,
+    loss: train_step.Loss,
     variants: Sequence[Mapping[str, float]] = ({},),
     seeds: Sequence[int] | None = None,
     directory: Path | None = None,
@@ -81,7 +80,7 @@ def train_on_targets(
         name,
         net,
         training_set.with_targets(context.config, net, store, temperature, len(seeds)),
-        training.top_k_distillation_loss(store.tail_weights),
+        train_step.top_k_distillation_loss(store.tail_weights),
         [{"temperature": temperature, "hard_weight": hard_weight}],
         seeds=seeds,
     )
@@ -111,7 +110,7 @@ def _train_group(
         f"member_{group[0]}" if len(group) == 1 else f"members_{group[0]}_to_{group[-1]}",
         net,
         training_set.labelled(context.config, net, len(group)),
-        training.label_loss,
+        train_step.label_loss,
         seeds=group,
         directory=directory,
     )

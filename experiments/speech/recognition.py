@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from distill_jax import processes
-from distill_jax.data import frames
-from experiments.speech import decoding, language_model, nets
+from experiments.common.study import Context, Row, make_row, write_json
+from experiments.speech import decoding, frames, language_model, nets
 from experiments.speech.data import Data, load_data
 from experiments.speech.speech_frames import Utterance
 from experiments.speech.table1 import distil
-from experiments.study import Context, Row, make_row, write_json
 
 _COUNTED = 100  # frames that a phone needs in the test set for its confusions to mean something
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json, run_study
 from experiments.speech import comparisons, figures, nets, recognition, table1, table5
-from experiments.study import Row, Stage, draw_report, finished_rows, read_json, run_study
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 4 and 6: speech"
 CAPTIONS = {

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, models, training
-from distill_jax.data import frames
+from distill_jax import compressed_targets, models, train_step
 from distill_jax.soft_targets import Mean
-from experiments import members
-from experiments.speech import nets, training_set
+from experiments.common import members
+from experiments.common.study import Context, Row, make_row, read_json, write_json
+from experiments.speech import frames, nets, training_set
 from experiments.speech.data import Data, load_data
-from experiments.study import Context, Row, make_row, read_json, write_json
 
 _SHARD_RUNS = 64  # at most so many groups of the stage that writes soft targets
 
@@ -124,7 +123,7 @@ def _control(context: Context) -> list[Row]:
         "control",
         ConfigDict({**net.to_dict(), "epochs": epochs, "report_every": 1}),
         training_set.labelled(config, net, 1),
-        training.label_loss,
+        train_step.label_loss,
         seeds=net.members[:1],
     )
     found = nets.frame_accuracies(trained, load_data(config))

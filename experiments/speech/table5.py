@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from distill_jax import training
-from distill_jax.data.sources import Examples
+from distill_jax import train_step
+from distill_jax.data.images import Examples
 from distill_jax.loop import Record
-from experiments import members
+from experiments.common import members
+from experiments.common.study import Context, Row, make_row, write_json
 from experiments.speech import nets, training_set
 from experiments.speech.data import load_data
 from experiments.speech.table1 import store_name
-from experiments.study import Context, Row, make_row, write_json
 
 _METRICS = ("train_frame_accuracy", "frame_accuracy")
 
@@ -32,7 +32,7 @@ def fractions(context: Context) -> list[Row]:
         "part",
         net,
         examples,
-        training.top_k_distillation_loss(store.tail_weights),
+        train_step.top_k_distillation_loss(store.tail_weights),
         [
             {"temperature": net.temperature, "hard_weight": weight}
             for weight in (1.0, net.hard_weight)

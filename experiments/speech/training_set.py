@@ -11,17 +11,18 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, parallel
-from distill_jax.data import frames, streaming, transfer
-from distill_jax.data.sources import Examples
-from experiments.members import Stream
+from distill_jax import compressed_targets, sharding
+from distill_jax.data import transfer
+from distill_jax.data.images import Examples
+from experiments.common.members import Stream
+from experiments.speech import frames, stream
 from experiments.speech.data import Data, load_data
 
 _CHUNK = 65536  # rows whose windows are in the host's memory at a time
 
 
 class Utterances:
-    """`streaming.Source` of the training utterances, with stored soft targets if there are any."""
+    """`stream.Source` of the training utterances, with stored soft targets if there are any."""
 
     def __init__(self, data: Data, store: compressed_targets.Store | None = None):
         self.data, self.store = data, store
@@ -141,16 +142,16 @@ def _resident_frames(data: Data) -> Array:
 
 def _stream(config: ConfigDict, net: ConfigDict, source: Utterances) -> Stream:
     lengths, size, seed = source.data.lengths, config.data.block_frames, config.data.stream_seed
-    steps = streaming.steps_per_block(lengths, size, net.batch_size)
-    one = next(streaming.blocks(source, lengths, size, seed, read_threads=0, prefetch=0))
+    steps = stream.steps_per_block(lengths, size, net.batch_size)
+    one = next(stream.blocks(source, lengths, size, seed, read_threads=0, prefetch=0))
     shared = dict.fromkeys(one, False)
     width = frames.LEFT + 1 + frames.RIGHT
     return Stream(
-        lambda first: streaming.blocks(source, lengths, size, seed, first),
+        lambda first: stream.blocks(source, lengths, size, seed, first),
         steps,
-        streaming.block_sizes(lengths, size).epoch,
+        stream.block_sizes(lengths, size).epoch,
         jax.ShapeDtypeStruct((width, one["frames"].shape[1]), one["frames"].dtype),
-        lambda block, mesh: parallel.put_examples(block, mesh, shared),
+        lambda block, mesh: sharding.put_examples(block, mesh, shared),
         shared,
-        lambda step, shard: streaming.make_block_epoch(step, net.batch_size, steps, shard),
+        lambda step, shard: stream.make_block_epoch(step, net.batch_size, steps, shard),
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import debian
+from experiments.common import debian
 from experiments.specialists.corpus import typefaces
 from experiments.specialists.corpus.typefaces import Source, Typeface
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from distill_jax.errors import UserError
-from experiments import workers
+from experiments.common import workers
+from experiments.common.study import read_json, write_json
 from experiments.specialists import glyphs
 from experiments.specialists.corpus import grouping, rendering
 from experiments.specialists.corpus.typefaces import LEAST, Typeface
 from experiments.specialists.glyphs import Sheet
-from experiments.study import read_json, write_json
 
 _SAMPLE = 80  # characters that typefaces are compared on
 _NEAR_COPY, _GROUP = 0.05, 0.15  # distances

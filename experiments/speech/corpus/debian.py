@@ -8,7 +8,7 @@ import gzip
 import os
 from pathlib import Path
 
-from experiments.debian import unpacked
+from experiments.common.debian import unpacked
 from experiments.speech.corpus import amazon_queen, steel_sky
 from experiments.speech.corpus.recordings import Recording
 

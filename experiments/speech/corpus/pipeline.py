@@ -24,12 +24,12 @@ import numpy as np
 import soundfile
 
 from distill_jax.errors import UserError
-from experiments import workers
+from experiments.common import workers
+from experiments.common.study import write_json
 from experiments.speech import speech_frames, sphinx
 from experiments.speech.corpus import alignment, features, text
 from experiments.speech.corpus.recordings import RATE, Recording, to_mono_16k
 from experiments.speech.speech_frames import SPLITS, Utterance
-from experiments.study import write_json
 
 _PART = 16  # recordings that a killed run loses at most, per process
 _SHORTEST = 10  # frames

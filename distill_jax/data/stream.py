@@ -1,0 +1,292 @@
+"""Image classification sets that don't fit in memory, read by number from ArrayRecord files.
+
+An epoch takes the examples in an order that is computed place by place: a function of the seed and the
+epoch alone. Batch b of an epoch takes the places b B..(b+1) B-1, of which each process reads its own
+rows. The unit of reading is a block of S batches, trained on as one scanned program while grain reads
+the next ones in threads.
+
+What is in block b is a function of the seed and b alone, so a resumed run starts at any of them, with
+any number of processes, and an epoch in two parts has the same examples as one in one part.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike, fspath
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import ArrayLike
+
+from distill_jax.data import images
+from distill_jax.data.images import Examples
+from distill_jax.epochs import Epoch, make_steps, steps_per_epoch, take_rows
+from distill_jax.errors import UserError
+from distill_jax.train_step import Batch, Hyper, TrainState, TrainStep
+from experiments.speech import stream
+from experiments.speech.stream import Block
+
+_CHUNK = 100  # records whose bytes are in memory together: photographs are about 1 MB each
+
+Parse = Callable[[bytes], Mapping[str, ArrayLike]]
+"""A record's fields: "image" uint8 or floating, "label" an integer, and any others; the same shapes
+and dtypes for all records."""
+
+
+class Records(NamedTuple):
+    """N examples that are read by number.
+
+    size: N. read: numbers int `[n]` -> their examples, validated (`images.validate`): "id" int32
+    `[n]`, "image" `[n, ...]`, "label" int32 `[n]`, and any other fields `[n, ...]`. Called by several
+    threads at once.
+    """
+
+    size: int
+    read: Callable[[np.ndarray], Examples]
+
+
+class Cut(NamedTuple):
+    """How an epoch is cut. steps: batches in a block, S. blocks: in an epoch."""
+
+    steps: int
+    blocks: int
+
+
+def from_tfds(prepared: images.Prepared, side: int = 0, split: str = "train") -> Records:
+    """The records of a TFDS set; an id is the example's number on disk, as `images.load` gives it.
+
+    Args:
+        prepared: from `images.open_prepared`.
+        side: as for `images.load`.
+        split: of the set.
+
+    Raises:
+        UserError: here or while reading, for a missing or damaged file, which it names; for images of
+            different sizes; see `images.validate`.
+    """
+    from tensorflow_datasets import decode
+
+    info = prepared.builder.info
+    source = prepared.builder.as_data_source(
+        split, deserialize_method=decode.DeserializeMethod.RAW_BYTES
+    )
+    shards = [(file.filename, file.take) for file in info.splits[split].file_instructions]
+
+    def parse(record: bytes) -> dict[str, ArrayLike]:
+        example = info.features.deserialize_example_np(record)
+        image = images.resize(example["image"], side) if side else example["image"]
+        # A trailing axis of 1 is dropped, as in `images.Examples`.
+        image = image[..., 0] if image.shape[2:] == (1,) else image
+        return {"image": image, "label": np.int32(example["label"])}
+
+    return _records(source, shards, parse, f"{prepared.name}, {split}", prepared.num_classes)
+
+
+def from_files(
+    paths: Sequence[str | PathLike[str]], parse: Parse, num_classes: int, name: str = "records"
+) -> Records:
+    """The records of ArrayRecord files, numbered from 0 in the order of the files.
+
+    They should be written with `group_size:1`; with other sizes, one read decompresses a whole group.
+
+    Args:
+        paths: of the files; their order is part of an example's id.
+        parse: makes an example of a record's bytes; called by several threads at once.
+        num_classes: C; labels must be in 0..C-1.
+        name: of the set, for messages.
+
+    Raises:
+        UserError: as `from_tfds`; for a record that `parse` fails on, whatever it raises.
+    """
+    import grain
+
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(_count, paths))
+    shards = [(fspath(path), size) for path, size in zip(paths, sizes, strict=True)]
+    if not sum(sizes):
+        raise UserError(f"{name}: no records in {len(shards)} files")
+    source = grain.sources.ArrayRecordDataSource([f"{path}[0:{size}]" for path, size in shards])
+    return _records(source, shards, parse, name, num_classes)
+
+
+def select(records: Records, numbers: np.ndarray) -> Records:
+    """A part of the records; they keep their ids."""
+    return Records(len(numbers), lambda places: records.read(numbers[places]))
+
+
+def cut(size: int, batch_size: int, block_examples: int) -> Cut:
+    """Cuts epochs of `size` examples into blocks of one size.
+
+    A block has at most `block_examples`, more than half as many (or the whole epoch), and of all such
+    sizes the one that leaves the fewest batches of an epoch over. Those are left out, like a last
+    batch that isn't full: other examples every epoch.
+
+    Raises:
+        UserError: for blocks of less than a batch, or fewer examples than one.
+    """
+    epoch = steps_per_epoch(size, batch_size)
+    most = min(block_examples // batch_size, epoch)
+    if most < 1:
+        raise UserError(
+            f"block_examples is {block_examples}, less than one batch of {batch_size}: set it to "
+            "that of many batches"
+        )
+    steps = min(range(most // 2 + 1, most + 1), key=lambda steps: (epoch % steps, -steps))
+    return Cut(steps, epoch // steps)
+
+
+def order(size: int, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
+    """Which examples stand at some places of an epoch's order.
+
+    Args:
+        size: N examples.
+        seed: at least 0.
+        epoch: its number, from 0.
+        places: int `[n]` in 0..N-1.
+
+    Returns:
+        int64 `[n]`; over all places, a permutation of 0..N-1.
+    """
+    from grain.experimental import index_shuffle
+
+    # Mixed, because grain's own sum of the two gives epoch 1 of seed 0 the order of epoch 0 of seed 1.
+    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    shuffled = (
+        index_shuffle(place, max_index=size - 1, seed=mixed, rounds=4) for place in places.tolist()
+    )
+    return np.fromiter(shuffled, np.int64, len(places))
+
+
+def blocks(
+    records: Records,
+    batch_size: int,
+    block_examples: int,
+    seed: int,
+    rows: np.ndarray,
+    first_block: int = 0,
+    read_threads: int = 2,
+    prefetch: int = 2,
+    end: int = sys.maxsize,
+) -> Iterator[Block]:
+    """Reads this process's rows of the blocks `first_block..end-1`, over all epochs.
+
+    With the names of `cut`, step s of block b is step `(b mod blocks) S + s` of epoch `b // blocks`.
+
+    Args:
+        records: all N of them, on every process.
+        batch_size: B, over all processes.
+        block_examples: as for `cut`.
+        seed: of the epochs' orders.
+        rows: the positions in a batch that this process reads (`parallel.own_rows`): int `[b]`.
+        first_block: where a resumed run goes on.
+        read_threads, prefetch, end: as for `stream.read_ahead`.
+
+    Returns:
+        Blocks of fields `[S, b, ...]`.
+
+    Raises:
+        UserError: as `cut`, or while reading, as the records do.
+    """
+    steps, per_epoch = cut(records.size, batch_size, block_examples)
+
+    def read(number: int) -> Block:
+        epoch, place = divmod(number, per_epoch)
+        places = (place * steps + np.arange(steps)[:, None]) * batch_size + rows
+        examples = records.read(order(records.size, seed, epoch, places.ravel()))
+        return {
+            name: field.reshape(*places.shape, *field.shape[1:]) for name, field in examples.items()
+        }
+
+    return stream.read_ahead(read, first_block, end, read_threads, prefetch)
+
+
+def make_block_epoch(step: TrainStep, shard_batch: Callable[[Batch], Batch]) -> Epoch:
+    """Builds `run_block(state, block, key, hyper) -> (state, metrics [S])`.
+
+    Args:
+        step: from `training.make_train_step`.
+        shard_batch: from `parallel.shard_batch`. A block's fields are `[S, B, ...]`, laid out by
+            `parallel.put_rows` with a `batch_axis` of 1, so that nothing has to move.
+    """
+    run_steps = make_steps(step, shard_batch, take_rows)
+
+    def run_block(state: TrainState, block: Batch, key: Array, hyper: Hyper):
+        steps = jnp.arange(block["label"].shape[0], dtype=jnp.int32)
+        return run_steps(state, block, steps, key, hyper)
+
+    return run_block
+
+
+def _count(path: str | PathLike[str]) -> int:
+    import grain
+
+    try:
+        return len(grain.sources.ArrayRecordDataSource([fspath(path)]))
+    except RuntimeError as error:
+        raise UserError(f"{fspath(path)} is no readable ArrayRecord file ({error})") from error
+
+
+def _records(
+    source: Any, shards: Sequence[tuple[str, int]], parse: Parse, name: str, num_classes: int
+) -> Records:
+    """Records of a source of bytes by number, in files (path, number of records)."""
+    ends = np.cumsum([size for _, size in shards])
+    size = int(ends[-1])
+    if size > np.iinfo(np.int32).max:
+        raise UserError(
+            f"{name}: {size} records are more than ids of 32 bits can name: {2**31 - 1}"
+        )
+
+    def where(number: int) -> str:
+        path, _ = shards[int(np.searchsorted(ends, number, side="right"))]
+        return f"{name}: record {number}, in {path},"
+
+    def fetch(numbers: list[int]) -> Sequence[bytes]:
+        try:
+            return source.__getitems__(numbers)
+        except (RuntimeError, OSError) as error:
+            if len(numbers) == 1:
+                raise UserError(f"{where(numbers[0])} can't be read ({error})") from error
+            return [fetch([number])[0] for number in numbers]  # which one it is, isn't said
+
+    def example(number: int, record: bytes) -> Examples:
+        try:
+            fields = {name: np.asarray(value) for name, value in parse(record).items()}
+            return {**fields, "id": np.array(number, np.int32)}
+        except Exception as error:  # whatever a parser raises
+            raise UserError(f"{where(number)} is damaged ({error})") from error
+
+    first = example(0, fetch([0])[0])
+    kinds = _kinds(first)
+
+    def read(numbers: np.ndarray) -> Examples:
+        arrays = {
+            field: np.empty((len(numbers), *value.shape), value.dtype)
+            for field, value in first.items()
+        }
+        for start in range(0, len(numbers), _CHUNK):
+            chunk = numbers[start : start + _CHUNK].tolist()
+            for row, (number, record) in enumerate(zip(chunk, fetch(chunk), strict=True), start):
+                one = example(number, record)
+                if _kinds(one) != kinds:
+                    raise UserError(
+                        f"{where(number)} has {_listed(one)}, but record 0 has {_listed(first)}; all "
+                        "must be alike, and images of a TFDS set can be resized to one side"
+                    )
+                for field, value in one.items():
+                    arrays[field][row] = value
+        if len(numbers):
+            images.validate(arrays, num_classes, name)
+        return arrays
+
+    return Records(size, read)
+
+
+def _kinds(example: Examples) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    return {name: (field.dtype, field.shape) for name, field in example.items()}
+
+
+def _listed(example: Examples) -> str:
+    return ", ".join(f"{name} {field.dtype} {list(field.shape)}" for name, field in example.items())

@@ -1,0 +1,105 @@
+"""Epochs of a data set that is resident on the device, each run as one scanned program."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from distill_jax.errors import UserError
+from distill_jax.train_step import Batch, Hyper, TrainState, TrainStep
+
+Epoch = Callable[[TrainState, Batch, Array, Hyper], tuple[TrainState, dict[str, Array]]]
+
+Gather = Callable[[Batch, Array], Batch]
+"""`(examples, rows [B]) -> batch`: how a batch is made of a resident set, inside the program."""
+
+Draw = Callable[[Batch, Array, int, int], Array]
+"""`(examples, key, steps, batch size) -> rows int32 [steps, B]`: which examples an epoch takes."""
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Whole batches in an epoch; the remainder is left out, a different one every epoch."""
+    if num_examples < batch_size:
+        raise UserError(f"batch_size {batch_size} is more than the {num_examples} examples")
+    return num_examples // batch_size
+
+
+def take_rows(examples: Batch, rows: Array) -> Batch:
+    """The batch of plain examples: every field `[N, ...]` at the rows `[B]`."""
+    return {name: field[rows] for name, field in examples.items()}
+
+
+def count_labels(examples: Mapping[str, Any]) -> int:
+    """The examples in an epoch: all, N."""
+    return examples["label"].shape[0]
+
+
+def shuffle(examples: Batch, key: Array, steps: int, batch_size: int) -> Array:
+    """Each example at most once, in random order: rows int32 `[steps, B]`."""
+    order = jax.random.permutation(key, count_labels(examples))
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def make_epoch(
+    step: TrainStep,
+    batch_size: int,
+    passes: int = 1,
+    shard_batch: Callable[[Batch], Batch] = lambda batch: batch,
+    gather: Gather = take_rows,
+    draw: Draw = shuffle,
+    size: Callable[[Batch], int] = count_labels,
+) -> Epoch:
+    """Builds `run_epoch(state, examples, key, hyper) -> (state, metrics)`.
+
+    The order of an epoch is a function of the key and the epoch's number alone, which is read off
+    `state.step`; so an interrupted run goes on with the order it would have had.
+
+    Args:
+        step: from `make_train_step`.
+        batch_size: B.
+        passes: epochs to run in one call; for small sets, where one epoch is too short a program.
+        shard_batch: lays a gathered batch out over devices (`parallel.shard_batch`).
+        gather: makes the batch of the examples at some rows.
+        draw: chooses the rows of an epoch's batches.
+        size: how many examples make an epoch, from the shapes of their fields.
+
+    Returns:
+        The epoch; `examples` are fields `[N, ...]` (or what `gather` takes), the metrics
+        `[passes * steps]` per step.
+    """
+    run_steps = make_steps(step, shard_batch, gather)
+
+    def one_pass(state: TrainState, examples: Batch, key: Array, hyper: Hyper):
+        steps = steps_per_epoch(size(examples), batch_size)
+        order_key, step_key = jax.random.split(key)
+        epoch_key = jax.random.fold_in(order_key, state.step // jnp.int32(steps))
+        rows = draw(examples, epoch_key, steps, batch_size)
+        return run_steps(state, examples, rows, step_key, hyper)
+
+    def run_epoch(state: TrainState, examples: Batch, key: Array, hyper: Hyper):
+        state, metrics = jax.lax.scan(
+            lambda state, _: one_pass(state, examples, key, hyper), state, length=passes
+        )
+        return state, jax.tree.map(jnp.ravel, metrics)
+
+    return run_epoch
+
+
+def make_steps(
+    step: TrainStep, shard_batch: Callable[[Batch], Batch], gather: Gather
+) -> Callable[[TrainState, Batch, Array, Array, Hyper], tuple[TrainState, dict[str, Array]]]:
+    """Builds `run_steps(state, examples, rows [steps, B], key, hyper) -> (state, metrics [steps])`.
+
+    One scanned step for each line of rows; arguments as for `make_epoch`.
+    """
+
+    def run_steps(state: TrainState, examples: Batch, rows: Array, key: Array, hyper: Hyper):
+        return jax.lax.scan(
+            lambda state, rows: step(state, shard_batch(gather(examples, rows)), key, hyper),
+            state,
+            rows,
+        )
+
+    return run_steps

@@ -1,0 +1,366 @@
+"""Devices, meshes and shardings; the only file that names them.
+
+One mesh serves the paper's three kinds of parallelism (section 5.1): "member" (an ensemble or a sweep
+of models), "data" (replicas on different examples), "model" (one model's neurons spread out).
+
+Programs are written for whole arrays. Only where arrays lie is said here: XLA splits the work after
+them, and puts in the communication.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from distill_jax import processes
+from distill_jax.epochs import Epoch
+from distill_jax.errors import UserError
+from distill_jax.fused_loss import on_one_device
+from distill_jax.optimizers import OUTPUT_LAYER
+from distill_jax.train_step import Batch, Hyper, TrainState, TrainStep
+
+AXES = ("member", "data", "model")
+
+
+def make_mesh(member: int = 1, data: int = -1, model: int = 1) -> Mesh:
+    """A mesh over all devices; a size of -1 takes what the others leave.
+
+    Neighbours on "model", which communicate most, then those on "data", are near each other: by a TPU's
+    topology, elsewhere in one process as far as the sizes allow.
+
+    Raises:
+        UserError: if the sizes don't multiply to the number of devices.
+    """
+    devices = jax.devices()
+    sizes = [member, data, model]
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    if sizes.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if int(np.prod(sizes)) != len(devices) or min(sizes) < 1:
+        asked = dict(zip(AXES, (member, data, model), strict=True))
+        raise UserError(f"mesh {asked} doesn't fit the {len(devices)} devices")
+    return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
+
+
+def state_shardings(state: TrainState, mesh: Mesh, *leading: str) -> TrainState:
+    """Where each array of a state lies: the layers of `models.mlp` are split over "model".
+
+    The output layer is split by its units, the classes, so that logits and losses are. Counted back
+    from it, the hidden layers are split by inputs and by units in turn: what a layer split by units
+    gives is what the next one, split by inputs, needs, and a pair takes one reduction in each
+    direction. With an odd number of them the first is split by the network's inputs. If "model"
+    doesn't divide the classes, the output layer is whole. All else is whole too, such as a
+    convolutional trunk. What an optimizer keeps of a weight lies as the weight does.
+
+    Args:
+        state: of arrays, or of their shapes.
+        mesh: from `make_mesh`.
+        leading: the mesh's axes over which the leading axes of all leaves are split: "member" for M
+            states.
+
+    Returns:
+        A NamedSharding for each leaf.
+
+    Raises:
+        UserError: for a hidden layer that "model" doesn't divide.
+    """
+    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
+    hidden = len({_layer_of(path)[0] for path in paths if _layer_of(path)[0].startswith("hidden_")})
+    depths = {OUTPUT_LAYER: 0, **{f"hidden_{i}": hidden - i for i in range(hidden)}}
+
+    def sharding(path: tuple[Any, ...], leaf: Array) -> NamedSharding:
+        layer, weights = _layer_of(path)
+        split: tuple[str | None, ...] = ()
+        if layer in depths:
+            split = _split_layer(layer, depths[layer], weights, leaf.shape, mesh.shape["model"])
+        return NamedSharding(mesh, PartitionSpec(*leading, *split))
+
+    return jax.tree.map_with_path(sharding, state)
+
+
+def compile_step(step: TrainStep, mesh: Mesh, state: TrainState) -> TrainStep:
+    """Compiles a step for batches split over the mesh's "data" axis; the state is donated.
+
+    The step is written in the global view: its mean is over the whole batch, however many devices
+    hold it.
+
+    Args:
+        step: from `make_train_step`.
+        mesh: from `make_mesh`.
+        state: one that will be trained, or its shapes: it will lie as `state_shardings` says.
+
+    Raises:
+        UserError: as `state_shardings` does.
+    """
+    whole, split = NamedSharding(mesh, PartitionSpec()), _split(mesh, "data")
+    own = state_shardings(state, mesh)
+    return jax.jit(
+        step,
+        in_shardings=(own, split, whole, whole),
+        out_shardings=(own, whole),
+        donate_argnums=0,
+    )
+
+
+def compile_pmap_step(step: TrainStep) -> TrainStep:
+    """Compiles a step made with `axis_name="data"` under `jax.pmap`, one replica per local device.
+
+    It is called as a step of `compile_step` is: the batch is cut over the devices, the state is whole
+    on each. For programs that are built on pmap; `compile_step` is the way this project runs.
+    """
+    count = jax.local_device_count()
+    mapped = jax.pmap(step, axis_name="data", in_axes=(None, 0, None, None), out_axes=None)
+
+    def run(state: TrainState, batch: Batch, key: Array, hyper: Hyper):
+        check_divides(batch["label"].shape[0], count, "the batch size", "devices")
+        cut = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        return mapped(state, cut, key, hyper)
+
+    return run
+
+
+def compile_epoch(run_epoch: Epoch, mesh: Mesh, per_member: Mapping[str, bool]) -> Epoch:
+    """Compiles an epoch of M members as one program: vmapped, and sharded over "member".
+
+    Args:
+        run_epoch: from `make_epoch`, for one model.
+        mesh: the members are split over "member", each batch over "data", and each net over "model"
+            as `state_shardings` says.
+        per_member: for every field of the examples, whether it has a leading member axis
+            `[M, N, ...]` (the soft targets of each member's own teacher) or is shared `[N, ...]`.
+
+    Returns:
+        `(states, examples, keys [M], hyper of [M]) -> (states, metrics [M, steps])`; the states are
+        donated. Bring the examples there by `put_examples`, or blocks of batches by `put_rows`.
+
+    Raises:
+        UserError: when called, as `state_shardings` does.
+    """
+    member = _split(mesh, "member")
+    mapped = jax.vmap(
+        run_epoch,
+        in_axes=(0, {name: 0 if own else None for name, own in per_member.items()}, 0, 0),
+        spmd_axis_name="member",
+    )
+
+    def run(states: TrainState, examples: Batch, keys: Array, hyper: Hyper):
+        states, metrics = run_members(_lay_out(states, mesh), examples, keys, hyper)
+        return _lay_out(states, mesh), metrics
+
+    def run_members(states: TrainState, examples: Batch, keys: Array, hyper: Hyper):
+        if len(keys) > 1:
+            return mapped(states, examples, keys, hyper)
+        # An axis of one member makes no difference but in time: a tenth of a step on a CPU.
+        own = {name: field[0] if per_member[name] else field for name, field in examples.items()}
+        state, hyper = jax.tree.map(lambda leaf: leaf[0], (states, hyper))
+        return jax.tree.map(lambda leaf: leaf[None], run_epoch(state, own, keys[0], hyper))
+
+    return jax.jit(
+        run,
+        in_shardings=(None, None, member, member),
+        out_shardings=(None, member),
+        donate_argnums=0,
+    )
+
+
+def init_members(init: Callable[[Any], TrainState], starts: Any, mesh: Mesh) -> TrainState:
+    """M fresh states `[M, ...]`, split over "member", and each over "model" (`state_shardings`).
+
+    Args:
+        init: makes one state of one start.
+        starts: keys `[M]`, or parameters to start from, each leaf `[M, ...]`.
+        mesh: its size of "member" divides M.
+
+    Raises:
+        UserError: if it doesn't, or "model" doesn't divide a hidden layer.
+    """
+    count = jax.tree.leaves(starts)[0].shape[0]
+    check_divides(count, mesh.shape["member"], "the number of members", "member devices")
+    shapes = jax.eval_shape(jax.vmap(init), starts)
+    return jax.jit(jax.vmap(init), out_shardings=state_shardings(shapes, mesh, "member"))(starts)
+
+
+def put_examples(examples: Mapping[str, Any], mesh: Mesh, per_member: Mapping[str, bool]) -> Batch:
+    """Copies examples to the devices once, for `compile_epoch`.
+
+    Every process brings all of them, and they must be the same on all: nothing is sent or compared.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    member = _split(mesh, "member")
+
+    def put(leaf: Any, sharding: NamedSharding) -> Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return {  # a field may be a tree, such as a frozen net's parameters
+        name: jax.tree.map(
+            functools.partial(put, sharding=member if per_member[name] else whole), field
+        )
+        for name, field in examples.items()
+    }
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The examples of a global batch that this process has to load.
+
+    Returns:
+        Their positions in 0..batch_size-1, ascending: int64. Processes whose devices differ only on
+        the axes "member" and "model" load the same ones; together they load all.
+
+    Raises:
+        UserError: for a batch that "data" doesn't divide, or a mesh in which two processes share some
+            rows, but not all.
+    """
+    check_divides(batch_size, mesh.shape["data"], "batch_size", "data devices")
+    process_of = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    indices = np.unique(process_of)
+    holds = np.array([(process_of == index).any((0, 2)) for index in indices])
+    if (np.unique(holds, axis=0).sum(0) != 1).any():
+        raise UserError(
+            f"on the mesh {dict(mesh.shape)} some of {len(indices)} processes share rows of a batch "
+            "and don't share others: choose sizes of which one divides the devices of a process, or "
+            "is a multiple of them"
+        )
+    own = holds[indices == jax.process_index()].any(0)
+    return np.flatnonzero(np.repeat(own, batch_size // mesh.shape["data"]))
+
+
+def put_rows(fields: Mapping[str, np.ndarray], mesh: Mesh, batch_axis: int = 0) -> Batch:
+    """Makes global batches, split over "data", of what each process has loaded.
+
+    Args:
+        fields: the process's own rows, `own_rows` of a global batch, on the axis `batch_axis`; all
+            else is whole, and the same on all processes.
+        mesh: as for `own_rows`.
+        batch_axis: 0 for one batch `[B, ...]`, 1 for the batches of several steps `[steps, B, ...]`.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, "data"))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, field)
+        for name, field in fields.items()
+    }
+
+
+def shard_batch(mesh: Mesh, batch_size: int) -> Callable[[Batch], Batch]:
+    """For `make_epoch`: a gathered batch is split over the mesh's "data" axis.
+
+    The teacher's logits are split over "model" too, as the student's are.
+    """
+    check_divides(batch_size, mesh.shape["data"], "batch_size", "data devices")
+    rows = _split(mesh, "data")
+    classes = NamedSharding(mesh, PartitionSpec("data", "model"))
+
+    def shard(batch: Batch) -> Batch:
+        return {
+            name: jax.lax.with_sharding_constraint(
+                field,
+                classes
+                if name == "teacher_logits" and field.shape[-1] % mesh.shape["model"] == 0
+                else rows,
+            )
+            for name, field in batch.items()
+        }
+
+    return shard
+
+
+def over_data(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For `large_output.mean_loss` of a batch that is split over "data".
+
+    Every device goes through its own examples in chunks and sums the output layer's gradient by itself;
+    the sums meet once, after the last chunk. What a pass returns besides is of examples.
+    """
+    count = mesh.shape["data"]
+    rows = _split(mesh, "data")
+
+    def cut(x: Array) -> Array:
+        shards = x.reshape(count, -1, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(shards, rows)
+
+    def join(x: Array) -> Array:
+        return jax.lax.with_sharding_constraint(x.reshape(-1, *x.shape[2:]), rows)
+
+    def over(run: Callable[..., Any]) -> Callable[..., Any]:
+        def spread(hidden: Array, layer: Any, fields: Any, constants: Any, *weights: Array):
+            own = jax.tree.map(cut, (hidden, fields, weights))
+            found = jax.vmap(
+                lambda hidden, fields, weights: run(hidden, layer, fields, constants, *weights),
+                spmd_axis_name="data",
+            )(*own)
+            if not weights:
+                return jax.tree.map(join, found)
+            outcome, (back, total) = found
+            total = jax.tree.map(lambda x: jnp.sum(x, axis=0), total)
+            return jax.tree.map(join, outcome), (join(back), total)
+
+        return spread
+
+    return on_one_device if count == 1 else over
+
+
+def any_process(value: bool) -> Array | bool:
+    """Whether a value is true on any process; dispatched, to be read later by `processes.fetch`.
+
+    All processes must call it, in the same order as they dispatch everything else.
+    """
+    if processes.count() == 1:
+        return value
+    devices = Mesh(np.array(jax.devices()), ("device",))
+    one_each = NamedSharding(devices, PartitionSpec("device"))
+    values = jax.make_array_from_callback(
+        (devices.size,), one_each, lambda index: np.array([value])
+    )
+    return _compile_any(NamedSharding(devices, PartitionSpec()))(values)
+
+
+def check_divides(number: int, parts: int, what: str, devices: str) -> None:
+    """Raises a UserError unless `number` divides into `parts`."""
+    if number % parts:
+        raise UserError(f"{what} is {number}, which doesn't divide over {parts} {devices}")
+
+
+@functools.cache
+def _compile_any(whole: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(jnp.any, out_shardings=whole)
+
+
+def _lay_out(states: TrainState, mesh: Mesh) -> TrainState:
+    shardings = state_shardings(states, mesh, "member")
+    return jax.lax.with_sharding_constraint(states, shardings)
+
+
+def _layer_of(path: tuple[Any, ...]) -> tuple[str, str]:
+    """The last two keys on the way to a leaf: ("hidden_0", "kernel") of a layer's."""
+    names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return (names[-2], names[-1]) if len(names) > 1 else ("", "")
+
+
+def _split_layer(
+    layer: str, depth: int, weights: str, shape: tuple[int, ...], parts: int
+) -> tuple[str | None, ...]:
+    """The split of a kernel `[..., inputs, units]` or bias `[..., units]`, by its depth from the end."""
+    by_units = depth % 2 == 0
+    if weights == "bias" and not by_units:
+        return ()
+    size = shape[-1] if by_units else shape[-2]
+    if size % parts:
+        if layer == OUTPUT_LAYER:
+            return ()
+        raise UserError(
+            f"{layer} has {size} {'units' if by_units else 'inputs'}, which don't divide over {parts} "
+            "model devices: choose other hidden sizes or another mesh.model"
+        )
+    if weights == "bias":
+        return ("model",)
+    return (None, "model") if by_units else ("model", None)
+
+
+def _split(mesh: Mesh, axis: str) -> NamedSharding:
+    """The leading axis over one axis of the mesh, all else whole."""
+    return NamedSharding(mesh, PartitionSpec(axis))

@@ -1,0 +1,342 @@
+"""The train step: pure, and the same for teachers, baselines, students and specialists.
+
+Only the loss differs. The teacher's word is the batch's field "teacher_logits" `[B, C]`, either joined
+from a store (`soft_targets.attach`) or added in the step by a frozen teacher (`online_teacher`); or
+three smaller fields with a few of its probabilities (`compressed_targets.attach`); or, of teachers with
+very many classes, what their logits are made of (`online_teacher_hidden`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from distill_jax import fused_loss, losses, metrics, soft_targets
+from distill_jax.errors import UserError
+from distill_jax.models import Model, Params
+from distill_jax.optimizers import OUTPUT_LAYER
+
+Batch = dict[str, Any]
+"""Fields of B examples: "id" [B], "image" [B, ...], "label" int32 [B]; by need "label_known" bool
+[B] and "teacher_logits" float32 [B, C]; or "teacher_ids" uint [B, k], "teacher_probabilities" [B, k]
+(or [B, 1], all alike) and "teacher_tail" float32 [B]; or "teacher_hidden" [B, M, D] with
+"teacher_layer", {"kernel" [M, D, C], "bias" [M, C]}, the only field that is not of examples."""
+
+TOP_K_FIELDS = ("teacher_ids", "teacher_probabilities", "teacher_tail")
+_WHOLE = "teacher_layer"
+
+Hyper = dict[str, Array]
+"""Traced float32 scalars: "learning_rate", and what the loss reads ("temperature", "hard_weight")."""
+
+Loss = Callable[[Array, Batch, Hyper], Array]
+"""`(logits [B, C], batch, hyper) -> [B]`."""
+
+Transform = Callable[[Batch, Array], Batch]
+"""`(batch, key) -> batch`, run on the device inside the step: jitter, an online teacher."""
+
+
+class Fused(NamedTuple):
+    """A loss that the step computes together with the output layer, without `[B, C]` (`large_output`).
+
+    loss: of logits. rows and over: as for `fused_loss.mean_loss`.
+    """
+
+    loss: Loss
+    rows: int | None = None
+    over: fused_loss.Over = fused_loss.on_one_device
+
+
+class TrainState(NamedTuple):
+    """All that training changes, and exactly what a checkpoint holds."""
+
+    step: Array
+    params: Params
+    opt_state: optax.OptState
+
+
+TrainStep = Callable[[TrainState, Batch, Array, Hyper], tuple[TrainState, dict[str, Array]]]
+
+
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, key: Array, inputs: Array
+) -> TrainState:
+    """A fresh state at step 0; `inputs` is any batch `[B, ...]` of the right shape."""
+    return state_of(model.init(key, inputs), optimizer)
+
+
+def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 that starts from given parameters."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_train_step(
+    model: Model,
+    optimizer: optax.GradientTransformationExtraArgs,
+    loss: Loss | Fused,
+    transforms: Sequence[Transform] = (),
+    micro_batches: int = 1,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """Builds `step(state, batch, key, hyper) -> (state, metrics)`.
+
+    The step's randomness is `key` folded with the step's number, so a resumed run needs no saved key.
+
+    Args:
+        model: trained with dropout; `loss` sees its logits.
+        optimizer: from `distill_jax.optimizers`; receives `hyper["learning_rate"]`.
+        loss: per-example values; the step minimises their mean over the whole batch. `Fused` for very
+            many classes.
+        transforms: applied to the batch in turn, each with a key of its own.
+        micro_batches: parts into which the batch is cut to save memory; the gradient is their mean.
+        axis_name: the mapped axis to average over when the step runs under `pmap` or `shard_map`;
+            None in the global view of `jit`, where the mean is already over all devices.
+
+    Returns:
+        The step; its metrics are sums over the batch: "loss" float32, "errors" and "count" int32.
+
+    Raises:
+        UserError: for a fused loss of a model that doesn't tell its last hidden layer.
+    """
+    mean_loss = _fused_mean(model, loss) if isinstance(loss, Fused) else _dense_mean(model, loss)
+
+    def gradient(params: Params, batch: Batch, key: Array, hyper: Hyper):
+        (_, sums), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key, hyper)
+        return grads, sums
+
+    def step(state: TrainState, batch: Batch, key: Array, hyper: Hyper):
+        key = jax.random.fold_in(key, state.step)
+        if axis_name is not None:  # every device draws its own dropout masks and shifts
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        dropout_key, *transform_keys = jax.random.split(key, 1 + len(transforms))
+        for transform, transform_key in zip(transforms, transform_keys, strict=True):
+            batch = transform(batch, transform_key)
+        if micro_batches == 1:
+            grads, sums = gradient(state.params, batch, dropout_key, hyper)
+        else:
+            grads, sums = _accumulate(
+                gradient, micro_batches, state.params, batch, dropout_key, hyper
+            )
+        if axis_name is not None:
+            grads, sums = jax.lax.pmean(grads, axis_name), jax.lax.psum(sums, axis_name)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, learning_rate=hyper["learning_rate"]
+        )
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), sums
+
+    return step
+
+
+def _dense_mean(model: Model, loss: Loss):
+    def mean_loss(params: Params, batch: Batch, key: Array, hyper: Hyper):
+        logits = model.apply(params, batch["image"], dropout_key=key)
+        values = loss(logits, batch, hyper)
+        sums = {"loss": jnp.sum(values), **metrics.error_counts(logits, batch["label"])}
+        return jnp.mean(values), sums
+
+    return mean_loss
+
+
+def _fused_mean(model: Model, fused: Fused):
+    hidden_of = model.hidden
+    if hidden_of is None:
+        raise UserError(
+            "a loss can't be fused with the output layer of a model without `hidden`: give it one, "
+            "which makes the activations that params['output'] takes"
+        )
+
+    def loss(logits: Array, fields: Batch, constants: tuple[Batch, Hyper]) -> Array:
+        whole, hyper = constants
+        return fused.loss(logits, {**fields, **whole}, hyper)
+
+    def mean_loss(params: Params, batch: Batch, key: Array, hyper: Hyper):
+        hidden = hidden_of(params, batch["image"], dropout_key=key)
+        fields, whole = _split_whole(batch)
+        # A loss of logits has no use for the inputs, and they need not be cut into chunks.
+        fields = {name: field for name, field in fields.items() if name != "image"}
+        mean, (values, predicted) = fused_loss.mean_loss(
+            loss, hidden, params[OUTPUT_LAYER], fields, (whole, hyper), fused.rows, fused.over
+        )
+        counts = metrics.prediction_counts(predicted, batch["label"])
+        return mean, {"loss": jnp.sum(values), **counts}
+
+    return mean_loss
+
+
+def make_eval_step(model: Model) -> Callable[[Params, Batch], dict[str, Array]]:
+    """Builds `evaluate(params, batch) -> {"errors", "count"}`, the model in evaluation mode."""
+
+    def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+        return metrics.error_counts(model.apply(params, batch["image"]), batch["label"])
+
+    return evaluate
+
+
+def online_teacher(teacher: Callable[[Array], Array]) -> Transform:
+    """A transform that adds a frozen teacher's logits, for inputs that are augmented in the step.
+
+    Args:
+        teacher: inputs `[B, ...]` -> logits `[B, C]`, in evaluation mode, its parameters bound:
+            `lambda images: model.apply(params, images)`.
+    """
+
+    def add_logits(batch: Batch, key: Array) -> Batch:
+        return {**batch, "teacher_logits": jax.lax.stop_gradient(teacher(batch["image"]))}
+
+    return add_logits
+
+
+def online_teacher_hidden(hidden: Callable[[Array], Array], layer: Params) -> Transform:
+    """A transform that adds frozen teachers' last hidden activations, and their output layers.
+
+    For `hidden_teacher_loss`, which makes their logits of them: with `Fused`, of a chunk at a time.
+
+    Args:
+        hidden: inputs `[B, ...]` -> `[B, M, D]`, in evaluation mode, parameters bound.
+        layer: {"kernel" `[M, D, C]`, "bias" `[M, C]`}.
+    """
+
+    def add_hidden(batch: Batch, key: Array) -> Batch:
+        activations = jax.lax.stop_gradient(hidden(batch["image"]))
+        return {**batch, "teacher_hidden": activations, _WHOLE: layer}
+
+    return add_hidden
+
+
+def label_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+    """Cross-entropy with the labels: teachers and baselines. A label of -1 is unknown, and adds 0."""
+    known = batch["label"] >= 0
+    values = losses.hard_cross_entropy(logits, jnp.where(known, batch["label"], 0))
+    return jnp.where(known, values, 0.0)
+
+
+def distillation_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+    """The paper's objective at `hyper["temperature"]` and `hyper["hard_weight"]`."""
+    targets = losses.softmax(_teacher_logits(batch), hyper["temperature"])
+    return _distillation(logits, targets, batch, hyper)
+
+
+def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
+    """The paper's objective with targets of which the batch has the k largest.
+
+    At `hyper["temperature"]`, which must be the one that the targets were made at
+    (`compressed_targets.attach` checks it), and `hyper["hard_weight"]`.
+
+    Args:
+        tail_weights: `[C]`, how the other classes share the rest: a compressed store's
+            `tail_weights`. None for equal shares.
+    """
+    weights = None if tail_weights is None else jnp.asarray(tail_weights, jnp.float32)
+
+    def loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+        ids, probabilities, tail = _take(
+            batch, TOP_K_FIELDS, "join them with compressed_targets.attach"
+        )
+        return losses.top_k_distillation(
+            logits,
+            ids,
+            probabilities,
+            tail,
+            batch["label"],
+            hyper["temperature"],
+            hyper["hard_weight"],
+            batch.get("label_known"),
+            weights,
+        )
+
+    return loss
+
+
+def hidden_teacher_loss(mean: soft_targets.Mean = "arithmetic") -> Loss:
+    """The paper's objective with the mean of M teachers who are given by their hidden activations.
+
+    Args:
+        mean: of their distributions at `hyper["temperature"]`.
+    """
+
+    def loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+        how = "add training.online_teacher_hidden to the step's transforms"
+        hidden, layer = _take(batch, ("teacher_hidden", _WHOLE), how)
+        targets = soft_targets.mean_probs_of_hidden(hidden, layer, hyper["temperature"], mean)
+        return _distillation(logits, targets, batch, hyper)
+
+    return loss
+
+
+def label_modified_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+    """Cross-entropy with soft targets that the labels modified by `hyper["hard_weight"]`."""
+    temperature = hyper["temperature"]
+    targets = losses.label_modified(
+        losses.softmax(_teacher_logits(batch), temperature),
+        batch["label"],
+        hyper["hard_weight"],
+        batch.get("label_known"),
+    )
+    return losses.soft_cross_entropy(logits, targets, temperature)
+
+
+def logit_matching_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+    """Half the squared difference of zero-meaned logits (section 2.1)."""
+    return losses.logit_matching(logits, _teacher_logits(batch), zero_mean=True)
+
+
+def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> Array:
+    return losses.distillation(
+        logits,
+        targets,
+        batch["label"],
+        hyper["temperature"],
+        hyper["hard_weight"],
+        batch.get("label_known"),
+    )
+
+
+def _teacher_logits(batch: Batch) -> Array:
+    (logits,) = _take(
+        batch,
+        ("teacher_logits",),
+        "join them with soft_targets.attach or add training.online_teacher to the step's transforms",
+    )
+    return logits
+
+
+def _take(batch: Batch, names: Sequence[str], how: str) -> tuple[Any, ...]:
+    """Fields of a batch; a UserError says how it gets them if it has not."""
+    missing = [name for name in names if name not in batch]
+    if missing:
+        raise UserError(f"the batch has no {', '.join(missing)}, only {sorted(batch)}: {how}")
+    return tuple(batch[name] for name in names)
+
+
+def _accumulate(gradient, parts: int, params: Params, batch: Batch, key: Array, hyper: Hyper):
+    """The mean gradient and summed metrics of `parts` equal parts of the batch, one at a time."""
+    size = batch["label"].shape[0]
+    if size % parts:
+        raise UserError(f"a batch of {size} can't be cut into {parts} equal micro-batches")
+    batch, whole = _split_whole(batch)
+    # Every parts-th example: a piece has some of each device, where a run of them would be sent about.
+    pieces = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
+
+    def add(total, piece_and_key):
+        piece, key = piece_and_key
+        found = gradient(params, {**piece, **whole}, key, hyper)
+        return jax.tree.map(jnp.add, total, found), None
+
+    first = {**jax.tree.map(lambda x: x[0], pieces), **whole}
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first, key, hyper)
+    )
+    (grads, sums), _ = jax.lax.scan(add, zeros, (pieces, jax.random.split(key, parts)))
+    return jax.tree.map(lambda g: g / parts, grads), sums
+
+
+def _split_whole(batch: Batch) -> tuple[Batch, Batch]:
+    """The fields of examples, and those that are the same for all."""
+    whole = {name: field for name, field in batch.items() if name == _WHOLE}
+    return {name: field for name, field in batch.items() if name != _WHOLE}, whole

@@ -1,0 +1,301 @@
+"""Sets of utterances that don't fit on the device, trained on block by block.
+
+Every epoch's utterances are dealt out to blocks anew, each block is packed like a resident set
+(`frames.pack`) and padded to one shape, and trained on as one scanned program, with its frames in an
+order that is drawn over all its utterances. Grain reads the next blocks in threads meanwhile.
+
+What is in block b is a function of the seed and b alone, so a resumed run starts at any of them.
+"""
+
+import functools
+import heapq
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from distill_jax.epochs import Epoch, make_steps
+from distill_jax.errors import UserError
+from distill_jax.loop import Advance
+from distill_jax.train_step import Batch, Hyper, TrainState, TrainStep
+from experiments.speech.frames import LEFT, RIGHT, gather_windows, pack
+
+Block = dict[str, np.ndarray]
+"""What `frames.pack` gives, its cases filled up to one length; and "count" int32 [], how many cases
+come first that are none of the filling."""
+
+
+class Source(Protocol):
+    """Utterances read by number: "frames" uint8 [n, 40], "states" int32 [n], and any further fields
+    [n, ...] of each frame, the same ones for all utterances. Read by several threads at once."""
+
+    def __len__(self) -> int: ...  # noqa: D105
+    def __getitem__(self, number: int) -> Mapping[str, np.ndarray]: ...  # noqa: D105
+
+
+class BlockSizes(NamedTuple):
+    """How a set is cut. epoch: blocks in an epoch. least, most: frames in a block, whatever the seed
+    and epoch. utterances: the most in a block."""
+
+    epoch: int
+    least: int
+    most: int
+    utterances: int
+
+
+def block_sizes(lengths: np.ndarray, block_frames: int) -> BlockSizes:
+    """The sizes that all blocks of all epochs keep to.
+
+    `plan` deals each utterance to the block with the fewest frames, so with T frames in all, L in the
+    longest utterance and K blocks, every block has T / K frames, give or take L (1 - 1/K). K is the
+    least number for which that is at most `block_frames`.
+
+    Args:
+        lengths: int `[U]`, frames of every utterance.
+        block_frames: at most so many in a block.
+
+    Raises:
+        UserError: for no utterances or an empty one; for more frames than an int32 counts; or for
+            blocks so small beside the longest utterance that one could be empty.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if not len(lengths) or lengths.min() < 1:
+        empty = f"utterance {lengths.argmin()} has no frames" if len(lengths) else "no utterances"
+        raise UserError(f"nothing to stream: {empty}")
+    total, longest = int(lengths.sum()), int(lengths.max())
+    if total > np.iinfo(np.int32).max:
+        raise UserError(f"{total} frames are more than ids of 32 bits can name: {2**31 - 1}")
+    epoch = 1
+    if block_frames < total:
+        epoch = -(-(total - longest) // max(block_frames - longest, 1))
+    least = -(-(total - (epoch - 1) * longest) // epoch)
+    most = (total + (epoch - 1) * longest) // epoch
+    if least < 1 or most > block_frames:
+        raise UserError(
+            f"block_frames is {block_frames}, but utterance {lengths.argmax()} alone has {longest} "
+            "frames: set it to many times that, so that the frames of many utterances are mixed"
+        )
+    fit = np.searchsorted(np.cumsum(np.sort(lengths)), most, side="right")
+    return BlockSizes(epoch, least, most, int(fit))
+
+
+def steps_per_block(lengths: np.ndarray, block_frames: int, batch_size: int) -> int:
+    """Batches in the smallest possible block, and so in every block.
+
+    With the names of `block_sizes`, fewer than `2 L + batch_size` frames of a block and fewer than
+    `L + batch_size` in the mean over an epoch's blocks are left out, other ones every epoch.
+
+    Raises:
+        UserError: for blocks too small for that.
+    """
+    least = block_sizes(lengths, block_frames).least
+    if least < batch_size:
+        raise UserError(
+            f"blocks of at most {block_frames} frames (block_frames) may have only {least}, less "
+            f"than one batch of {batch_size}: set it to several times the longest utterance, which "
+            f"has {np.max(lengths)}"
+        )
+    return least // batch_size
+
+
+def plan(lengths: np.ndarray, block_frames: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Deals an epoch's utterances, in an order drawn from (seed, epoch), out to its blocks.
+
+    Args:
+        lengths: int `[U]`, frames of every utterance.
+        block_frames: at most so many in a block.
+        seed: at least 0.
+        epoch: its number, from 0.
+
+    Returns:
+        For each of `block_sizes(...).epoch` blocks the numbers of its utterances, ascending: int64.
+        Every utterance is in one of them.
+    """
+    sizes = block_sizes(lengths, block_frames)
+    blocks: list[list[int]] = [[] for _ in range(sizes.epoch)]
+    heap = [(0, number) for number in range(sizes.epoch)]
+    order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
+    for utterance, length in zip(order.tolist(), np.asarray(lengths)[order].tolist(), strict=True):
+        filled, number = heap[0]
+        blocks[number].append(utterance)
+        heapq.heapreplace(heap, (filled + length, number))
+    return [np.sort(np.array(block, np.int64)) for block in blocks]
+
+
+def blocks(
+    source: Source,
+    lengths: np.ndarray,
+    block_frames: int,
+    seed: int,
+    first_block: int = 0,
+    read_threads: int = 2,
+    prefetch: int = 2,
+    end: int = sys.maxsize,
+) -> Iterator[Block]:
+    """Reads blocks `first_block..end-1`, over all epochs; block b belongs to epoch b // (their number).
+
+    All blocks have the same shapes and dtypes. "id" is the frame's number in the whole source, and
+    "utterance" its utterance's; both are -1 in the filling, whose "label" is -1 too.
+
+    Args:
+        source: of utterances.
+        lengths: int `[U]`, frames of every utterance.
+        block_frames: at most so many in a block.
+        seed: of the epochs' orders.
+        first_block: where a resumed run goes on.
+        read_threads, prefetch, end: as for `read_ahead`.
+
+    Raises:
+        UserError: as `block_sizes`; or, while reading, for an utterance that isn't as long as
+            `lengths` says, has other fields than the others, or that `frames.pack` refuses.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if len(source) != len(lengths):
+        raise UserError(f"{len(lengths)} lengths for a source of {len(source)} utterances")
+    sizes = block_sizes(lengths, block_frames)
+    first_ids = np.cumsum(lengths) - lengths
+    plan_of = functools.lru_cache(maxsize=2)(lambda epoch: plan(lengths, block_frames, seed, epoch))
+
+    def read(number: int) -> Block:
+        epoch, place = divmod(number, sizes.epoch)
+        return _read_block(source, lengths, first_ids, plan_of(epoch)[place], sizes)
+
+    return read_ahead(read, first_block, end, read_threads, prefetch)
+
+
+def read_ahead(
+    read: Callable[[int], Block], first: int, end: int, read_threads: int, prefetch: int
+) -> Iterator[Block]:
+    """The blocks `read(first)..read(end - 1)`, in order, read in threads before they are asked for.
+
+    Args:
+        read: a block by its number.
+        first: where a resumed run goes on.
+        end: none is read from here on.
+        read_threads: blocks read at a time; 0 reads each when it is asked for.
+        prefetch: blocks read ahead, and so held in the host's memory; at least `read_threads`.
+
+    Raises:
+        UserError: for fewer blocks read ahead than threads; or what `read` raises.
+    """
+    if 0 < prefetch < read_threads or (read_threads > 0) != (prefetch > 0):
+        raise UserError(
+            f"prefetch is {prefetch} and read_threads {read_threads}: as many blocks must be read "
+            "ahead as there are threads, or both be 0"
+        )
+    import grain  # takes more than a second, and resident sets don't need it
+
+    options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.range(first, end).map(read).to_iter_dataset(options))
+
+
+def make_block_epoch(
+    step: TrainStep,
+    batch_size: int,
+    steps: int,
+    shard_batch: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Epoch:
+    """Builds `run_block(state, block, key, hyper) -> (state, metrics [steps])`.
+
+    The frames' order within a block is a function of the key and the block's number alone, which is
+    read off `state.step`. The filling is never drawn.
+
+    Args:
+        step: from `training.make_train_step`; its batches are those of `frames.gather_windows`.
+        batch_size: B.
+        steps: of every block, from `steps_per_block`.
+        shard_batch: lays a gathered batch out over devices (`parallel.shard_batch`).
+    """
+    run_steps = make_steps(step, shard_batch, gather_windows)
+
+    def run_block(state: TrainState, block: Batch, key: Array, hyper: Hyper):
+        order_key, step_key = jax.random.split(key)
+        order_key = jax.random.fold_in(order_key, state.step // jnp.int32(steps))
+        order = _order(order_key, block["label"].shape[0], block["count"])
+        rows = order[: steps * batch_size].reshape(steps, batch_size)
+        examples = {name: field for name, field in block.items() if name != "count"}
+        return run_steps(state, examples, rows, step_key, hyper)
+
+    return run_block
+
+
+def make_advance(
+    run_block: Epoch,
+    open_blocks: Callable[[int], Iterable[Block]],
+    put: Callable[[Block], Batch],
+    key: Array,
+    hyper: Hyper,
+) -> Advance:
+    """Builds `advance(state, unit)` for `loop.fit`, where a unit is a block.
+
+    A block is copied to the device while the one before it is trained on, so two of them lie there.
+
+    Args:
+        run_block: from `make_block_epoch`, compiled (`parallel.compile_epoch` for members).
+        open_blocks: the blocks from a given one on:
+            `lambda first: blocks(source, lengths, block_frames, seed, first)`.
+        put: copies a block to the devices (`parallel.put_examples`, or `put_rows`).
+        key: or those of the members.
+        hyper: as `run_block` takes it.
+    """
+    opened: dict[int, Iterator[Block]] = {}  # by the number of the block that comes next; only one
+
+    def advance(state: TrainState, unit: int) -> tuple[TrainState, dict[str, Array]]:
+        iterator = opened.pop(unit, None)
+        if iterator is None:  # the first call, or not the unit after the last one
+            opened.clear()
+            iterator = iter(open_blocks(unit))
+        block = next(iterator)
+        opened[unit + 1] = iterator
+        return run_block(state, put(block), key, hyper)
+
+    return advance
+
+
+def _order(key: Array, size: int, count: Array) -> Array:
+    """A permutation of `size` rows: the first `count` of them in random order, then the others."""
+    bits = jax.random.bits(key, (size,), jnp.uint32) >> jnp.uint32(1)
+    filling = jnp.arange(size, dtype=jnp.int32) >= count
+    return jnp.argsort(jnp.where(filling, jnp.uint32(2**32 - 1), bits))
+
+
+def _read_block(
+    source: Source,
+    lengths: np.ndarray,
+    first_ids: np.ndarray,
+    utterances: np.ndarray,
+    sizes: BlockSizes,
+) -> Block:
+    items = [source[number] for number in utterances.tolist()]
+    for number, item in zip(utterances, items, strict=True):
+        if set(item) != {"frames", "states", *items[0]}:
+            raise UserError(
+                f"utterance {number} has the fields {sorted(item)}, expected frames, states and "
+                f"those of utterance {utterances[0]}: {sorted(items[0])}"
+            )
+        if len(item["frames"]) != lengths[number]:
+            raise UserError(
+                f"utterance {number} has {len(item['frames'])} frames, but the lengths say "
+                f"{lengths[number]}"
+            )
+    columns = {name: [item[name] for item in items] for name in items[0]}
+    block = pack(columns.pop("frames"), columns.pop("states"), columns, utterances)
+    own = lengths[utterances]
+    block["id"] += np.repeat(first_ids[utterances] - (np.cumsum(own) - own), own).astype(np.int32)
+    return _fill_up(block, sizes)
+
+
+def _fill_up(block: Block, sizes: BlockSizes) -> Block:
+    """One shape for all blocks. The filling's windows are some that exist."""
+    fillers = {"id": -1, "label": -1, "utterance": -1, "position": LEFT}
+    rows = sizes.most + (LEFT + RIGHT) * sizes.utterances
+    filled: Block = {"count": np.array(len(block["label"]), np.int32)}
+    for name, field in block.items():
+        size = rows if name == "frames" else sizes.most
+        padding = [(0, size - len(field))] + [(0, 0)] * (field.ndim - 1)
+        filled[name] = np.pad(field, padding, constant_values=fillers.get(name, 0))
+    return filled

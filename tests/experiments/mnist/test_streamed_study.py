@@ -1,0 +1,128 @@
+"""The MNIST study on a set that is left on disk: the same stages, killed and resumed."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import tiny
+from ml_collections import ConfigDict
+from tfds_sets import prepare_tiny
+
+from distill_jax import soft_targets
+from distill_jax.data import stream
+from distill_jax.errors import UserError
+from experiments.common.study import read_json
+from experiments.mnist import nets, study
+from experiments.mnist.config import get_config
+
+
+def config_of(data_dir, block_examples=70):
+    """The MNIST study of two seeds on a tiny TFDS set: 190 examples, 20 held out."""
+    config = get_config("smoke")
+    config.seeds = (0, 1)
+    config.data.update(source="tfds:tiny", data_dir=str(data_dir), train_examples=190)
+    config.data.update(test_examples=0, validation=20, block_examples=block_examples)
+    small = {"hidden": (16,), "batch_size": 16, "epochs": 2, "save_every": 2}
+    small["learning_rate"] = 0.02
+    config.teacher.update(small, jitter=1)
+    config.distilled.update(small)
+    return config
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Ten classes of images: a bright line that says which, and noise."""
+    folder = tmp_path_factory.mktemp("tfds")
+    random = np.random.default_rng(1)
+    labels = random.integers(0, 10, 200)
+    images = random.integers(0, 100, (200, 10, 10), np.uint8)
+    images[np.arange(200), labels] += 155
+    splits = {"train": (images, labels), "test": (images[:50], labels[:50])}
+    prepare_tiny(folder, splits, label_feature=tfds.features.ClassLabel(num_classes=10))
+    return folder
+
+
+STAGES = ("teacher", "soft_targets", "distilled")
+
+
+def run(config: ConfigDict, workdir: Path):
+    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic promotes
+        study.run(config, workdir, STAGES, ())
+    curves = {
+        stage: read_json(workdir / f"stages/{stage}/{stage}/curve.json")
+        for stage in ("teacher", "distilled")
+    }
+    rows = [{**row, "seconds": 0} for row in read_json(workdir / "results.json")]
+    return rows, curves
+
+
+@pytest.fixture(scope="module")
+def streamed(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("streamed")
+    return workdir, run(config_of(data_dir), workdir)
+
+
+def test_the_study_streams(data_dir, streamed):
+    workdir, (rows, curves) = streamed
+    assert [row["row"] for row in rows] == ["teacher 2x16", "distilled 2x16, T=20"]
+    # 170 examples are 10 batches of 16; blocks of 4 would leave two of them over.
+    assert stream.cut(170, 16, 70) == (3, 3)
+    for curve in curves.values():
+        assert curve["epoch"] == pytest.approx(np.arange(1, 7) / 3)
+        assert np.mean(curve["train_loss"][-1]) < np.mean(curve["train_loss"][0])
+        assert np.shape(curve["validation_errors"]) == (len(curve["epoch"]), 2)
+    data = nets.open_data(config_of(data_dir))
+    assert data.train == {} and data.streamed.size == 170
+    whole = nets.load_data(config_of(data_dir, block_examples=0))
+    tiny.assert_equal(data.streamed.read(np.arange(170)), whole.train)
+    tiny.assert_equal(data.validation, whole.validation)
+    for seed in (0, 1):
+        store = soft_targets.load(workdir / f"stages/soft_targets/seed_{seed}", num_classes=10)
+        np.testing.assert_array_equal(store.ids, whole.train["id"])
+        soft_targets.attach(whole.train, store, 20.0)  # made of the same images
+
+
+class Killed(BaseException):
+    """No stage can go on after it."""
+
+
+def test_a_killed_study_goes_on_to_the_same_numbers(data_dir, streamed, tmp_path, monkeypatch):
+    """Killed in the second epoch of the last stage, which goes on from its last checkpoint."""
+    finished, expected = streamed
+    workdir = tmp_path / "work"
+    shutil.copytree(finished, workdir)
+    (workdir / "results.json").unlink()
+    shutil.rmtree(workdir / "stages/distilled")
+    blocks, opened = stream.blocks, []
+
+    def dies(*arguments, **options):
+        for number, block in enumerate(blocks(*arguments, **options)):
+            if number == 5:
+                raise Killed
+            yield block
+
+    def counted(*arguments):
+        opened.append(arguments[-1])
+        return blocks(*arguments)
+
+    monkeypatch.setattr(stream, "blocks", dies)
+    with pytest.raises(Killed):
+        run(config_of(data_dir), workdir)
+    monkeypatch.setattr(stream, "blocks", counted)
+    assert run(config_of(data_dir), workdir) == expected
+    assert opened == [4]
+
+
+def test_stages_that_cut_the_set_up_hold_it_in_memory(data_dir):
+    data = nets.load_data(config_of(data_dir))
+    assert data.streamed is None and len(data.train["id"]) == 170
+
+
+def test_the_embedded_set_is_not_streamed():
+    config = get_config("smoke")
+    config.data.block_examples = 1000
+    with pytest.raises(UserError, match=r"block_examples is 1000, but only tfds: .* embedded"):
+        nets.open_data(config)

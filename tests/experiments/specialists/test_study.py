@@ -1,0 +1,388 @@
+"""The specialist study as a user runs it, on a few classes of the embedded glyphs."""
+
+import itertools
+import json
+import re
+import shlex
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from command import fails, run, start
+from tfds_sets import prepare_tiny
+
+from distill_jax.specialists import store
+from experiments.common import report
+from experiments.specialists import glyphs
+from experiments.specialists.config import get_config
+from experiments.specialists.study import STAGES
+
+SMOKE = "--config=experiments/specialists/config.py:smoke"
+CONFIG = get_config("smoke")
+FULL = f"generalist + {CONFIG.clusters.count} specialists"
+CONTROLS = (
+    f"{FULL} of random classes",
+    "generalist, trained as much longer",
+    "ensemble of 2 generalists at equal cost",
+)
+TO_SPECIALISTS = "--stages=generalist,clusters,specialists"
+FIGURES = ("table3", "coverage", "clusters", "covariance", "gallery", "soft", "distilled")
+PAPER = {
+    ("generalist", "test_accuracy"): 25.0,
+    ("generalist", "conditional_test_accuracy"): 43.1,
+    (FULL, "test_accuracy"): 26.1,
+    (FULL, "conditional_test_accuracy"): 45.9,
+    (FULL, "relative_change_percent"): 4.4,
+}
+PAPER_TABLE_4 = {
+    "examples": (350037, 141993, 67161, 38801, 26298, 16474, 10682, 7376, 4703, 4706, 9082),
+    "change_in_top1_correct": (0, 1421, 1572, 1124, 835, 561, 362, 232, 182, 208, 324),
+    "relative_change_percent": (0.0, 3.4, 7.4, 8.8, 10.5, 11.1, 11.3, 12.8, 13.6, 16.6, 14.1),
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("specialists") / "run"
+    run(SMOKE, f"--workdir={path}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(workdir):
+    return report.load_rows(workdir / "results.json")
+
+
+@pytest.fixture(scope="module")
+def one_by_one(workdir, tmp_path_factory):
+    """The generalists' specialists again, each trained alone."""
+    path = tmp_path_factory.mktemp("one_by_one") / "run"
+    run(*alone(workdir), f"--workdir={path}")
+    return path
+
+
+def alone(workdir):
+    return SMOKE, TO_SPECIALISTS, f"--reuse={workdir}", "--config.specialists.at_once=1"
+
+
+def find(rows, table, name, metric, selection="last"):
+    (found,) = [
+        row
+        for row in rows
+        if (row["table"], row["row"], row["metric"], row["selection"])
+        == (table, name, metric, selection)
+    ]
+    return found
+
+
+def of_seeds(row):
+    """The values of two seeds, which of them is whose not being told."""
+    assert row["seeds"] == 2
+    half = row["std"] / np.sqrt(2)
+    return np.array([row["value"] - half, row["value"] + half])
+
+
+def means(function, *rows):
+    """The mean over two seeds of a function of their values, for all ways to pair these."""
+    first, *others = map(of_seeds, rows)
+    turned = itertools.product(*[(values, values[::-1]) for values in others])
+    return [function(first, *values).mean() for values in turned]
+
+
+def assert_one_of(value, possible):
+    assert np.isclose(value, possible, rtol=1e-6).any(), (value, possible)
+
+
+def test_every_table_has_its_rows(rows):
+    found = {}
+    for row in rows:
+        found.setdefault(row["table"], set()).add(row["row"])
+    dustbins = {"dustbin", "dustbin of many outputs"}
+    full = {f"full softmax, {t}" for t in ("hard targets", "the generalist's soft targets")}
+    covers = found.pop("specialists_coverage")
+    assert covers <= {f"covered by {n}" for n in range(CONFIG.clusters.count + 1)}
+    assert "covered by 1" in covers
+    assert found == {
+        "specialists": {"generalist", FULL, f"{FULL}, n = 1", *CONTROLS},
+        "specialists_clusters": {"by covariance", "by confusions", "at random"},
+        "specialists_soft": {"generalist"}
+        | {f"{name}{end}" for name in dustbins | full for end in ("", ", early stopping")},
+        "specialists_distilled": {
+            "generalist",
+            FULL,
+            "distilled, from the generalist",
+            "distilled, from scratch",
+            "trained as long on labels",
+        },
+        "specialists_inference": {"newton", "fixed point", "adam", "gradient descent"},
+    }
+    # A dustbin has nothing to tell of the other classes.
+    of_others = {row["row"] for row in rows if row["metric"] == "other_accuracy"}
+    assert of_others >= full and not of_others & dustbins
+    stopped = [row for row in rows if "early stopping" in row["row"]]
+    assert {row["selection"] for row in stopped} == {"validation"}
+
+
+def test_all_values_are_sane(rows):
+    assert all(np.isfinite(row["value"]) for row in rows)
+    chance = 100 / CONFIG.data.classes
+    for row in rows:
+        if row["metric"].endswith("accuracy"):
+            assert chance < row["value"] < 100, row
+        if row["metric"] == "training_seconds":
+            assert row["value"] > 0
+    for name in ("by covariance", "by confusions", "at random"):
+        covered, often, mistakes = (
+            find(rows, "specialists_clusters", name, metric)["value"]
+            for metric in (
+                "classes_covered_percent",
+                "sets_per_covered_class",
+                "mistakes_covered_percent",
+            )
+        )
+        assert 0 < covered <= 100 and 0 < mistakes <= 100
+        assert 1 <= often <= CONFIG.clusters.count
+    for name in ("newton", "fixed point"):
+        numbers = {row["metric"]: row["value"] for row in rows if row["row"] == name}
+        assert numbers["top1_agreement"] == 1 and numbers["unfinished"] == 0
+        assert numbers["passes_median"] <= numbers["passes_p99"] <= CONFIG.inference.max_passes
+        adam = find(rows, "specialists_inference", "adam", "passes_median")["value"]
+        assert numbers["passes_median_against_adam"] == adam / numbers["passes_median"]
+
+
+@pytest.mark.parametrize("name", [FULL, *CONTROLS])
+def test_changes_agree_with_the_accuracies(rows, name):
+    for split, prefix in (("test", ""), ("seen", "seen_")):
+        before, after = (
+            find(rows, "specialists", system, f"{split}_accuracy")
+            for system in ("generalist", name)
+        )
+        change = find(rows, "specialists", name, f"{prefix}relative_change_percent")["value"]
+        assert_one_of(change, means(lambda old, new: 100 * (new - old) / old, before, after))
+    before, after = (
+        find(rows, "specialists", system, "test_accuracy") for system in ("generalist", name)
+    )
+    removed = find(rows, "specialists", name, "errors_removed_percent")["value"]
+    assert_one_of(removed, means(lambda old, new: 100 * (new - old) / (100 - old), before, after))
+
+
+def test_coverage_adds_up_to_the_whole(rows):
+    labels = glyphs.load("embedded").splits["test"]["label"]
+    size = np.count_nonzero(labels < CONFIG.data.classes)
+    total = {
+        metric: sum(
+            row["value"]
+            for row in rows
+            if (row["table"], row["metric"]) == ("specialists_coverage", metric)
+        )
+        for metric in ("examples", "change_in_top1_correct")
+    }
+    before, after = (
+        find(rows, "specialists", name, "test_accuracy")["value"] for name in ("generalist", FULL)
+    )
+    assert total["examples"] == pytest.approx(size)
+    assert total["change_in_top1_correct"] == pytest.approx(size * (after - before) / 100)
+
+
+def test_distilled_keeps_a_share_of_the_gain(rows):
+    table = "specialists_distilled"
+    before, after = (find(rows, table, name, "test_accuracy") for name in ("generalist", FULL))
+    for name, row in (("generalist", before), (FULL, after)):
+        assert row["value"] == pytest.approx(
+            find(rows, "specialists", name, "test_accuracy")["value"]
+        )
+    assert find(rows, table, FULL, "gain_kept_percent")["value"] == pytest.approx(100)
+    student = find(rows, table, "distilled, from the generalist", "test_accuracy")
+    kept = find(rows, table, "distilled, from the generalist", "gain_kept_percent")["value"]
+    shares = means(lambda old, top, new: 100 * (new - old) / (top - old), before, after, student)
+    assert_one_of(kept, shares)
+
+
+def test_the_papers_values_are_on_their_rows(rows):
+    of_paper = {
+        table: [row for row in rows if row["table"] == table and row["paper"] is not None]
+        for table in {row["table"] for row in rows}
+    }
+    table_3 = of_paper.pop("specialists")
+    assert {(row["row"], row["metric"]): row["paper"] for row in table_3} == PAPER
+    for row in of_paper.pop("specialists_coverage"):
+        assert row["row"] == f"covered by {row['cover']}"
+        assert row["paper"] == PAPER_TABLE_4[row["metric"]][row["cover"]]
+    assert not any(of_paper.values())
+
+
+def test_the_report_has_the_figures(workdir):
+    page = (workdir / "report.html").read_text()
+    for name in FIGURES:
+        assert (workdir / "figures" / f"{name}.png").stat().st_size > 1000
+        assert f"{name}-" in page  # of the ids within its drawing
+    for number in ("43.1", "45.9", "141993"):
+        assert f">{number}<" in page
+
+
+def test_a_second_run_does_nothing_anew(workdir):
+    before = (workdir / "results.json").read_text()
+    output = run(SMOKE, f"--workdir={workdir}")
+    assert "running" not in output and output.count("finished before") == len(STAGES)
+    assert (workdir / "results.json").read_text() == before
+
+
+def specialists_of(directory, seed):
+    return directory / "stages/specialists/specialists" / f"seed_{seed}" / "specialists"
+
+
+def test_specialists_are_the_same_in_groups_and_alone(workdir, one_by_one, rows):
+    for seed in CONFIG.seeds:
+        grouped, single = (store.load(specialists_of(d, seed)) for d in (workdir, one_by_one))
+        np.testing.assert_array_equal(grouped.class_sets, single.class_sets)
+        np.testing.assert_array_equal(grouped.corrections, single.corrections)
+        assert grouped.meta == single.meta
+        # Sums are in another order, and all steps of training add to that: less than one step.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(
+                a, b, atol=CONFIG.specialists.learning_rate / 3
+            ),
+            grouped.params,
+            single.params,
+        )
+    again = report.load_rows(one_by_one / "results.json")
+    for metric in ("test_accuracy", "conditional_test_accuracy", "seen_accuracy"):
+        values = [find(part, "specialists", FULL, metric)["value"] for part in (rows, again)]
+        assert abs(values[0] - values[1]) < 0.2
+
+
+def test_a_killed_run_ends_with_the_same_numbers(workdir, one_by_one, tmp_path):
+    """Killed behind a finished group, and again behind a seed's finished specialists."""
+    killed = tmp_path / "killed"
+    for seed, group in ((0, "group_001"), (1, "group_000")):
+        sign = f"stages/specialists/specialists/seed_{seed}/{group}"
+        kill_when(killed, sign, alone(workdir))
+        assert specialists_of(killed, 0).exists() == (seed == 1)
+        assert not specialists_of(killed, 1).exists()
+    output = run(*alone(workdir), f"--workdir={killed}")
+    assert "seed 1" in output and f"of {CONFIG.clusters.count}, seed 0" not in output
+    assert measured(killed) == measured(one_by_one)
+
+
+def test_specialists_trained_as_jobs_side_by_side(workdir, one_by_one, tmp_path):
+    """Two jobs train the groups of both seeds; the study as usual ends with the same numbers."""
+    parts = tmp_path / "parts"
+    for name in ("generalist", "clusters"):
+        shutil.copytree(workdir / "stages" / name, parts / "stages" / name)
+    flags = (SMOKE, f"--workdir={parts}", "--config.specialists.at_once=1")
+    output = run(*flags, "--parts=specialists:2", "--at_once=2", module="launch.sweep")
+    for first in (0, 1):
+        log = (parts / f"specialists-{first}-of-2/log.txt").read_text()
+        groups = range(first + 1, 9, 2)
+        assert [f"specialists: group {number} of 8" in log for number in groups] == [True] * 4
+    assert not (parts / "stages/specialists/stage.json").exists()
+    finish = shlex.split(output.splitlines()[-1].partition(": ")[2])
+    output = run(*finish[3:], TO_SPECIALISTS)
+    assert not re.search(r"specialist: \d", output)  # nothing is left to train
+    assert measured(parts) == measured(one_by_one)
+
+
+def kill_when(directory, sign, arguments):
+    process = start(*arguments, f"--workdir={directory}")
+    limit = time.monotonic() + 120
+    while not list(directory.glob(sign)) and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(directory.glob(sign))
+
+
+def measured(directory):
+    """The rows without times."""
+    rows = json.loads((directory / "results.json").read_text())
+    return [{**row, "seconds": None} for row in rows if row["metric"] != "training_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["clusters.size=60"], "clusters.size is 60; it must be above 0 and below the 60 classes"),
+        (["specialists.kind=two"], "specialists.kind .* unit, logsumexp, .*, not 'two'"),
+        (["specialists.batch_size=33"], "specialists.batch_size must be even .*, not 33"),
+        (["specialists.at_once=0"], "specialists.at_once must be at least 1, not 0"),
+        (["data.classes=1001"], "data.classes is 1001, but there are 1000 classes"),
+        (["data.source={folder}"], "data.source: no prepared glyphs set in {folder}; prepare .*"),
+        (
+            ["data.source=tfds:cifar100", "data.data_dir={folder}"],
+            "tfds:cifar100 is not prepared.* tfds build cifar100 --data_dir={folder} .*",
+        ),
+    ],
+)
+def test_mistakes_end_with_one_clear_line(workdir, tmp_path, arguments, expected):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    flags = [f"--config.{argument}".replace("{folder}", str(folder)) for argument in arguments]
+    message = fails(
+        SMOKE, TO_SPECIALISTS, f"--reuse={workdir}", f"--workdir={tmp_path}/run", *flags
+    )
+    assert re.match(f"error: {expected}".replace("{folder}", str(folder)), message), message
+
+
+def test_a_stage_before_those_it_needs(tmp_path):
+    message = fails(SMOKE, f"--workdir={tmp_path}", "--stages=specialists")
+    assert "stage specialists needs generalist, clusters, not finished" in message
+    assert message.endswith(TO_SPECIALISTS)
+
+
+def test_specialists_of_another_generalist_are_refused(workdir, tmp_path):
+    for name in ("generalist", "clusters", "specialists"):
+        shutil.copytree(workdir / "stages" / name, tmp_path / "stages" / name)
+    first, second = (specialists_of(tmp_path, seed) for seed in CONFIG.seeds)
+    wanted, other = (store.load(path).meta["generalist"] for path in (first, second))
+    shutil.rmtree(first)
+    shutil.copytree(second, first)
+    message = fails(SMOKE, f"--workdir={tmp_path}", "--stages=soft_targets")
+    assert message == f"error: the specialists in {first} have generalist '{other}', not '{wanted}'"
+
+
+def coloured(count, seed):
+    """Squares of many sizes, with a pattern of 4 x 4 colours for each of 20 classes, and noise."""
+    patterns = np.random.default_rng(0).uniform(80, 180, (20, 4, 4, 3))
+    random, images = np.random.default_rng([1, seed]), []
+    labels = np.arange(count) % 20
+    for label in labels:
+        noisy = np.clip(patterns[label] + random.normal(0, 60, (4, 4, 3)), 0, 255)
+        scale = int(random.integers(4, 12))
+        images.append(noisy.astype(np.uint8).repeat(scale, 0).repeat(scale, 1))
+    return images, labels.tolist()
+
+
+def test_a_set_of_colour_images_that_tfds_prepared(tmp_path):
+    prepare_tiny(
+        tmp_path / "data",
+        {"train": coloured(400, 0), "test": coloured(100, 1)},
+        image_feature=tfds.features.Image(shape=(None, None, 3)),
+        label_feature=tfds.features.ClassLabel(num_classes=20),
+    )
+    run(
+        SMOKE,
+        f"{TO_SPECIALISTS},report",
+        f"--workdir={tmp_path}/run",
+        "--config.data.source=tfds:tiny",
+        f"--config.data.data_dir={tmp_path}/data",
+        "--config.data.side=32",
+        "--config.data.difficulty=0",
+        "--config.data.views=1",
+        "--config.data.classes=0",
+        "--config.seeds=(0,)",
+        "--config.generalist.batch_size=32",
+        "--config.clusters.size=6",
+    )
+    rows = report.load_rows(tmp_path / "run" / "results.json")
+    for name in ("generalist", FULL):
+        for metric in ("test_accuracy", "conditional_test_accuracy"):
+            assert 20 < find(rows, "specialists", name, metric)["value"] <= 100
+    assert find(rows, "specialists", FULL, "validation_relative_change_percent")
+    assert not [row for row in rows if "seen" in row["metric"]]
+    assert {(row["source"], row["seeds"], row["std"]) for row in rows} == {("tfds:tiny", 1, None)}
+    assert (tmp_path / "run/figures/clusters.png").exists()

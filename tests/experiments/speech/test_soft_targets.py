@@ -1,0 +1,71 @@
+"""The speech study's stage of soft targets, in parts and at once, in this process."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from speech_configs import config_of
+from stores import content
+
+from distill_jax import compressed_targets
+from experiments.common import members
+from experiments.common.study import Context
+from experiments.speech import nets, study, table1
+from experiments.speech.data import load_data
+
+
+@pytest.fixture(autouse=True)
+def ensemble(monkeypatch):
+    """Three nets that were never trained."""
+    config = config_of()
+    data = load_data(config)
+    model = members.build_model(config.ensemble, data.num_classes, data.byte)
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 26, 40), jnp.uint8)))(keys)
+    net = nets.Net(model, jax.tree.map(np.asarray, params))
+    monkeypatch.setattr(nets, "load_ensemble", lambda context: net)
+
+
+@pytest.mark.parametrize("encoding", ["top_k", "sampled"])
+def test_a_stage_in_parts_is_the_stage(encoding, tmp_path, monkeypatch, capsys):
+    config = config_of()
+    config.soft_targets.encoding = encoding
+    whole, parts = (Context(config, tmp_path / name, {}) for name in ("whole", "parts"))
+    stage = next(stage for stage in study.STAGES if stage.name == "soft_targets")
+    assert stage.run(whole) == []
+    output = capsys.readouterr().out
+    unsampled = 8 * (2 + 2) + 4 + 8
+    size = 8 + 8 if encoding == "sampled" else unsampled  # a digest has 8; below 256 states
+    frames = int(load_data(config).lengths.sum())
+    for name in ("temperature_1", "one_temperature_2"):
+        assert f"{name}: {size} bytes a frame" in output
+        store = nets.load_targets(config, whole.directory / name)
+        assert store.meta["encoding"] == encoding and store.meta["num_examples"] == frames
+        assert compressed_targets.bytes_per_example(store) == size
+    assert f"{frames}/{frames} frames" in output and "a second" in output
+    # The groups in any order, and then the stage, which has no more to ask of the nets.
+    groups = stage.groups(parts)
+    assert len(groups) == nets.shard_count(config) == 3
+    for group in reversed(groups):
+        group()
+    assert not list(parts.directory.glob("*/meta.json"))
+    monkeypatch.delattr(nets, "_member_logits")
+    assert stage.run(parts) == []
+    assert content(parts.directory) == content(whole.directory)
+
+
+def test_runs_of_many_shards(tmp_path, monkeypatch):
+    config = config_of()
+    config.soft_targets.shard_rows = 10
+    written = []
+    monkeypatch.setattr(
+        nets, "write_targets", lambda *arguments: written.append(list(arguments[-1]))
+    )
+    groups = table1.soft_target_groups(Context(config, tmp_path, {}))
+    assert 32 < len(groups) <= 64
+    for group in groups:
+        group()
+    assert written[::2] == written[1::2]  # the ensemble's stores and the single net's
+    assert [*itertools.chain(*written[::2])] == list(range(nets.shard_count(config)))

@@ -1,0 +1,167 @@
+"""The command lines, as a user meets them."""
+
+import gzip
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import ROOT, SMOKE, fails, run
+
+from experiments.common.study import read_json
+
+TINY = ("--config.data.train_examples=500", "--config.data.test_examples=200")
+BASELINE = (SMOKE, *TINY, "--stages=baseline", "--config.baseline.epochs=1")
+TABLES = {
+    "mnist",
+    "mnist_temperature",
+    "mnist_without_3",
+    "mnist_only_7_8",
+    "mnist_fraction",
+    "mnist_unlabelled",
+}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Path:
+    """The whole smoke preset, run once, with a validation split and two seeds."""
+    workdir = tmp_path_factory.mktemp("smoke")
+    run(SMOKE, f"--workdir={workdir}", "--config.data.validation=300", "--config.seeds=(0,1)")
+    return workdir
+
+
+def test_the_study_measures_every_table(smoke):
+    rows = read_json(smoke / "results.json")
+    assert {row["table"] for row in rows} == TABLES
+    assert all(np.isfinite(row["value"]) and row["seeds"] == 2 for row in rows)
+    assert all(row["std"] is not None and row["std"] >= 0 for row in rows)
+    paper = {(row["row"], row["metric"]): row["paper"] for row in rows if row["paper"] is not None}
+    assert sorted(paper.values()) == [-7.6, 3.5, 13.2, 14, 47.3, 67, 74, 109, 133, 146, 206]
+    shifted = [row for row in rows if "shifted" in row["row"]]
+    for way, selection in (("best on test", "test"), ("validation", "validation")):
+        assert {row["selection"] for row in shifted if way in row["row"]} == {selection}
+    others = {row["selection"] for row in rows if row not in shifted or "prior" in row["row"]}
+    assert others == {"last"}
+
+
+def test_the_nets_learn_and_a_shifted_bias_brings_a_missing_digit_back(smoke):
+    rows = read_json(smoke / "results.json")
+    values = {(row["row"], row["metric"]): row["value"] for row in rows}
+    assert values["teacher 2x256", "test_errors"] < 0.2 * 2000
+    missing = values["without 3s", "errors_on_3"]
+    best = values["without 3s, bias of 3 shifted (best on test)", "errors_on_3"]
+    assert best < missing
+    both = [
+        values[f"only 7s and 8s{how}", "test_error_percent"]
+        for how in ("", ", biases of 7 and 8 shifted (best on test)")
+    ]
+    assert both[1] < both[0]
+
+
+def test_a_second_run_finishes_at_once_and_changes_nothing(smoke):
+    before = (smoke / "results.json").read_bytes()
+    output = run(
+        SMOKE, f"--workdir={smoke}", "--config.data.validation=300", "--config.seeds=(0,1)"
+    )
+    assert "running" not in output and output.count("finished before") == 10
+    assert (smoke / "results.json").read_bytes() == before
+
+
+def test_the_report_and_its_parts_are_there(smoke):
+    html = (smoke / "report.html").read_text()
+    for text in ("teacher 2x256", "146", "without 3s", "<svg"):
+        assert text in html
+    assert (smoke / "report.md").exists()
+    assert list(smoke.glob("stages/teacher/teacher/events.out.tfevents.*"))
+
+
+def test_a_workdir_belongs_to_one_config(smoke):
+    before = (smoke / "results.json").read_bytes()
+    message = fails(
+        SMOKE,
+        f"--workdir={smoke}",
+        "--config.data.validation=300",
+        "--config.seeds=(0,1)",
+        "--config.distilled.temperature=8",
+    )
+    assert "distilled.temperature is 20.0 there and 8.0 now" in message and str(smoke) in message
+    assert (smoke / "results.json").read_bytes() == before
+
+
+def test_stages_of_an_equal_config_are_taken_over(smoke, tmp_path):
+    output = run(
+        SMOKE,
+        f"--workdir={tmp_path}",
+        f"--reuse={smoke}",
+        "--config.data.validation=300",
+        "--config.seeds=(0,1)",
+        "--config.distilled.temperature=8",
+        "--stages=teacher,soft_targets,distilled",
+    )
+    assert output.count("taken over") == 2 and "distilled: running" in output
+    rows = read_json(tmp_path / "results.json")
+    assert [row["row"] for row in rows] == ["teacher 2x256", "distilled 2x128, T=8"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((SMOKE, "--config.distilled.temprature=3"), "no such field; did you mean temperature?"),
+        ((SMOKE, "--config.nosuch=3"), "--config.nosuch: no such field"),
+        ((SMOKE, "--config.distilled.temperature=hot"), "could not convert string to float: 'hot'"),
+        (("--config=experiments/mnist/config.py:tiny",), "there are smoke, default, paper"),
+        (("--config=experiments/mnst/config.py",), "no config file 'experiments/mnst/config.py'"),
+        ((SMOKE, "--stages=techer"), "no stage techer; there are teacher, soft_targets"),
+        ((SMOKE, "--stages=distilled"), "needs soft_targets"),
+        ((SMOKE, "--config.mesh.data=7", "--stages=baseline"), "doesn't fit the 1 devices"),
+        ((SMOKE, "--config.data.source=embeded", "--stages=baseline"), "tfds:"),
+        ((SMOKE, "--config.data.test_examples=99999", "--stages=baseline"), "are 10000 examples"),
+        ((SMOKE, "--config.baseline.batch_size=9999", "--stages=baseline"), "batch_size 9999"),
+        ((SMOKE, "--config.baseline.optimizer=adamw", "--stages=baseline"), "adam, sgd"),
+        ((SMOKE, "--config.distilled.jitter=2", *TINY, "--config.teacher.epochs=1",
+          "--stages=teacher,soft_targets,distilled"), "jittered images"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_with_one_clear_message(tmp_path, flags, message):
+    assert message in fails(*flags, f"--workdir={tmp_path / 'run'}")
+
+
+def test_a_damaged_data_file_is_named(tmp_path):
+    shutil.copytree(ROOT / "distill_jax/data/mnist", tmp_path / "mnist")
+    damaged = tmp_path / "mnist/train-images-idx3-ubyte.gz"
+    pixels = bytearray(gzip.decompress(damaged.read_bytes()))
+    pixels[123456] ^= 1
+    damaged.write_bytes(gzip.compress(bytes(pixels), 1))
+    message = fails(
+        *BASELINE, f"--config.data.data_dir={tmp_path / 'mnist'}", f"--workdir={tmp_path / 'run'}"
+    )
+    assert str(damaged) in message and "SHA-256" in message
+
+
+def test_a_diverging_run_stops_and_loses_nothing(tmp_path):
+    run(*BASELINE, f"--workdir={tmp_path / 'good'}")
+    before = (tmp_path / "good/results.json").read_bytes()
+    diverging = (*BASELINE, "--config.baseline.learning_rate=1e38")
+    message = fails(*diverging, f"--workdir={tmp_path / 'bad'}")
+    assert "the loss of member 0 is" in message and "step" in message
+    assert not (tmp_path / "bad/results.json").exists()
+    assert (tmp_path / "good/results.json").read_bytes() == before
+
+
+def test_two_processes_can_not_share_a_workdir(tmp_path):
+    import fcntl
+
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is at work" in fails(*BASELINE, f"--workdir={tmp_path}")
+
+
+def test_help_reads_well():
+    import subprocess
+    import sys
+
+    text = subprocess.run(
+        [sys.executable, "-m", "launch.main", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    for word in ("python -m launch.main", "--config", "--workdir", "--stages", "--reuse"):
+        assert word in text
