@@ -152,7 +152,7 @@ def make(
 
     Args:
         logits: of one teacher, or from `ensemble_logits`.
-        examples: with "id" `[N]` and "image" `[N, ...]`.
+        examples: with "id" `[N]` and "inputs" `[N, ...]`.
         teacher: the teacher's fingerprint.
         temperature: where the logits are good at one temperature only.
         mean: of an ensemble.
@@ -169,7 +169,7 @@ def make(
         first = ids[np.argmin(np.isfinite(logits).all(axis=-1))]
         raise UserError(f"the teacher's logits are not finite, first for example {first}")
     meta = {"teacher": teacher, "temperature": temperature, "mean": mean}
-    return SoftTargets(ids, digests(examples["image"]), np.asarray(logits, np.float32), meta)
+    return SoftTargets(ids, digests(examples["inputs"]), np.asarray(logits, np.float32), meta)
 
 
 def attach(
@@ -181,7 +181,7 @@ def attach(
     one that the teacher saw, so targets can't be joined to shuffled, changed or augmented inputs.
 
     Args:
-        examples: with "id" `[N]` and "image" `[N, ...]`.
+        examples: with "id" `[N]` and "inputs" `[N, ...]`.
         targets: from `make` or `load`.
         temperature: that training will use; None skips the check.
 
@@ -204,7 +204,7 @@ def attach(
             f"{len(missing)} of {len(ids)} examples have no soft targets, first id {missing[0]}; "
             f"the store holds {len(targets.ids)} of teacher {targets.meta['teacher']}"
         )
-    differs = targets.digests[rows] != digests(examples["image"])
+    differs = targets.digests[rows] != digests(examples["inputs"])
     if differs.any():
         raise UserError(
             f"{differs.sum()} of {len(ids)} examples are not the inputs that teacher "

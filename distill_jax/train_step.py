@@ -21,7 +21,7 @@ from distill_jax.models import Model, Params
 from distill_jax.optimizers import OUTPUT_LAYER
 
 Batch = dict[str, Any]
-"""Fields of B examples: "id" [B], "image" [B, ...], "label" int32 [B]; by need "label_known" bool
+"""Fields of B examples: "id" [B], "inputs" [B, ...], "label" int32 [B]; by need "label_known" bool
 [B] and "teacher_logits" float32 [B, C]; or "teacher_ids" uint [B, k], "teacher_probabilities" [B, k]
 (or [B, 1], all alike) and "teacher_tail" float32 [B]; or "teacher_hidden" [B, M, D] with
 "teacher_layer", {"kernel" [M, D, C], "bias" [M, C]}, the only field that is not of examples."""
@@ -133,7 +133,7 @@ def make_train_step(
 
 def _dense_mean(model: Model, loss: Loss):
     def mean_loss(params: Params, batch: Batch, key: Array, hyper: Hyper):
-        logits = model.apply(params, batch["image"], dropout_key=key)
+        logits = model.apply(params, batch["inputs"], dropout_key=key)
         values = loss(logits, batch, hyper)
         sums = {"loss": jnp.sum(values), **metrics.error_counts(logits, batch["label"])}
         return jnp.mean(values), sums
@@ -154,10 +154,10 @@ def _fused_mean(model: Model, fused: Fused):
         return fused.loss(logits, {**fields, **whole}, hyper)
 
     def mean_loss(params: Params, batch: Batch, key: Array, hyper: Hyper):
-        hidden = hidden_of(params, batch["image"], dropout_key=key)
+        hidden = hidden_of(params, batch["inputs"], dropout_key=key)
         fields, whole = _split_whole(batch)
         # A loss of logits has no use for the inputs, and they need not be cut into chunks.
-        fields = {name: field for name, field in fields.items() if name != "image"}
+        fields = {name: field for name, field in fields.items() if name != "inputs"}
         mean, (values, predicted) = fused_loss.mean_loss(
             loss, hidden, params[OUTPUT_LAYER], fields, (whole, hyper), fused.rows, fused.over
         )
@@ -171,7 +171,7 @@ def make_eval_step(model: Model) -> Callable[[Params, Batch], dict[str, Array]]:
     """Builds `evaluate(params, batch) -> {"errors", "count"}`, the model in evaluation mode."""
 
     def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
-        return metrics.error_counts(model.apply(params, batch["image"]), batch["label"])
+        return metrics.error_counts(model.apply(params, batch["inputs"]), batch["label"])
 
     return evaluate
 
@@ -185,7 +185,7 @@ def online_teacher(teacher: Callable[[Array], Array]) -> Transform:
     """
 
     def add_logits(batch: Batch, key: Array) -> Batch:
-        return {**batch, "teacher_logits": jax.lax.stop_gradient(teacher(batch["image"]))}
+        return {**batch, "teacher_logits": jax.lax.stop_gradient(teacher(batch["inputs"]))}
 
     return add_logits
 
@@ -201,7 +201,7 @@ def online_teacher_hidden(hidden: Callable[[Array], Array], layer: Params) -> Tr
     """
 
     def add_hidden(batch: Batch, key: Array) -> Batch:
-        activations = jax.lax.stop_gradient(hidden(batch["image"]))
+        activations = jax.lax.stop_gradient(hidden(batch["inputs"]))
         return {**batch, "teacher_hidden": activations, _WHOLE: layer}
 
     return add_hidden

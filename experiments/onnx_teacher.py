@@ -47,14 +47,14 @@ def main(teacher_file: str | None, workdir: Path, k: int, count: int) -> None:
         write_onnx(file, [params[layer] for layer in ("hidden_0", "hidden_1", "output")])
 
     teacher = open_teacher(file)  # from here on the file is all there is of it
-    _report(f"teacher {file}", teacher(data.test["image"]), data.test)
+    _report(f"teacher {file}", teacher(data.test["inputs"]), data.test)
     examples = {name: field[:count] for name, field in data.train.items()}
     taught, soft_loss = join(teacher, fingerprint(file), examples, workdir, k)
     student = models.mlp((300, 300), CLASSES)
     ways = ("labels", examples, train_step.label_loss), ("soft targets", taught, soft_loss)
     for name, fields, loss in ways:
         params = train(student, fields, loss, STUDENT_EPOCHS)
-        logits = soft_targets.logits_over(student.apply, params, data.test["image"])
+        logits = soft_targets.logits_over(student.apply, params, data.test["inputs"])
         _report(f"student, {len(examples['id'])} {name}", logits, data.test)
 
 
@@ -115,7 +115,7 @@ def join(
     Raises:
         UserError: if the soft targets in `workdir` are another teacher's, or of other examples.
     """
-    images = examples["image"]
+    images = examples["inputs"]
     if k == 0:
         directory = workdir / "soft_targets"
         if not directory.exists():
@@ -149,7 +149,7 @@ def train(
     run_epoch = jax.jit(make_epoch(step, BATCH_SIZE), donate_argnums=0)
     hyper = {"learning_rate": 2e-3, "temperature": TEMPERATURE, "hard_weight": HARD_WEIGHT}
     resident = {name: jnp.asarray(field) for name, field in examples.items()}
-    state = train_step.init_state(model, optimizer, jax.random.key(0), resident["image"][:1])
+    state = train_step.init_state(model, optimizer, jax.random.key(0), resident["inputs"][:1])
     for _ in range(epochs):
         state, _metrics = run_epoch(state, resident, jax.random.key(1), hyper)
     return state.params
@@ -159,7 +159,7 @@ def write_onnx(file: Path, layers: Sequence[models.Params]) -> None:
     """Writes layers of `models.mlp`, {"kernel", "bias"} each, as ONNX of pixels `[N, 28, 28]`."""
     onnx = _require("onnx")
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
-    weights, nodes, x = [], [helper.make_node("Flatten", ["image"], ["pixels"])], "pixels"
+    weights, nodes, x = [], [helper.make_node("Flatten", ["inputs"], ["pixels"])], "pixels"
     for i, layer in enumerate(layers):
         named = {f"{name}_{i}": np.asarray(layer[name]) for name in ("kernel", "bias")}
         weights += [onnx.numpy_helper.from_array(array, name) for name, array in named.items()]
@@ -167,7 +167,7 @@ def write_onnx(file: Path, layers: Sequence[models.Params]) -> None:
         nodes.append(helper.make_node("Relu", [f"z_{i}"], [x := f"hidden_{i}"]))
     nodes.pop()  # no ReLU after the last
     nodes[-1].output[0] = "logits"
-    image = helper.make_tensor_value_info("image", float32, ["N", 28, 28])
+    image = helper.make_tensor_value_info("inputs", float32, ["N", 28, 28])
     logits = helper.make_tensor_value_info("logits", float32, ["N", len(layers[-1]["bias"])])
     graph = helper.make_graph(nodes, "mlp", [image], [logits], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -13,7 +13,7 @@ def examples(count: int, seed: int = 0, side: int = 4) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     return {
         "id": np.arange(100, 100 + count, dtype=np.int32),
-        "image": random.integers(0, 256, (count, side, side), np.uint8),
+        "inputs": random.integers(0, 256, (count, side, side), np.uint8),
         "label": random.integers(0, CLASSES, count).astype(np.int32),
     }
 

@@ -25,7 +25,7 @@ def train(mesh: Any, directory: Path, units: int) -> tuple[Any, list[loop.Record
     random = np.random.default_rng(0)
     examples = {
         "id": np.arange(96, dtype=np.int32),
-        "image": random.integers(0, 256, (96, 4, 4), np.uint8),
+        "inputs": random.integers(0, 256, (96, 4, 4), np.uint8),
         "label": random.integers(0, CLASSES, 96).astype(np.int32),
         "teacher_logits": random.standard_normal((MEMBERS, 96, CLASSES)).astype(np.float32),
     }
@@ -39,7 +39,7 @@ def train(mesh: Any, directory: Path, units: int) -> tuple[Any, list[loop.Record
     numbers = {name: np.full(MEMBERS, value, np.float32) for name, value in hyper.items()}
     numbers = jax.tree.map(jax.numpy.asarray, numbers)
     states = sharding.init_members(
-        lambda key: train_step.init_state(MODEL, OPTIMIZER, key, examples["image"][:1]), keys, mesh
+        lambda key: train_step.init_state(MODEL, OPTIMIZER, key, examples["inputs"][:1]), keys, mesh
     )
     with checkpoints.open_dir(directory) as manager:
         states, history = loop.fit(

@@ -59,7 +59,7 @@ def jitter(pixels: int) -> Transform:
                 "cached soft targets can't be joined to jittered images: set jitter to 0, or compute "
                 "them in the step (training.online_teacher after the jitter)"
             )
-        images = batch["image"]
+        images = batch["inputs"]
         margins = [(0, 0), (pixels, pixels), (pixels, pixels)] + [(0, 0)] * (images.ndim - 3)
         corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * pixels + 1)
 
@@ -68,7 +68,7 @@ def jitter(pixels: int) -> Transform:
             start = [corner[0], corner[1]] + [jnp.int32(0)] * (padded.ndim - 2)
             return jax.lax.dynamic_slice(padded, start, images.shape[1:])
 
-        return {**batch, "image": jax.vmap(crop)(jnp.pad(images, margins), corners)}
+        return {**batch, "inputs": jax.vmap(crop)(jnp.pad(images, margins), corners)}
 
     return move
 
@@ -99,7 +99,7 @@ def views(
     examples, or another order of them, gives the same images.
 
     Args:
-        examples: "id" int32 `[N]` from 0 on, "image" as for `distort`, and any other fields.
+        examples: "id" int32 `[N]` from 0 on, "inputs" as for `distort`, and any other fields.
         count: views of an example.
         difficulty: 0 or more; 0, with a count of 1, gives the examples as they are.
         seed: of all randomness.
@@ -107,7 +107,7 @@ def views(
 
     Returns:
         `[count * N]`, view 0 of all examples, then view 1 of all, and so on. "id" is
-        `id * count + v`, int32; "image" is distorted; every other field is repeated.
+        `id * count + v`, int32; "inputs" is distorted; every other field is repeated.
 
     Raises:
         UserError: for images that `distort` refuses; a count below 1, or above 1 of undistorted
@@ -134,16 +134,16 @@ def views(
     repeated = {
         name: np.concatenate([field] * count)
         for name, field in examples.items()
-        if name not in ("id", "image")
+        if name not in ("id", "inputs")
     }
     images = _make_views(examples, count, difficulty, seed, batch_size)
-    return {"id": ids.ravel().astype(np.int32), "image": images, **repeated}
+    return {"id": ids.ravel().astype(np.int32), "inputs": images, **repeated}
 
 
 def _make_views(
     examples: Examples, count: int, difficulty: float, seed: int, batch_size: int
 ) -> np.ndarray:
-    images, size = examples["image"], len(examples["image"])
+    images, size = examples["inputs"], len(examples["inputs"])
     made = np.empty((count, *images.shape), np.uint8)
     for view in range(count):
         key = jax.random.fold_in(jax.random.key(seed), view)

@@ -23,7 +23,7 @@ from distill_jax.errors import UserError
 
 # All arrays share the leading axis N:
 #   "id"     int32 [N], names one example of its source;
-#   "image"  uint8 [N, H, W] or [N, H, W, channels] (no trailing axis of 1);
+#   "inputs"  uint8 [N, H, W] or [N, H, W, channels] (no trailing axis of 1);
 #   "label"  int32 [N].
 Examples = dict[str, np.ndarray]
 
@@ -142,15 +142,15 @@ def validate(examples: Examples, num_classes: int, what: str) -> None:
     """Checks that examples can be trained on.
 
     Args:
-        examples: needs "id", "image" and "label"; any further arrays are checked too.
+        examples: needs "id", "inputs" and "label"; any further arrays are checked too.
         num_classes: labels must be integers in 0..num_classes-1.
         what: what the examples are, begins each message.
 
     Raises:
-        UserError: an array is missing; lengths differ; no examples; the image is neither uint8 nor
+        UserError: an array is missing; lengths differ; no examples; the inputs are neither uint8 nor
             floating point; a NaN or infinity; labels that aren't integers or are out of range.
     """
-    missing = [key for key in ("id", "image", "label") if key not in examples]
+    missing = [key for key in ("id", "inputs", "label") if key not in examples]
     if missing:
         raise UserError(f"{what}: array {', '.join(missing)} is missing; found {sorted(examples)}")
     lengths = {key: array.shape[:1] for key, array in examples.items()}
@@ -158,11 +158,11 @@ def validate(examples: Examples, num_classes: int, what: str) -> None:
         listed = ", ".join(f"{key} {list(length)}" for key, length in lengths.items())
         raise UserError(f"{what}: arrays must have one length, found {listed}")
 
-    ids, images, labels = examples["id"], examples["image"], examples["label"]
+    ids, images, labels = examples["id"], examples["inputs"], examples["label"]
     if not len(ids):
         raise UserError(f"{what}: no examples")
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-        raise UserError(f"{what}: image must be uint8 or floating point, found {images.dtype}")
+        raise UserError(f"{what}: inputs must be uint8 or floating point, found {images.dtype}")
     for key, array in examples.items():
         if np.issubdtype(array.dtype, np.floating):
             broken = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
@@ -198,7 +198,7 @@ def _examples(images: np.ndarray, labels: np.ndarray, first_id: int) -> Examples
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]
     ids = np.arange(first_id, first_id + len(images), dtype=np.int32)
-    return {"id": ids, "image": images, "label": labels.astype(np.int32)}
+    return {"id": ids, "inputs": images, "label": labels.astype(np.int32)}
 
 
 def _read_idx(path: Path) -> np.ndarray:

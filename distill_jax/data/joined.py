@@ -28,8 +28,8 @@ class Source(Protocol):
 
 
 def image_digests(examples: Examples) -> np.ndarray:
-    """`soft_targets.digests` of "image"."""
-    return soft_targets.digests(examples["image"])
+    """`soft_targets.digests` of "inputs"."""
+    return soft_targets.digests(examples["inputs"])
 
 
 def join(

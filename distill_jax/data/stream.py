@@ -31,7 +31,7 @@ from experiments.speech.stream import Block
 _CHUNK = 100  # records whose bytes are in memory together: photographs are about 1 MB each
 
 Parse = Callable[[bytes], Mapping[str, ArrayLike]]
-"""A record's fields: "image" uint8 or floating, "label" an integer, and any others; the same shapes
+"""A record's fields: "inputs" uint8 or floating, "label" an integer, and any others; the same shapes
 and dtypes for all records."""
 
 
@@ -39,7 +39,7 @@ class Records(NamedTuple):
     """N examples that are read by number.
 
     size: N. read: numbers int `[n]` -> their examples, validated (`images.validate`): "id" int32
-    `[n]`, "image" `[n, ...]`, "label" int32 `[n]`, and any other fields `[n, ...]`. Called by several
+    `[n]`, "inputs" `[n, ...]`, "label" int32 `[n]`, and any other fields `[n, ...]`. Called by several
     threads at once.
     """
 
@@ -79,7 +79,7 @@ def from_tfds(prepared: images.Prepared, side: int = 0, split: str = "train") ->
         image = images.resize(example["image"], side) if side else example["image"]
         # A trailing axis of 1 is dropped, as in `images.Examples`.
         image = image[..., 0] if image.shape[2:] == (1,) else image
-        return {"image": image, "label": np.int32(example["label"])}
+        return {"inputs": image, "label": np.int32(example["label"])}
 
     return _records(source, shards, parse, f"{prepared.name}, {split}", prepared.num_classes)
 

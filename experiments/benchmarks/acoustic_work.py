@@ -177,7 +177,7 @@ def _examples(job: Job, targets: str, teachers: Params) -> train_step.Batch:
     random = np.random.default_rng(0)
     size = job.steps * job.net.batch_size
     examples: dict[str, Any] = {
-        "image": jnp.asarray(random.integers(0, 256, (size, *FRAMES), np.uint8)),
+        "inputs": jnp.asarray(random.integers(0, 256, (size, *FRAMES), np.uint8)),
         "label": jnp.asarray(random.integers(0, job.classes, size).astype(np.int32)),
     }
     if targets == "stored":

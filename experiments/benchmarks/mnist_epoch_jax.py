@@ -134,7 +134,7 @@ def _program(work: Work, net: str, members: int) -> Callable[[int], list[RunEpoc
     resident = sharding.put_examples(examples, mesh, per_member)
     names = ["learning_rate"] + ([] if net == "teacher" else ["temperature", "hard_weight"])
     hyper = {name: jnp.full(members, config[name], jnp.float32) for name in names}
-    image = jnp.asarray(examples["image"][:1])
+    image = jnp.asarray(examples["inputs"][:1])
 
     def start(runs: int) -> list[RunEpoch]:
         keys = jax.random.split(jax.random.key(0), runs * members)

@@ -95,7 +95,7 @@ def _net(config: ConfigDict) -> Any:
 def _label_loss(net: Any, config: ConfigDict, examples: dict[str, Any]) -> Callable:
     """Cross-entropy with the labels of jittered images."""
     pixels, labels = config.jitter, examples["label"]
-    padded = F.pad(examples["image"], (pixels,) * 4)
+    padded = F.pad(examples["inputs"], (pixels,) * 4)
     # A view [N, shift down, shift right, 28, 28], indexed once for the whole batch.
     shifted = padded.unfold(1, 28, 1).unfold(2, 28, 1)
 
@@ -112,7 +112,7 @@ def _label_loss(net: Any, config: ConfigDict, examples: dict[str, Any]) -> Calla
 def _distillation_loss(net: Any, config: ConfigDict, examples: dict[str, Any]) -> Callable:
     """The weighted average of soft and hard cross-entropy."""
     images, labels, teacher = (
-        examples["image"].flatten(1),
+        examples["inputs"].flatten(1),
         examples["label"],
         examples["teacher_logits"],
     )

@@ -274,7 +274,7 @@ def _program(case: Case) -> tuple[Callable[[], None], float]:
     run_epoch = make_epoch(step, batch_size, 1, sharding.shard_batch(mesh, batch_size))
     resident = sharding.put_examples(examples, mesh, per_member)
     keys = jax.random.split(jax.random.key(0), 1)
-    image = jnp.asarray(examples["image"][:1])
+    image = jnp.asarray(examples["inputs"][:1])
     state = sharding.init_members(
         lambda key: train_step.init_state(model, optimizer, key, image), keys, mesh
     )
@@ -299,7 +299,7 @@ def _draw(net: Net, size: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     return {
         "id": np.arange(size, dtype=np.int32),
-        "image": random.integers(0, 256, (size, *net.image), dtype=np.uint8),
+        "inputs": random.integers(0, 256, (size, *net.image), dtype=np.uint8),
         "label": random.integers(0, net.classes, size).astype(np.int32),
     }
 

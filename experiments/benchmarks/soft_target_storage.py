@@ -208,13 +208,13 @@ def students(encoding: Encoding, inputs: np.ndarray, temperature: float) -> list
     @jax.jit
     def train(key: Array, examples: train_step.Batch) -> models.Params:
         init_key, train_key = jax.random.split(key)
-        state = train_step.init_state(model, optimizer, init_key, examples["image"][:1])
+        state = train_step.init_state(model, optimizer, init_key, examples["inputs"][:1])
         return run_epochs(state, examples, train_key, hyper)[0].params
 
     # A seed's key is the same for all forms, so its students begin alike and see the same batches.
     unused = np.zeros(len(inputs), np.int32)
     trained = [
-        train(jax.random.key(seed), {"image": inputs, "label": unused, **fields})
+        train(jax.random.key(seed), {"inputs": inputs, "label": unused, **fields})
         for seed, fields in enumerate(encoding.fields)
     ]
     return [functools.partial(jax.jit(model.apply), params) for params in trained]

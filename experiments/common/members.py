@@ -62,7 +62,7 @@ class Stream(NamedTuple):
     """Training examples that come in blocks (`experiments.speech.stream` and `.records`).
 
     open_blocks: the blocks from a given one on. steps: batches in each. blocks: in an epoch.
-    image: one input's shape and dtype. put: `(block, mesh) ->` the block on the devices. per_member:
+    inputs: one input's shape and dtype. put: `(block, mesh) ->` the block on the devices. per_member:
     whether a field lies there with a leading member axis, as for `sharding.compile_epoch`.
     make_run: `(step, shard_batch) ->` what trains on a block.
     """
@@ -70,7 +70,7 @@ class Stream(NamedTuple):
     open_blocks: Callable[[int], Iterator[stream.Block]]
     steps: int
     blocks: int
-    image: jax.ShapeDtypeStruct
+    inputs: jax.ShapeDtypeStruct
     put: Callable[[stream.Block, Any], train_step.Batch]
     per_member: Mapping[str, bool]
     make_run: Callable[
@@ -228,9 +228,9 @@ def _cut_training(
 def _sample_input(examples: Sequence[Examples] | Stream, gather: Gather) -> Array:
     """An input `[1, ...]` of zeros, for its shape and dtype."""
     if isinstance(examples, Stream):
-        return jnp.zeros((1, *examples.image.shape), examples.image.dtype)
-    image = jax.eval_shape(gather, examples[0], jax.ShapeDtypeStruct((1,), jnp.int32))["image"]
-    return jnp.zeros(image.shape, image.dtype)
+        return jnp.zeros((1, *examples.inputs.shape), examples.inputs.dtype)
+    inputs = jax.eval_shape(gather, examples[0], jax.ShapeDtypeStruct((1,), jnp.int32))["inputs"]
+    return jnp.zeros(inputs.shape, inputs.dtype)
 
 
 def _advance(

@@ -190,7 +190,7 @@ def digits(digits: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Digits, each above its soft targets as bars, a row of panels for each temperature.
 
     Args:
-        digits: `{"image": 28x28 of 0..255, "label": int, "soft_targets": {temperature: [10]}}`.
+        digits: `{"inputs": 28x28 of 0..255, "label": int, "soft_targets": {temperature: [10]}}`.
     """
     if not digits:
         return None
@@ -205,7 +205,7 @@ def digits(digits: Sequence[Mapping[str, Any]]) -> Figure | None:
     for axes, digit in zip(grid[0], digits, strict=True):
         others = np.array(digit["soft_targets"][temperatures[0]], float)
         others[digit["label"]] = -1.0
-        axes.imshow(np.array(digit["image"]), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(np.array(digit["inputs"]), cmap="gray", vmin=0, vmax=255)
         title = f"a {digit['label']}, most like a {int(np.argmax(others))}"
         axes.set_title(title, fontsize=SMALL)
         axes.set_axis_off()

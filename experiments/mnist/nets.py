@@ -192,7 +192,7 @@ def _stream(
         lambda first: stream.blocks(source, net.batch_size, size, seed, rows, first),
         cut.steps,
         cut.blocks,
-        jax.ShapeDtypeStruct(one["image"].shape[1:], one["image"].dtype),
+        jax.ShapeDtypeStruct(one["inputs"].shape[1:], one["inputs"].dtype),
         put,
         {name: name in own for name in one},
         stream.make_block_epoch,

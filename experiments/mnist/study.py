@@ -72,7 +72,7 @@ def make_soft_targets(context: Context) -> list[Row]:
         name = soft_targets.fingerprint(params, json.loads(config.teacher.to_json()))
         parts: list[soft_targets.SoftTargets] = []
         for examples in training_parts(config):
-            logits = nets.logits(s, examples["image"])
+            logits = nets.logits(s, examples["inputs"])
             if s == 0 and not parts:
                 write_json(context.directory / "digits.json", _telling_digits(examples, logits))
             parts.append(soft_targets.make(logits, examples, name))
@@ -198,7 +198,7 @@ def unlabelled(context: Context) -> list[Row]:
     )
     rows = [_error_row(context, "mnist_unlabelled", "teacher, labels of one half", teachers)]
     targets = [
-        soft_targets.make(teachers.logits(s, ours["image"]), ours, f"half teacher, seed {seed}")
+        soft_targets.make(teachers.logits(s, ours["inputs"]), ours, f"half teacher, seed {seed}")
         for s, seed in enumerate(config.seeds)
     ]
     for share in (0.0, net.labels_known):
@@ -295,7 +295,7 @@ def _telling_digits(examples: Examples, logits: np.ndarray) -> list[dict[str, An
             rows.append(int(candidates[logits[candidates, other].argmax()]))
     return [
         {
-            "image": examples["image"][row].tolist(),
+            "inputs": examples["inputs"][row].tolist(),
             "label": int(labels[row]),
             "soft_targets": {
                 str(t): np.asarray(losses.softmax(jax.numpy.asarray(logits[row]), t)).tolist()

@@ -32,7 +32,7 @@ def cluster(context: Context) -> list[Row]:
         rows = _sample(config, len(part["id"]))
         inputs = nets.training_inputs(context, s)[rows]
         logits, labels = base.logits(inputs), part["label"][rows]
-        held_out = base.logits(base.inputs(data.validation["image"])).argmax(axis=-1)
+        held_out = base.logits(base.inputs(data.validation["inputs"])).argmax(axis=-1)
         matrices = {
             "covariance": clustering.prediction_covariance(
                 _batches(logits), config.clusters.temperature

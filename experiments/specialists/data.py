@@ -69,7 +69,7 @@ def _load(
     num_classes, splits = _first_classes(num_classes, splits, classes)
     digest = hashlib.sha256(repr((source, num_classes, views, difficulty, seed)).encode())
     for name, examples in splits.items():
-        digest.update(name.encode() + examples["id"].tobytes() + examples["image"].tobytes())
+        digest.update(name.encode() + examples["id"].tobytes() + examples["inputs"].tobytes())
     # Held-out typefaces are few: two views of them make the accuracies steadier.
     counts = {"train": views, "seen": min(views, 2), "validation": min(views, 2), "test": 1}
     made = {
@@ -123,7 +123,7 @@ def _usual_typeface(train: Examples) -> Examples:
     """The examples of the typeface nearest to the mean of those that are all but complete."""
     faces, counts = np.unique(train["typeface"], return_counts=True)
     full = faces[counts >= 0.99 * counts.max()]
-    means = [train["image"][train["typeface"] == face].mean(axis=0) for face in full]
+    means = [train["inputs"][train["typeface"] == face].mean(axis=0) for face in full]
     centre = np.mean(means, axis=0)
     distances = [np.square(mean - centre).sum() for mean in means]
     return transfer.select(train, train["typeface"] == full[int(np.argmin(distances))])
@@ -131,9 +131,9 @@ def _usual_typeface(train: Examples) -> Examples:
 
 def _class_images(sets: list[Examples], num_classes: int) -> np.ndarray:
     """A picture of each class, of the first set that has one; black where none has."""
-    pictures = np.zeros((num_classes, *sets[0]["image"].shape[1:]), np.uint8)
+    pictures = np.zeros((num_classes, *sets[0]["inputs"].shape[1:]), np.uint8)
     for examples in reversed(sets):
         here = examples["label"] < num_classes
         # Reversed, so that a class's first example is what stays.
-        pictures[examples["label"][here][::-1]] = examples["image"][here][::-1]
+        pictures[examples["label"][here][::-1]] = examples["inputs"][here][::-1]
     return pictures

@@ -21,7 +21,7 @@ def make_soft_targets(context: Context) -> list[Row]:
     """q of Eq. 5 for the transfer set, one store for each seed's generalist and specialists."""
     config, data = context.config, load_data(context.config)
     examples, rows = transfer_set(config)
-    digests = soft_targets.digests(examples["image"])
+    digests = soft_targets.digests(examples["inputs"])
     for s, seed in enumerate(config.seeds):
         base = nets.load_bases(context)[s]
         found = specialist_training.load_stage(context, s)
@@ -53,7 +53,7 @@ def distilled(context: Context) -> list[Row]:
     """Single nets of the generalist's size taught by the specialists, and one taught by labels."""
     config, data = context.config, load_data(context.config)
     examples, _ = transfer_set(config)
-    digests = soft_targets.digests(examples["image"])
+    digests = soft_targets.digests(examples["inputs"])
     taught = []
     for seed in config.seeds:
         stored = compressed_targets.load(
@@ -119,7 +119,7 @@ def _teachers(context: Context) -> tuple[list[float], list[float]]:
     after: list[float] = []
     for s, base in enumerate(nets.load_bases(context)):
         found = specialist_training.load_stage(context, s)
-        inputs, label = base.inputs(data.test["image"]), data.test["label"]
+        inputs, label = base.inputs(data.test["inputs"]), data.test["label"]
         q = specialist_training.combined(config, base, found, inputs)
         for values, predicted in ((before, base.logits(inputs)), (after, q)):
             values.append(100.0 * float((predicted.argmax(axis=-1) == label).mean()))

@@ -38,7 +38,7 @@ class Glyphs(NamedTuple):
 
     splits: "train"; "seen", other characters of the same typefaces; "validation" and "test", groups
     of typefaces of their own. Each has int32 "id" `[n]`, in order, of which no two in the set are
-    equal (typeface * C + label), uint8 "image" `[n, 32, 32]`, white on black, int32 "label" `[n]` and
+    equal (typeface * C + label), uint8 "inputs" `[n, 32, 32]`, white on black, int32 "label" `[n]` and
     int32 "typeface" `[n]`.
 
     metadata: what the set was made by. fingerprint: 16 hex digits of all of the set's content.
@@ -145,7 +145,7 @@ def _examples(sheets: Sequence[Sheet], classes: int) -> dict[str, np.ndarray]:
     image = np.concatenate([sheet.images for sheet in sheets])
     return {
         "id": typeface * np.int32(classes) + label,
-        "image": image,
+        "inputs": image,
         "label": label,
         "typeface": typeface,
     }
@@ -158,7 +158,7 @@ def _fingerprint(
 ) -> str:
     digest = hashlib.sha256(json.dumps([characters, typefaces], sort_keys=True).encode())
     for name, part in splits.items():
-        digest.update(name.encode() + part["id"].tobytes() + part["image"].tobytes())
+        digest.update(name.encode() + part["id"].tobytes() + part["inputs"].tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -56,7 +56,7 @@ def _name_set(batch: Batch, class_set: Array, targets: Array, teacher: Teacher) 
 
 def _ask_generalist(batch: Batch, class_set: Array, targets: Array, teacher: Teacher) -> Batch:
     special = targets[batch["label"]] < len(class_set)
-    logits = jax.lax.stop_gradient(teacher(batch["image"]))
+    logits = jax.lax.stop_gradient(teacher(batch["inputs"]))
     return {**batch, "is_special": special, "teacher_logits": logits}
 
 
@@ -114,13 +114,13 @@ def kind_of(name: str) -> Kind:
 
 
 def make_gather(kind: Kind, model: Model) -> Gather:
-    """Batches of one specialist: shared "image" and "label" `[N]`, its "class_set" and "targets".
+    """Batches of one specialist: shared "inputs" and "label" `[N]`, its "class_set" and "targets".
 
     `model` with the examples' "generalist" is the teacher.
     """
 
     def gather(examples: Batch, rows: Array) -> Batch:
-        batch = {"image": examples["image"][rows], "label": examples["label"][rows]}
+        batch = {"inputs": examples["inputs"][rows], "label": examples["label"][rows]}
         return kind.add(
             batch,
             examples["class_set"],

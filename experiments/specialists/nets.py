@@ -187,7 +187,7 @@ def training_inputs(context: Context, seed: int) -> np.ndarray:
     if key not in _INPUTS:
         base = load_bases(context)[seed]
         begun = time.monotonic()
-        made = base.inputs(specialist_part(context.config)["image"])
+        made = base.inputs(specialist_part(context.config)["inputs"])
         _INPUTS[key] = made, time.monotonic() - begun
     return _INPUTS[key][0]
 

@@ -72,7 +72,7 @@ def _run(context: Context, seed: int, kind: str) -> _Run:
         specialist_training.corrections(examples),
         {"kind": kind, "num_classes": data.num_classes},
     )
-    q = specialist_training.combined(config, base, found, base.inputs(data.test["image"]))
+    q = specialist_training.combined(config, base, found, base.inputs(data.test["inputs"]))
     right = q.argmax(axis=-1) == data.test["label"]
     history = _accuracies(trained.history, evaluation)
     return _Run(history, 100.0 * float(right.mean()), trained.seconds)
@@ -94,12 +94,15 @@ def _evaluation(
     evaluation = {}
     for split, part in (("validation", data.validation), ("test", data.test)):
         rows = _sample(config, len(part["id"]))
-        inputs, label = base.inputs(part["image"][rows]), part["label"][rows]
+        inputs, label = base.inputs(part["inputs"][rows]), part["label"][rows]
         for group in ("special", "other"):
             if group == "other" and kind_of(kind).has_dustbin:
                 continue
             evaluation[f"{split}_{group}_errors"] = [
-                {"image": inputs, **_wanted(kind, own, label, data.num_classes, group == "special")}
+                {
+                    "inputs": inputs,
+                    **_wanted(kind, own, label, data.num_classes, group == "special"),
+                }
                 for own in sets
             ]
     return evaluation
@@ -136,7 +139,7 @@ def _generalist(context: Context, seed: int) -> dict[str, float]:
     """The generalist's accuracy on special and other classes, restricted alike; mean over the sets."""
     data, base = load_data(context.config), nets.load_bases(context)[seed]
     rows = _sample(context.config, len(data.test["id"]))
-    logits, label = base.logits(base.inputs(data.test["image"][rows])), data.test["label"][rows]
+    logits, label = base.logits(base.inputs(data.test["inputs"][rows])), data.test["label"][rows]
     found: dict[str, list[float]] = {"special_accuracy": [], "other_accuracy": []}
     for class_set in _sets(context, seed):
         for name, special in (("special_accuracy", True), ("other_accuracy", False)):

@@ -69,7 +69,7 @@ def compare_solvers(context: Context) -> list[Row]:
     chosen = specialist_training.load_stage(context, 0)
     random = np.random.default_rng(config.data.seed)
     rows = random.permutation(len(data.test["id"]))[: 4 * config.inference.examples]
-    inputs = base.inputs(data.test["image"][np.sort(rows)])
+    inputs = base.inputs(data.test["inputs"][np.sort(rows)])
     evidence = specialist_training.gather_evidence(
         config, base, chosen, inputs, base.logits(inputs), config.specialists.active_by
     )

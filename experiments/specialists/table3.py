@@ -173,7 +173,7 @@ def ensemble(context: Context) -> list[Row]:
     for s, base in enumerate(nets.load_bases(context)):
         for split, part in data.evaluation().items():
             both = np.stack(
-                [base.logits(base.inputs(part["image"])), second.logits(s, part["image"])]
+                [base.logits(base.inputs(part["inputs"])), second.logits(s, part["inputs"])]
             )
             mean = soft_targets.mean_probs(jnp.asarray(both), 1.0, "arithmetic")
             right = np.asarray(mean).argmax(axis=-1) == part["label"]
@@ -189,7 +189,7 @@ def _measure(context: Context, seed: int, run: specialist_training.Trained) -> d
     base, chosen = nets.load_bases(context)[seed], run.specialists
     found: dict = {"seconds": run.seconds, "before": {}, "after": {}, "one": {}, "conditional": {}}
     for split, part in data.evaluation().items():
-        inputs = base.inputs(part["image"])
+        inputs = base.inputs(part["inputs"])
         logits = base.logits(inputs)
         q = specialist_training.combined(config, base, chosen, inputs)
         before, after = (x.argmax(axis=-1) == part["label"] for x in (logits, q))
@@ -343,7 +343,7 @@ def _keep_gallery(context: Context, data: Data, run: dict) -> None:
     old, new = (np.argsort(-x, axis=-1)[:, :_TOP].astype(np.int32) for x in (p, q))
     write_arrays(
         context.directory / "gallery.npz",
-        image=data.test["image"][rows],
+        image=data.test["inputs"][rows],
         label=data.test["label"][rows],
         before_class=old,
         after_class=new,

@@ -135,7 +135,7 @@ def enriched_examples(context: Context, seed: int, class_sets: np.ndarray) -> li
     )
     shared = {
         "id": part["id"],
-        "image": nets.training_inputs(context, seed),
+        "inputs": nets.training_inputs(context, seed),
         "label": labels,
         "generalist": base.params,
     }
@@ -211,7 +211,7 @@ def count_errors(model: models.Model, params: models.Params, examples: train_ste
     The prediction is the best of the outputs that are "allowed" `[outputs]`; it must be the "wanted" one
     `[N]`. No correction is needed where only outputs that share one are allowed.
     """
-    logits = jnp.where(examples["allowed"], model.apply(params, examples["image"]), -jnp.inf)
+    logits = jnp.where(examples["allowed"], model.apply(params, examples["inputs"]), -jnp.inf)
     wrong = jnp.argmax(logits, axis=-1).astype(jnp.int32) != examples["wanted"]
     return jnp.sum(wrong & examples["counted"], dtype=jnp.int32)
 

@@ -79,12 +79,12 @@ def cut(frames: Array, positions: Array) -> Array:
 def gather_windows(examples: Batch, rows: Array) -> Batch:
     """The batch of cases at rows `[B]`, for `epochs.make_epoch`.
 
-    Their fields, and as "image" their windows `[B, 26, 40]`; "frames", "position" and "utterance" are
+    Their fields, and as "inputs" their windows `[B, 26, 40]`; "frames", "position" and "utterance" are
     left out.
     """
     image = cut(examples["frames"], examples["position"][rows])
     return {
-        "image": image,
+        "inputs": image,
         **{name: field[rows] for name, field in examples.items() if name not in _NOT_OF_CASES},
     }
 

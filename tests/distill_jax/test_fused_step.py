@@ -31,7 +31,7 @@ def examples(count=48):
     random = np.random.default_rng(0)
     return {
         "id": np.arange(count, dtype=np.int32),
-        "image": random.integers(0, 256, (count, 4, 4), np.uint8),
+        "inputs": random.integers(0, 256, (count, 4, 4), np.uint8),
         "label": random.integers(-1, CLASSES, count).astype(np.int32),
         "teacher_ids": np.argsort(random.random((count, CLASSES)))[:, :K].astype(np.uint16),
         "teacher_probabilities": np.full((count, K), 0.25, jnp.bfloat16),
@@ -97,11 +97,11 @@ def test_teachers_by_their_hidden_layers_are_online_teachers(micro_batches):
     batch = {name: field[:BATCH] for name, field in examples().items() if "teacher" not in name}
     batch["label"] = np.abs(batch["label"])
     keys = jax.random.split(jax.random.key(3), M)
-    teachers = jax.vmap(lambda key: TEACHER.init(key, batch["image"]))(keys)
+    teachers = jax.vmap(lambda key: TEACHER.init(key, batch["inputs"]))(keys)
     state = init(jax.random.key(0))
     found = one_step(True, micro_batches, state, batch, teachers)
     tiny.assert_close(found, one_step(False, micro_batches, state, batch, teachers))
-    logits = jax.vmap(TEACHER.apply, (0, None))(teachers, batch["image"])
+    logits = jax.vmap(TEACHER.apply, (0, None))(teachers, batch["inputs"])
     geometric = soft_targets.ensemble_logits(logits, 3.0, "geometric")
     # Added by a transform too, whose key makes the step's dropout another one.
     step = train_step.make_train_step(
@@ -130,7 +130,7 @@ def test_a_batch_without_the_teachers_activations_says_how_to_get_them():
 def test_the_hidden_layer_and_the_output_layer_are_the_model():
     trunk = models.conv_trunk((4,), (2,))
     chained = models.chain(trunk, MODEL)
-    images, key = examples(5)["image"], jax.random.key(2)
+    images, key = examples(5)["inputs"], jax.random.key(2)
     params = chained.init(key, images)
     hidden = chained.hidden(params, images, dropout_key=key)
     logits = hidden @ params["output"]["kernel"] + params["output"]["bias"][None]

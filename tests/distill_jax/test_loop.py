@@ -32,9 +32,9 @@ ADVANCE_MEMBERS = jax.jit(jax.vmap(EPOCH, in_axes=(0, None, 0, None)), donate_ar
 
 def make_examples(bad=None):
     fields = tiny.examples(24)
-    fields["image"] = fields["image"] / np.float32(255)
+    fields["inputs"] = fields["inputs"] / np.float32(255)
     if bad is not None:
-        fields["image"][bad, 0, 0] = np.nan
+        fields["inputs"][bad, 0, 0] = np.nan
     return {name: jnp.asarray(field) for name, field in fields.items()}
 
 
@@ -46,7 +46,7 @@ def fresh(key):
 @jax.jit
 def evaluate(state):
     examples = make_examples()
-    logits = MODEL.apply(state.params, examples["image"])
+    logits = MODEL.apply(state.params, examples["inputs"])
     return {"test_errors": metrics.error_counts(logits, examples["label"])["errors"]}
 
 

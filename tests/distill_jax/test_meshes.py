@@ -24,7 +24,7 @@ MODEL = models.mlp(HIDDEN, CLASSES, input_dropout=0.2, hidden_dropout=0.5)
 OPTIMIZER = optimizers.sgd(optax.constant_schedule(1.0), max_norm=1.0)
 PER_MEMBER = {
     "id": False,
-    "image": False,
+    "inputs": False,
     "label": False,
     "teacher_logits": True,
     "teacher_ids": False,
@@ -47,7 +47,7 @@ def examples(count=N):
     random = np.random.default_rng(0)
     return {
         "id": np.arange(count, dtype=np.int32),
-        "image": random.integers(0, 256, (count, 8, 8), np.uint8),
+        "inputs": random.integers(0, 256, (count, 8, 8), np.uint8),
         "label": random.integers(0, CLASSES, count).astype(np.int32),
         "teacher_logits": 3 * random.standard_normal((MEMBERS, count, CLASSES)).astype(np.float32),
         "teacher_ids": np.argsort(random.random((count, CLASSES)))[:, :K].astype(np.uint16),
@@ -292,7 +292,7 @@ def test_rows_that_a_process_loads():
     with pytest.raises(UserError, match="batch_size is 7, which doesn't divide over 2 data"):
         sharding.own_rows(mesh, 7)
     field = np.arange(3 * 6 * 2).reshape(3, 6, 2)
-    placed = sharding.put_rows({"image": field}, mesh, batch_axis=1)["image"]
+    placed = sharding.put_rows({"inputs": field}, mesh, batch_axis=1)["inputs"]
     np.testing.assert_array_equal(placed, field)
     assert placed.sharding.shard_shape(placed.shape) == (3, 3, 2)
 

@@ -12,7 +12,7 @@ from distill_jax.errors import UserError
 
 def build(key, **kwargs):
     model = models.mlp([6, 5], tiny.CLASSES, **kwargs)
-    images = jnp.asarray(tiny.examples(8)["image"])
+    images = jnp.asarray(tiny.examples(8)["inputs"])
     return model, model.init(key, images), images
 
 

@@ -108,7 +108,7 @@ def streaming(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
     digits = images.load("embedded")
     splits = {
-        name: (part["image"][:size], part["label"][:size])
+        name: (part["inputs"][:size], part["label"][:size])
         for name, part, size in (("train", digits.train, 800), ("test", digits.test, 200))
     }
     prepare_tiny(folder, splits, label_feature=tfds.features.ClassLabel(num_classes=10))

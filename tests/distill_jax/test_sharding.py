@@ -139,7 +139,7 @@ def test_pmap_replicas_draw_their_own_masks(key):
         float(
             DROPOUT.apply(
                 init(key).params,
-                one["image"],
+                one["inputs"],
                 dropout_key=jax.random.split(
                     jax.random.fold_in(jax.random.fold_in(key, 0), replica), 1
                 )[0],
@@ -235,9 +235,9 @@ def test_members_are_traced_once():
 
 def test_put_examples_splits_what_is_the_members_own():
     mesh = sharding.make_mesh(2, 4)
-    fields = {"image": np.ones((6, 2)), "teacher_logits": np.ones((4, 6, 3), np.float32)}
-    placed = sharding.put_examples(fields, mesh, {"image": False, "teacher_logits": True})
-    assert placed["image"].sharding.is_fully_replicated
+    fields = {"inputs": np.ones((6, 2)), "teacher_logits": np.ones((4, 6, 3), np.float32)}
+    placed = sharding.put_examples(fields, mesh, {"inputs": False, "teacher_logits": True})
+    assert placed["inputs"].sharding.is_fully_replicated
     targets = placed["teacher_logits"]
     assert targets.sharding.shard_shape(targets.shape) == (2, 6, 3)
 

@@ -47,7 +47,7 @@ def test_two_steps_are_those_of_float64(key):
     state, batch = fresh(model), make_batch()
     step = make_step(model, train_step.label_loss)
     kernel = np.float64(state.params["output"]["kernel"])
-    x, onehot = np.float64(batch["image"]).reshape(8, -1) / 255, np.eye(3)[batch["label"]]
+    x, onehot = np.float64(batch["inputs"]).reshape(8, -1) / 255, np.eye(3)[batch["label"]]
     bias, traces = np.zeros(3), [0.0, 0.0]
     for _ in range(2):
         state, metrics = step(state, batch, key, tiny.hyper(learning_rate=0.2))
@@ -68,7 +68,7 @@ def test_step_descends_the_mean_of_its_loss(loss, key):
     state, batch, hyper = fresh(), make_batch(), tiny.hyper()
 
     def mean(params):
-        return jnp.mean(loss(PLAIN.apply(params, batch["image"]), batch, hyper))
+        return jnp.mean(loss(PLAIN.apply(params, batch["inputs"]), batch, hyper))
 
     found, metrics = make_step(loss=loss)(state, batch, key, hyper)
     value, grads = jax.value_and_grad(mean)(state.params)
@@ -171,7 +171,7 @@ def test_metrics_are_sums_and_unknown_labels_are_no_errors(key):
     batch["label_known"] = batch["label"] >= 0
     state = fresh()
     _, metrics = make_step()(state, batch, key, tiny.hyper())
-    z = PLAIN.apply(state.params, batch["image"])
+    z = PLAIN.apply(state.params, batch["inputs"])
     wrong = np.argmax(z, -1)[3:] != np.asarray(batch["label"])[3:]
     assert 0 < wrong.sum() < 5
     assert (metrics["errors"], metrics["count"]) == (wrong.sum(), 8)
@@ -194,13 +194,13 @@ def test_evaluation_drops_nothing():
 
 @pytest.mark.parametrize("loss", LOSSES[1:])
 def test_missing_teacher_logits(loss, key):
-    with pytest.raises(UserError, match=r"no teacher_logits, only \['id', 'image', 'label'\]"):
+    with pytest.raises(UserError, match=r"no teacher_logits, only \['id', 'inputs', 'label'\]"):
         make_step(loss=loss)(fresh(), make_batch(teacher=False), key, tiny.hyper())
 
 
 def test_online_teacher_equals_cached_targets(key):
     teacher = fresh(DROPOUT, 7).params
-    images = make_batch()["image"]
+    images = make_batch()["inputs"]
     online = make_step(
         transforms=[train_step.online_teacher(lambda images: DROPOUT.apply(teacher, images))]
     )
@@ -241,8 +241,8 @@ def test_online_teacher_sees_the_jittered_images(key):
         return images.reshape(8, -1).astype(jnp.float32)
 
     def changed(z, moved, hyper):  # number of examples whose image moved, if the teacher saw it so
-        agree = jnp.all(moved["teacher_logits"] == flat(moved["image"]), -1)
-        differ = jnp.any(flat(moved["image"]) != flat(batch["image"]), -1)
+        agree = jnp.all(moved["teacher_logits"] == flat(moved["inputs"]), -1)
+        differ = jnp.any(flat(moved["inputs"]) != flat(batch["inputs"]), -1)
         return jnp.where(agree, differ.astype(jnp.float32), jnp.nan) + 0 * jnp.sum(z, -1)
 
     step = make_step(loss=changed, transforms=[jitter(2), train_step.online_teacher(flat)])

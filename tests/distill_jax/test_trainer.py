@@ -28,7 +28,7 @@ def make_fields():
     random = np.random.default_rng(2)
     drawn = random.choice(C, N - C, p=np.arange(1, C + 1) / 45)
     labels = np.append(np.arange(C), drawn).astype(np.int32)
-    shared = {"image": tiny.examples(N)["image"], "label": labels}
+    shared = {"inputs": tiny.examples(N)["inputs"], "label": labels}
     own = {
         **enrichment.stack_rows([enrichment.enriched_rows(labels, s, C) for s in SETS]),
         "targets": np.stack([enrichment.dustbin_labels(jnp.asarray(s), C) for s in SETS]),
@@ -54,7 +54,7 @@ STEPS = size(FIELDS) // BATCH
 
 
 def gather(fields, rows):
-    batch = {name: fields[name][rows] for name in ("image", "label")}
+    batch = {name: fields[name][rows] for name in ("inputs", "label")}
     return {**enrichment.to_dustbin(batch, fields["targets"]), "row": rows}
 
 
@@ -157,7 +157,7 @@ def test_a_specialist_is_the_one_trained_alone(sizes):
     examples = sharding.put_examples(FIELDS, mesh, PER_MEMBER)
     rows = examples["special"]
     assert rows.sharding.shard_shape(rows.shape)[0] == MEMBERS // sizes[0]
-    assert examples["image"].sharding.is_fully_replicated
+    assert examples["inputs"].sharding.is_fully_replicated
     for epoch in range(2):
         states, metrics = run_epoch(states, examples, keys(), {"learning_rate": LEARNING_RATES})
         assert metrics["loss"].shape == (MEMBERS, STEPS)

@@ -24,7 +24,7 @@ def examples(count, shape=(12, 12)):
     random = np.random.default_rng(1)
     return {
         "id": random.permutation(5 * count)[:count].astype(np.int32),
-        "image": noise_images(count, shape),
+        "inputs": noise_images(count, shape),
         "label": random.integers(0, 7, count).astype(np.int32),
         "soft": random.random((count, 7), np.float32),
     }
@@ -81,7 +81,7 @@ class TestDistort:
         with pytest.raises(UserError, match=message):
             augment.distort(jnp.asarray(images), key, 1.0)
         with pytest.raises(UserError, match=message):
-            data = {"id": np.arange(len(images), dtype=np.int32), "image": images}
+            data = {"id": np.arange(len(images), dtype=np.int32), "inputs": images}
             augment.views(data, 1, 1.0, seed=0)
 
 
@@ -181,7 +181,7 @@ class TestFigures:
         assert noise.mean() == pytest.approx(0.09 * 255, rel=0.05)
 
     def test_digits_keep_most_of_their_ink(self):
-        digits = np.pad(load("embedded").test["image"][:1000], [(0, 0), (2, 2), (2, 2)])
+        digits = np.pad(load("embedded").test["inputs"][:1000], [(0, 0), (2, 2), (2, 2)])
         moved = jax.jit(jax.vmap(augment._move))(digits[:, None], draw_amounts(1.0, 1000))
         kept = np.asarray(moved).sum(axis=(1, 2, 3)) / digits.sum(axis=(1, 2))
         # The mean of the squared scale, 0.71, less what goes over the edges.
@@ -194,7 +194,7 @@ class TestViews:
         made = augment.views(data, 3, 1.0, seed=0)
         assert made.keys() == data.keys()
         assert {name: x.dtype for name, x in made.items()} == {n: x.dtype for n, x in data.items()}
-        assert made["image"].shape == (111, 12, 12)
+        assert made["inputs"].shape == (111, 12, 12)
         assert len(set(made["id"].tolist())) == 111
         for view in range(3):
             part = rows(made, slice(37 * view, 37 * view + 37))
@@ -204,8 +204,8 @@ class TestViews:
 
     def test_they_look_like_what_they_are_of(self):
         train = rows(load("embedded").train, slice(0, 300))
-        made = augment.views(train, 1, 0.1, seed=0)["image"].reshape(300, -1).astype(np.float32)
-        correlation = np.corrcoef(made, train["image"].reshape(300, -1))[:300, 300:]
+        made = augment.views(train, 1, 0.1, seed=0)["inputs"].reshape(300, -1).astype(np.float32)
+        correlation = np.corrcoef(made, train["inputs"].reshape(300, -1))[:300, 300:]
         assert (correlation.argmax(axis=1) == np.arange(300)).mean() > 0.98
 
     @pytest.mark.parametrize("shape", [(12, 12), (8, 10, 3)])
@@ -222,8 +222,8 @@ class TestViews:
 
     def test_other_seeds_ids_and_views_differ(self):
         data = examples(37)
-        data["image"][:] = data["image"][0]
-        made = [augment.views(data, 2, 1.0, seed)["image"] for seed in (0, 1)]
+        data["inputs"][:] = data["inputs"][0]
+        made = [augment.views(data, 2, 1.0, seed)["inputs"] for seed in (0, 1)]
         assert len({image.tobytes() for images in made for image in images}) == 2 * 2 * 37
 
     def test_difficulty_0_gives_the_examples(self):

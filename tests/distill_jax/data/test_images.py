@@ -23,9 +23,9 @@ class TestEmbedded:
             (embedded.train, 60000, 0),
             (embedded.test, 10000, 60000),
         ):
-            assert sorted(examples) == ["id", "image", "label"]
-            assert examples["image"].shape == (count, 28, 28)
-            assert examples["image"].dtype == np.uint8
+            assert sorted(examples) == ["id", "inputs", "label"]
+            assert examples["inputs"].shape == (count, 28, 28)
+            assert examples["inputs"].dtype == np.uint8
             assert examples["label"].shape == (count,)
             assert examples["label"].dtype == np.int32
             assert examples["id"].dtype == np.int32
@@ -40,7 +40,7 @@ class TestEmbedded:
         assert np.bincount(embedded.test["label"]).tolist() == test_counts
 
     def test_images_are_upright_ink_on_black(self, embedded):
-        images = embedded.train["image"]
+        images = embedded.train["inputs"]
         # The published mean and standard deviation of the training pixels.
         assert images.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
         assert images.std() / 255 == pytest.approx(0.3081, abs=5e-5)
@@ -125,14 +125,14 @@ class TestValidate:
     def examples(**changes):
         arrays = {
             "id": np.arange(10, 14, dtype=np.int32),
-            "image": np.zeros((4, 2, 2), np.uint8),
+            "inputs": np.zeros((4, 2, 2), np.uint8),
             "label": np.array([0, 1, 2, 0], np.int32),
         }
         return arrays | changes
 
     def test_good(self):
         images.validate(self.examples(), 3, "x")
-        images.validate(self.examples(image=np.zeros((4, 2, 2, 3), np.float32)), 3, "x")
+        images.validate(self.examples(inputs=np.zeros((4, 2, 2, 3), np.float32)), 3, "x")
         images.validate(self.examples(soft=np.zeros((4, 3))), 3, "x")
 
     @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ class TestValidate:
             images.validate(self.examples(label=np.array(labels)), 3, "x")
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-    @pytest.mark.parametrize("key", ["image", "soft"])
+    @pytest.mark.parametrize("key", ["inputs", "soft"])
     def test_non_finite(self, key, value):
         array = np.zeros((4, 2, 2), np.float32)
         array[2, 1, 0] = array[3, 0, 0] = value
@@ -159,7 +159,7 @@ class TestValidate:
     def test_image_dtype(self, dtype):
         images = np.zeros((4, 2, 2), dtype)
         with pytest.raises(UserError, match=f"uint8 or floating point, found {np.dtype(dtype)}"):
-            images.validate(self.examples(image=images), 3, "x")
+            images.validate(self.examples(inputs=images), 3, "x")
 
     def test_lengths(self):
         changed = self.examples(label=np.zeros(3, np.int32))
@@ -180,5 +180,5 @@ class TestValidate:
     def test_missing_array(self):
         changed = self.examples()
         del changed["label"]
-        with pytest.raises(UserError, match=r"x: array label is missing; found \['id', 'image'\]"):
+        with pytest.raises(UserError, match=r"x: array label is missing; found \['id', 'inputs'\]"):
             images.validate(changed, 3, "x")

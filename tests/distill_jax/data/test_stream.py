@@ -29,7 +29,7 @@ def write_files(folder, sizes=(40, 0, 25, 35)):
     for number, size in enumerate(sizes):
         paths.append(folder / f"{number}.array_record")
         writer = ArrayRecordWriter(str(paths[-1]), "group_size:1")
-        for image, label in zip(SET["image"][row:][:size], SET["label"][row:], strict=False):
+        for image, label in zip(SET["inputs"][row:][:size], SET["label"][row:], strict=False):
             writer.write(image.tobytes() + bytes([label]))
         writer.close()
         row += size
@@ -38,7 +38,7 @@ def write_files(folder, sizes=(40, 0, 25, 35)):
 
 def parse(record):
     return {
-        "image": np.frombuffer(record[:16], np.uint8).reshape(4, 4),
+        "inputs": np.frombuffer(record[:16], np.uint8).reshape(4, 4),
         "label": np.int32(record[16]),
     }
 
@@ -63,8 +63,8 @@ def test_reading_by_number(files):
         name: field.dtype for name, field in SET.items()
     }
     many = np.repeat(numbers, 3)  # more than are read together
-    np.testing.assert_array_equal(files.read(many)["image"], SET["image"][many])
-    assert files.read(numbers[:0])["image"].shape == (0, 4, 4)
+    np.testing.assert_array_equal(files.read(many)["inputs"], SET["inputs"][many])
+    assert files.read(numbers[:0])["inputs"].shape == (0, 4, 4)
 
 
 def test_a_part_keeps_its_ids(files):
@@ -148,8 +148,8 @@ def test_batches_take_the_places_of_the_order_in_turn(files):
         np.testing.assert_array_equal(ids.ravel(), order[: ids.size])
         left.append(set(order[ids.size :].tolist()))
         for block in found:
-            assert block["image"].shape == (STEPS, BATCH, 4, 4)
-            np.testing.assert_array_equal(block["image"], SET["image"][block["id"]])
+            assert block["inputs"].shape == (STEPS, BATCH, 4, 4)
+            np.testing.assert_array_equal(block["inputs"], SET["inputs"][block["id"]])
             np.testing.assert_array_equal(block["label"], SET["label"][block["id"]])
     assert left[0] != left[1] and len(left[0]) == SIZE % BATCH
 
@@ -206,7 +206,7 @@ def train(files, member, data, units=5, members=2):
     mesh = sharding.make_mesh(member, data)
     step = train_step.make_train_step(MODEL, OPTIMIZER, train_step.distillation_loss)
     shard = sharding.shard_batch(mesh, BATCH)
-    own = {"id": False, "image": False, "label": False, "teacher_logits": True}
+    own = {"id": False, "inputs": False, "label": False, "teacher_logits": True}
     targets = logits_of(members)
 
     def put(block):
@@ -267,7 +267,7 @@ class TestDamage:
 
     def damage(self, path, number):
         content = bytearray(path.read_bytes())
-        content[content.index(SET["image"][number].tobytes())] ^= 0xFF
+        content[content.index(SET["inputs"][number].tobytes())] ^= 0xFF
         path.write_bytes(content)
 
     def test_a_damaged_record(self, tmp_path):
@@ -306,7 +306,7 @@ class TestDamage:
 
     def test_a_parser_that_fails(self, paths):
         def fails(record):
-            if record[:16] == SET["image"][41].tobytes():
+            if record[:16] == SET["inputs"][41].tobytes():
                 raise KeyError("no such key")
             return parse(record)
 
@@ -317,8 +317,8 @@ class TestDamage:
 
     def test_records_that_are_not_alike(self, paths):
         def grows(record):
-            wide = record[:16] == SET["image"][99].tobytes()
-            return {"image": np.zeros((4, 4 + wide), np.uint8), "label": np.int32(0)}
+            wide = record[:16] == SET["inputs"][99].tobytes()
+            return {"inputs": np.zeros((4, 4 + wide), np.uint8), "label": np.int32(0)}
 
         message = self.message(stream.from_files(paths, grows, tiny.CLASSES, "digits"))
         assert message.startswith(
@@ -348,7 +348,7 @@ class TestTfds:
         assert (source.size, prepared.num_classes) == (60, whole.num_classes)
         numbers = np.random.default_rng(0).permutation(60)
         found = source.read(numbers)
-        assert found["image"].dtype == np.uint8 and found["id"].dtype == np.int32
+        assert found["inputs"].dtype == np.uint8 and found["id"].dtype == np.int32
         tiny.assert_equal(found, {name: field[numbers] for name, field in whole.train.items()})
         tiny.assert_equal(images.read_test(prepared, side), whole.test)
 
@@ -359,8 +359,8 @@ class TestTfds:
         prepare_tiny(tmp_path, {"train": data, "test": data}, image_feature=feature)
         prepared = images.open_prepared("tfds:tiny", str(tmp_path))
         found = stream.from_tfds(prepared, side=5).read(places(3))
-        assert found["image"].shape == (3, 5, 5, 3)
-        assert found["image"][:, 2, 2, 1].tolist() == np.array([4, 7, 12])[found["label"]].tolist()
+        assert found["inputs"].shape == (3, 5, 5, 3)
+        assert found["inputs"][:, 2, 2, 1].tolist() == np.array([4, 7, 12])[found["label"]].tolist()
         with pytest.raises(UserError, match=r"tiny, train: record \d, in .*one side"):
             stream.from_tfds(prepared).read(places(3))
 

@@ -57,7 +57,7 @@ def tfds_mnist(mnist_dir):
 
 def rows(examples):
     """The examples as a sorted list, so that two orders of the same examples are equal."""
-    images = examples["image"].reshape(len(examples["image"]), -1)
+    images = examples["inputs"].reshape(len(examples["inputs"]), -1)
     return sorted(zip(map(bytes, images), examples["label"].tolist(), strict=True))
 
 
@@ -66,7 +66,7 @@ class TestTfdsMnist:
         assert (tfds_mnist.name, tfds_mnist.num_classes) == ("tfds:mnist", 10)
         for split in ("train", "test"):
             read, written = getattr(tfds_mnist, split), getattr(embedded, split)
-            for key in ("id", "image", "label"):
+            for key in ("id", "inputs", "label"):
                 assert read[key].dtype == written[key].dtype
                 assert read[key].shape == written[key].shape
             np.testing.assert_array_equal(read["id"], written["id"])
@@ -77,14 +77,14 @@ class TestTfdsMnist:
             read, written = getattr(tfds_mnist, split), getattr(embedded, split)
             hasher = hashing.Hasher(split)
             order = sorted(range(len(written["id"])), key=hasher.hash_key)
-            np.testing.assert_array_equal(read["image"], written["image"][order])
+            np.testing.assert_array_equal(read["inputs"], written["inputs"][order])
             np.testing.assert_array_equal(read["label"], written["label"][order])
 
     def test_stock_calls_read_it(self, mnist_dir, tfds_mnist):
         first_two = tfds.data_source("mnist", split="test[:2]", data_dir=mnist_dir, download=False)
         assert len(first_two) == 2
         assert first_two[1]["image"].shape == (28, 28, 1)
-        np.testing.assert_array_equal(first_two[1]["image"][..., 0], tfds_mnist.test["image"][1])
+        np.testing.assert_array_equal(first_two[1]["image"][..., 0], tfds_mnist.test["inputs"][1])
         info = tfds.builder("mnist", data_dir=mnist_dir).info
         assert (str(info.version), info.splits["train"].num_examples) == ("3.0.1", 60000)
 
@@ -123,11 +123,11 @@ class TestTfdsSets:
         for name in ("tfds:tiny", "tfds:tiny:1.0.0"):
             source = images.load(name, str(tmp_path))
             assert (source.name, source.num_classes) == (name, 3)
-            assert source.train["image"].shape == (3, 4, 5, 3)
+            assert source.train["inputs"].shape == (3, 4, 5, 3)
             assert source.test["id"].tolist() == [3, 4]
             # A value of the images names the label that was stored with it.
             for examples in (source.train, source.test):
-                expected = np.array([0, 1, 2, 1, 0])[examples["image"][:, 0, 0, 0]]
+                expected = np.array([0, 1, 2, 1, 0])[examples["inputs"][:, 0, 0, 0]]
                 np.testing.assert_array_equal(examples["label"], expected)
 
     @pytest.mark.parametrize("splits", [("test", "validation"), ("test", "val"), ("test",)])
@@ -141,7 +141,7 @@ class TestTfdsSets:
                 images.load("tfds:tiny", str(tmp_path))
         else:
             source = images.load("tfds:tiny", str(tmp_path))
-            assert source.test["image"][:, 0, 0].tolist() == [2, 2, 2]
+            assert source.test["inputs"][:, 0, 0].tolist() == [2, 2, 2]
             assert sorted(source.test["label"].tolist()) == [0, 1, 2]
 
     def test_a_partly_labelled_test_split_is_not_passed_over(self, tmp_path):
@@ -169,7 +169,7 @@ class TestTfdsSets:
         ) as caught:
             images.load("tfds:tiny", str(tmp_path))
         assert "data.side" in str(caught.value)
-        assert images.load("tfds:tiny", str(tmp_path), side=4).test["image"].shape == (3, 4, 4)
+        assert images.load("tfds:tiny", str(tmp_path), side=4).test["inputs"].shape == (3, 4, 4)
 
     def test_label_that_is_not_a_class(self, tmp_path):
         data = {"train": ([grey(4)], [7]), "test": ([grey(4)], [7])}
@@ -242,21 +242,21 @@ class TestSide:
         )
         source = images.load("tfds:tiny", str(tmp_path), side=32)
         assert source.num_classes == 120
-        assert source.train["image"].shape == (120, 32, 32, 3)
-        assert source.train["image"].dtype == np.uint8
+        assert source.train["inputs"].shape == (120, 32, 32, 3)
+        assert source.train["inputs"].dtype == np.uint8
         assert source.test["id"].tolist() == list(range(120, 127))
         assert sorted(source.train["label"].tolist()) == list(range(120))
         for examples in (source.train, source.test):
             value = examples["label"]
             expected = np.stack([value, 2 * value, np.full_like(value, 7)], axis=-1)
-            everywhere = np.broadcast_to(expected[:, None, None], examples["image"].shape)
-            np.testing.assert_array_equal(examples["image"], everywhere)
+            everywhere = np.broadcast_to(expected[:, None, None], examples["inputs"].shape)
+            np.testing.assert_array_equal(examples["inputs"], everywhere)
 
     def test_shrinking_is_antialiased(self, tmp_path):
         # A checkerboard of single pixels: a half of white, not one or the other colour.
         board = np.uint8(255) * (np.indices((64, 64)).sum(0) % 2).astype(np.uint8)
         prepare_tiny(tmp_path, {"train": ([board], [0]), "test": ([board], [0])})
-        image = images.load("tfds:tiny", str(tmp_path), side=8).train["image"]
+        image = images.load("tfds:tiny", str(tmp_path), side=8).train["inputs"]
         assert image.shape == (1, 8, 8)
         assert np.abs(image.astype(int) - 128).max() <= 2
 
@@ -264,7 +264,7 @@ class TestSide:
         images = np.random.default_rng(0).integers(0, 256, (5, 9, 9), np.uint8)
         prepare_tiny(tmp_path, {"train": (images, [0] * 5), "test": (images, [0] * 5)})
         kept, resized = (images.load("tfds:tiny", str(tmp_path), side=side) for side in (0, 9))
-        np.testing.assert_array_equal(resized.train["image"], kept.train["image"])
+        np.testing.assert_array_equal(resized.train["inputs"], kept.train["inputs"])
 
     @pytest.mark.parametrize(("name", "side"), [("tfds:tiny", -1), ("embedded", 14)])
     def test_what_has_no_side(self, name, side):

@@ -86,11 +86,11 @@ def shifts(before, after, pixels):
 
 
 def move(images, pixels, key):
-    batch = {"image": jnp.asarray(images), "label": jnp.arange(len(images))}
+    batch = {"inputs": jnp.asarray(images), "label": jnp.arange(len(images))}
     moved = jax.jit(jitter(pixels))(batch, key)
     np.testing.assert_array_equal(moved["label"], batch["label"])
-    assert moved["image"].dtype == images.dtype
-    return np.asarray(moved["image"])
+    assert moved["inputs"].dtype == images.dtype
+    return np.asarray(moved["inputs"])
 
 
 def test_jitter_moves_by_every_offset_and_fills_with_zeros(key):
@@ -109,7 +109,7 @@ def test_jitter_moves_all_channels_together(dtype, key):
 
 
 def test_jitter_depends_on_its_key_alone(key):
-    images = tiny.examples(20)["image"]
+    images = tiny.examples(20)["inputs"]
     first = move(images, 1, key)
     np.testing.assert_array_equal(first, move(images, 1, jax.random.key(0)))
     assert not np.array_equal(first, move(images, 1, jax.random.key(1)))
@@ -168,7 +168,7 @@ def test_wiped_labels_are_gone(share, count):
     assert partly["label"].dtype == np.int32
     np.testing.assert_array_equal(partly["label"], np.where(known, labels, -1))
     np.testing.assert_array_equal(whole["label"], labels)
-    for name in ("id", "image", "teacher_logits"):
+    for name in ("id", "inputs", "teacher_logits"):
         np.testing.assert_array_equal(partly[name], whole[name])
 
 

@@ -75,7 +75,7 @@ def test_unknown_mean():
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 12, 1000])
 def test_logits_over_is_the_model_in_evaluation_mode(key, batch_size):
     model = models.mlp([5], 3, input_dropout=0.5, hidden_dropout=0.5)
-    images = tiny.examples(N)["image"]
+    images = tiny.examples(N)["inputs"]
     params = model.init(key, jnp.asarray(images))
     found = soft_targets.logits_over(model.apply, params, images, batch_size)
     assert isinstance(found, np.ndarray) and found.dtype == np.float32
@@ -127,7 +127,7 @@ def test_attach_to_an_id_without_targets(stranger):
 
 def test_attach_to_changed_images():
     examples = tiny.examples(N)
-    examples["image"][3, 0, 0] ^= 1
+    examples["inputs"][3, 0, 0] ^= 1
     with pytest.raises(UserError, match=r"1 of 12 .* teacher abc saw .* first id 103"):
         soft_targets.attach(examples, make())
 

@@ -26,13 +26,13 @@ class Source:
         return N
 
     def __getitem__(self, number):
-        return {"image": self.images[number], "label": LABELS[number]}
+        return {"inputs": self.images[number], "label": LABELS[number]}
 
 
 def read(numbers):
     return {
         "id": numbers.astype(np.int32),
-        "image": IMAGES[numbers],
+        "inputs": IMAGES[numbers],
         "label": LABELS[numbers],
     }
 
@@ -66,7 +66,7 @@ def changed():
 def assert_own(batch, store):
     """Every example has its own image, label and targets."""
     ids = batch["id"]
-    for name, field in (("image", IMAGES), ("label", LABELS)):
+    for name, field in (("inputs", IMAGES), ("label", LABELS)):
         np.testing.assert_array_equal(batch[name], field[ids])
     for name, field in compressed_targets.rows(store, ids).items():
         assert batch[name].dtype == field.dtype

@@ -39,7 +39,7 @@ def generalist_params(seed=0):
 def make_examples(class_set=SET, seed=1):
     random = np.random.default_rng(seed)
     return {
-        "image": jnp.asarray(random.standard_normal((N, D)), jnp.float32),
+        "inputs": jnp.asarray(random.standard_normal((N, D)), jnp.float32),
         "label": jnp.asarray(np.append(np.arange(C), random.integers(0, C, N - C)), jnp.int32),
         "class_set": jnp.asarray(class_set),
         "targets": enrichment.dustbin_labels(jnp.asarray(class_set), C),
@@ -68,7 +68,7 @@ def test_no_other_kind():
 @every_kind
 def test_the_start_fits_the_network(name):
     _, model, start, batch = build(name)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), batch["image"])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch["inputs"])
     tiny.assert_equal(
         jax.tree.map(lambda leaf: leaf.shape, start), jax.tree.map(lambda leaf: leaf.shape, shapes)
     )
@@ -78,8 +78,8 @@ def test_the_start_fits_the_network(name):
 @both_sets
 def test_a_dustbin_of_many_outputs_starts_as_the_generalist(class_set):
     kind, model, start, batch = build("logsumexp", class_set)
-    logits = generalist_logits(batch["image"])
-    found = kind.read(model.apply(start, batch["image"]), jnp.asarray(class_set), jnp.float32(0.0))
+    logits = generalist_logits(batch["inputs"])
+    found = kind.read(model.apply(start, batch["inputs"]), jnp.asarray(class_set), jnp.float32(0.0))
     tiny.assert_equal(found, enrichment.collapse(logits, jnp.asarray(class_set)))
     # The same from the generalist's probabilities, summed by numpy.
     p = np.asarray(jax.nn.softmax(np.asarray(logits, np.float64)))
@@ -93,8 +93,8 @@ def test_a_dustbin_of_many_outputs_starts_as_the_generalist(class_set):
 @both_sets
 def test_one_unit_starts_with_the_generalists_special_logits(class_set):
     kind, model, start, batch = build("unit", class_set)
-    logits = np.asarray(generalist_logits(batch["image"]), np.float64)
-    found = kind.read(model.apply(start, batch["image"]), jnp.asarray(class_set), jnp.float32(0.0))
+    logits = np.asarray(generalist_logits(batch["inputs"]), np.float64)
+    found = kind.read(model.apply(start, batch["inputs"]), jnp.asarray(class_set), jnp.float32(0.0))
     real = class_set[class_set < C]
     np.testing.assert_allclose(found[:, : len(real)], logits[:, real], rtol=1e-5, atol=1e-5)
     assert (np.asarray(found[:, len(real) : S]) == -np.inf).all()
@@ -107,15 +107,15 @@ def test_one_unit_starts_with_the_generalists_special_logits(class_set):
 @pytest.mark.parametrize("name", ["full_hard", "full_soft"])
 def test_a_full_softmax_starts_as_the_generalist(name, class_set):
     kind, model, start, batch = build(name, class_set)
-    found = kind.read(model.apply(start, batch["image"]), jnp.asarray(class_set), jnp.float32(0.0))
-    tiny.assert_equal(found[:, :C], generalist_logits(batch["image"]))
+    found = kind.read(model.apply(start, batch["inputs"]), jnp.asarray(class_set), jnp.float32(0.0))
+    tiny.assert_equal(found[:, :C], generalist_logits(batch["inputs"]))
 
 
 @both_sets
 @every_kind
 def test_what_is_read_is_corrected_outside_the_set_alone(name, class_set):
     kind, model, start, batch = build(name, class_set)
-    logits, class_set = model.apply(start, batch["image"]), jnp.asarray(class_set)
+    logits, class_set = model.apply(start, batch["inputs"]), jnp.asarray(class_set)
     plain, corrected = (kind.read(logits, class_set, jnp.float32(c)) for c in (0.0, 0.75))
     outputs = S + 1 if kind.has_dustbin else C + 1
     assert corrected.shape == (B, outputs) and corrected.dtype == jnp.float32
@@ -131,7 +131,7 @@ def test_what_is_read_is_corrected_outside_the_set_alone(name, class_set):
 @every_kind
 def test_many_specialists_are_read_at_once_as_each_alone(name):
     kind, model, start, batch = build(name)
-    logits = model.apply(start, batch["image"])
+    logits = model.apply(start, batch["inputs"])
     sets, corrections = jnp.stack([SET, PADDED]), jnp.array([0.5, -1.0])
     found = jax.vmap(kind.read)(jnp.stack([logits, 2 * logits]), sets, corrections)
     assert found.shape[:2] == (2, B)
@@ -147,19 +147,19 @@ def test_batches_have_what_their_loss_reads():
     examples, batches = make_examples(), {name: build(name)[3] for name in KINDS}
     label = np.asarray(examples["label"])[np.arange(B) * 3]
     for name, batch in batches.items():
-        tiny.assert_equal(batch["image"], np.asarray(examples["image"])[np.arange(B) * 3])
+        tiny.assert_equal(batch["inputs"], np.asarray(examples["inputs"])[np.arange(B) * 3])
         if name != "unit":
             tiny.assert_equal(batch["label"], label)
     places = [list(SET).index(one) if one in SET else S for one in label]
     tiny.assert_equal(batches["unit"]["label"], np.array(places, np.int32))
     tiny.assert_equal(batches["logsumexp"]["class_set"], np.tile(SET, (B, 1)))
     tiny.assert_equal(batches["full_soft"]["is_special"], np.isin(label, SET))
-    assert sorted(batches["full_hard"]) == ["image", "label"]
+    assert sorted(batches["full_hard"]) == ["inputs", "label"]
 
 
 def test_soft_targets_are_the_generalists_logits_whatever_the_specialist():
     kind, model, start, batch = build("full_soft")
-    tiny.assert_equal(batch["teacher_logits"], generalist_logits(batch["image"]))
+    tiny.assert_equal(batch["teacher_logits"], generalist_logits(batch["inputs"]))
     # No gradient flows back into it.
     examples = make_examples()
 
@@ -173,7 +173,7 @@ def test_soft_targets_are_the_generalists_logits_whatever_the_specialist():
     # At its start it agrees with the teacher on other classes: the loss is the teacher's entropy.
     p = losses.softmax(batch["teacher_logits"], HYPER["temperature"])
     entropy = -jnp.sum(p * jnp.log(p), axis=-1) * HYPER["temperature"] ** 2
-    found = kind.loss(model.apply(start, batch["image"]), batch, HYPER)
+    found = kind.loss(model.apply(start, batch["inputs"]), batch, HYPER)
     other = ~np.asarray(batch["is_special"])
     assert other.any() and not other.all()
     np.testing.assert_allclose(found[other], entropy[other], rtol=1e-5)
@@ -236,7 +236,7 @@ def train(directory, examples, start, evaluation=None, cases=members.PLAIN, **ch
 
 
 def plain_examples():
-    return {name: np.asarray(make_examples()[name]) for name in ("image", "label")}
+    return {name: np.asarray(make_examples()[name]) for name in ("inputs", "label")}
 
 
 def two_starts():
@@ -261,7 +261,7 @@ def test_own_evaluation_examples_are_counted_as_one_by_one(tmp_path):
     """Other images for each member, and fields that both share."""
     start, shared = two_starts(), np.arange(N, dtype=np.int32) % C
     own = [
-        {"image": np.asarray(make_examples(seed=10 + m)["image"]), "label": shared}
+        {"inputs": np.asarray(make_examples(seed=10 + m)["inputs"]), "label": shared}
         for m in range(M)
     ]
     trained = train(
@@ -272,7 +272,7 @@ def test_own_evaluation_examples_are_counted_as_one_by_one(tmp_path):
     )
     for m in range(M):
         for name, one in (("own_errors", own[m]), ("shared_errors", own[1])):
-            wrong = trained.logits(m, one["image"]).argmax(axis=1) != one["label"]
+            wrong = trained.logits(m, one["inputs"]).argmax(axis=1) != one["label"]
             assert trained.history[-1][name][m] == wrong.sum() > 0
 
 
@@ -285,11 +285,11 @@ def test_restricted_errors_of_each_members_own_classes(tmp_path, special):
         allowed = np.isin(np.arange(C), class_set) == special
         counted = allowed[examples["label"]]
         wanted = {"allowed": allowed, "wanted": examples["label"], "counted": counted}
-        own.append({"image": examples["image"], **wanted})
+        own.append({"inputs": examples["inputs"], **wanted})
     cases = members.Cases(take_rows, count_errors)
     trained = train(tmp_path, [examples] * M, two_starts(), {"test_errors": own}, cases)
     for m, one in enumerate(own):
-        logits = np.where(one["allowed"], trained.logits(m, one["image"]), -np.inf)
+        logits = np.where(one["allowed"], trained.logits(m, one["inputs"]), -np.inf)
         wrong = logits.argmax(axis=1) != one["wanted"]
         expected = wrong[one["counted"]].sum()
         assert trained.history[-1]["test_errors"][m] == expected

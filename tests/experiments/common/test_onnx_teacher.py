@@ -54,12 +54,12 @@ def classifier(path, shape, kind=TensorProto.FLOAT, last="Identity"):
     """A model whose logits are 3 times the first ten pixels; the images' shape is given."""
     weights = [onnx.numpy_helper.from_array(3 * np.eye(784, CLASSES, dtype=np.float32), "kernel")]
     nodes = [
-        ("Cast", ["image"], ["float"], {"to": TensorProto.FLOAT}),
+        ("Cast", ["inputs"], ["float"], {"to": TensorProto.FLOAT}),
         ("Flatten", ["float"], ["flat"], {"axis": 1}),
         ("MatMul", ["flat", "kernel"], ["z"], {}),
         (last, ["z"], ["out"], {}),
     ]
-    return write(path, nodes, {"image": (kind, shape)}, weights=weights)
+    return write(path, nodes, {"inputs": (kind, shape)}, weights=weights)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def run(capsys, file, workdir, k):
 
 @pytest.mark.parametrize("count", [1, 250, 251, 600])
 def test_a_written_net_gives_the_logits_of_numpy(tmp_path, count):
-    net, images = layers(), tiny.examples(count, side=SIDE)["image"]
+    net, images = layers(), tiny.examples(count, side=SIDE)["inputs"]
     onnx_teacher.write_onnx(tmp_path / "net.onnx", net)
     logits = onnx_teacher.open_teacher(tmp_path / "net.onnx")(images)
     assert (logits.shape, logits.dtype) == ((count, CLASSES), np.float32)
@@ -95,7 +95,7 @@ def test_a_written_net_gives_the_logits_of_numpy(tmp_path, count):
 
 @pytest.mark.parametrize("shape", onnx_teacher.INPUTS)
 def test_inputs_of_any_of_three_shapes(tmp_path, shape):
-    images = tiny.examples(7, side=SIDE)["image"]
+    images = tiny.examples(7, side=SIDE)["inputs"]
     teacher = onnx_teacher.open_teacher(classifier(tmp_path / "a.onnx", ("N", *shape)))
     np.testing.assert_allclose(teacher(images), images.reshape(7, -1)[:, :CLASSES] * (3 / 255))
 
@@ -112,8 +112,8 @@ def test_inputs_of_any_of_three_shapes(tmp_path, shape):
     ],
 )
 def test_other_inputs_are_named(tmp_path, shape, kind, found):
-    nodes = [("Shape", ["image"], ["size"], {}), ("Cast", ["size"], ["out"], {"to": 1})]
-    file = write(tmp_path / "b.onnx", nodes, {"image": (kind, shape)}, [None])
+    nodes = [("Shape", ["inputs"], ["size"], {}), ("Cast", ["size"], ["out"], {"to": 1})]
+    file = write(tmp_path / "b.onnx", nodes, {"inputs": (kind, shape)}, [None])
     with pytest.raises(UserError, match=rf"b\.onnx takes .*{found}; expected one input, tensor"):
         onnx_teacher.open_teacher(file)
 
@@ -127,9 +127,9 @@ def test_several_inputs_are_named(tmp_path):
 
 
 def test_other_outputs_are_named(tmp_path):
-    images = tiny.examples(7, side=SIDE)["image"]
-    inputs = {"image": (TensorProto.FLOAT, ("N", 784))}
-    wide = write(tmp_path / "d.onnx", [("Relu", ["image"], ["out"], {})], inputs, ("N", 784))
+    images = tiny.examples(7, side=SIDE)["inputs"]
+    inputs = {"inputs": (TensorProto.FLOAT, ("N", 784))}
+    wide = write(tmp_path / "d.onnx", [("Relu", ["inputs"], ["out"], {})], inputs, ("N", 784))
     with pytest.raises(
         UserError,
         match=r"d\.onnx gives out float32 \[7, 784\] for 7 .* logits, float32 \[7, 10\]",
@@ -142,11 +142,11 @@ def test_other_outputs_are_named(tmp_path):
 
 def test_a_file_that_fails_on_images_is_named(tmp_path):
     size = onnx.numpy_helper.from_array(np.array([1, 784]), "size")  # of one image, however many
-    nodes = [("Reshape", ["image", "size"], ["out"], {})]
-    inputs = {"image": (TensorProto.FLOAT, ("N", 784))}
+    nodes = [("Reshape", ["inputs", "size"], ["out"], {})]
+    inputs = {"inputs": (TensorProto.FLOAT, ("N", 784))}
     file = write(tmp_path / "f.onnx", nodes, inputs, (None, None), [size])
     with pytest.raises(UserError, match=r"f\.onnx fails on images \[7, 784\]: "):
-        onnx_teacher.open_teacher(file)(tiny.examples(7, side=SIDE)["image"])
+        onnx_teacher.open_teacher(file)(tiny.examples(7, side=SIDE)["inputs"])
 
 
 def test_files_that_are_no_model_are_named(tmp_path):
@@ -183,10 +183,10 @@ def test_the_stores_hold_the_teachers_logits(tmp_path, small):
     net = layers()
     onnx_teacher.write_onnx(tmp_path / "net.onnx", net)
     teacher, examples = onnx_teacher.open_teacher(tmp_path / "net.onnx"), small.train
-    expected = numpy_logits(net, examples["image"])
+    expected = numpy_logits(net, examples["inputs"])
     taught, _ = onnx_teacher.join(teacher, "abc", examples, tmp_path, 0)
     np.testing.assert_allclose(taught["teacher_logits"], expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(taught["image"], examples["image"])
+    np.testing.assert_array_equal(taught["inputs"], examples["inputs"])
 
     taught, _ = onnx_teacher.join(teacher, "abc", examples, tmp_path, 5)
     p = np.exp(expected / onnx_teacher.TEMPERATURE)
@@ -205,7 +205,7 @@ def test_soft_targets_of_another_teacher_or_other_images_are_an_error(tmp_path, 
         onnx_teacher.join(teacher_of(1), "def", examples, tmp_path, k)
     with pytest.raises(UserError, match=r"examples are not the inputs"):
         onnx_teacher.join(
-            teacher_of(0), "abc", {**examples, "image": 255 - examples["image"]}, tmp_path, k
+            teacher_of(0), "abc", {**examples, "inputs": 255 - examples["inputs"]}, tmp_path, k
         )
 
 
@@ -219,7 +219,7 @@ def test_a_student_learns_from_the_file_what_no_label_says(tmp_path, small, caps
     patterns = random.integers(0, 2, (CLASSES, SIDE, SIDE), np.uint8)
     for examples in (small.train, small.test):
         kinds = random.integers(0, CLASSES, len(examples["id"]))
-        examples["image"][:] = 200 * patterns[kinds] + examples["image"] // 5
+        examples["inputs"][:] = 200 * patterns[kinds] + examples["inputs"] // 5
     small.test["label"][:] = kinds
     kernel = 0.1 * (patterns.reshape(CLASSES, -1).T - np.float32(0.5))
     onnx_teacher.write_onnx(tmp_path / "net.onnx", [{"kernel": kernel, "bias": np.zeros(10, "f")}])
@@ -231,7 +231,7 @@ def test_without_a_file_a_teacher_is_trained_and_written(tmp_path, small, monkey
     monkeypatch.setattr(onnx_teacher, "TEACHER_EPOCHS", 2)
     monkeypatch.setattr(onnx_teacher, "STUDENT_EPOCHS", 2)
     errors, *_ = run(capsys, None, tmp_path, 5)
-    logits = onnx_teacher.open_teacher(tmp_path / "teacher.onnx")(small.test["image"])
+    logits = onnx_teacher.open_teacher(tmp_path / "teacher.onnx")(small.test["inputs"])
     assert errors == np.count_nonzero(logits.argmax(axis=1) != small.test["label"])
 
 

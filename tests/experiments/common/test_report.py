@@ -64,7 +64,7 @@ def make_digits(count=2):
     soft = {"1": [1e-9] * 10, "20": [0.05] * 10}
     soft["1"][2], soft["1"][3] = 1.0, 1e-6
     image = np.arange(784).reshape(28, 28) % 256
-    return [{"image": image.tolist(), "label": 2, "soft_targets": soft} for _ in range(count)]
+    return [{"inputs": image.tolist(), "label": 2, "soft_targets": soft} for _ in range(count)]
 
 
 def plain_figure():

@@ -57,9 +57,9 @@ def test_views_of_every_glyph(data, embedded, split, views):
     assert len(made["id"]) == views * len(drawn["id"])
     assert len(np.unique(made["id"])) == len(made["id"])
     np.testing.assert_array_equal(np.unique(made["id"] // views), drawn["id"])
-    assert made["image"].dtype == np.uint8 and made["image"].shape[1:] == (32, 32)
+    assert made["inputs"].dtype == np.uint8 and made["inputs"].shape[1:] == (32, 32)
     # Each view is another one, and shows what its id says.
-    assert len(np.unique(made["image"].reshape(len(made["id"]), -1), axis=0)) == len(made["id"])
+    assert len(np.unique(made["inputs"].reshape(len(made["id"]), -1), axis=0)) == len(made["id"])
     at = np.searchsorted(drawn["id"], made["id"] // views)
     for field in ("label", "typeface"):
         np.testing.assert_array_equal(made[field], drawn[field][at])
@@ -77,7 +77,7 @@ def test_pictures_of_the_classes_are_glyphs_of_one_typeface(data, embedded):
     assert data.class_images.shape == (CLASSES, 32, 32)
     faces = []
     for label, picture in enumerate(data.class_images):
-        same = (train["image"] == picture).all(axis=(1, 2)) & (train["label"] == label)
+        same = (train["inputs"] == picture).all(axis=(1, 2)) & (train["label"] == label)
         faces.append(set(train["typeface"][same].tolist()))
     assert set.intersection(*faces)
 
@@ -85,7 +85,7 @@ def test_pictures_of_the_classes_are_glyphs_of_one_typeface(data, embedded):
 def test_without_distortion_glyphs_are_as_drawn(embedded):
     plain = load_data(config_of(difficulty=0.0, views=1))
     for name in SPLITS:
-        for field in ("id", "image", "label"):
+        for field in ("id", "inputs", "label"):
             np.testing.assert_array_equal(getattr(plain, name)[field], embedded[name][field])
 
 
@@ -101,7 +101,7 @@ def test_fingerprint_names_what_the_config_changes(data, change):
 def test_another_seed_makes_other_views_of_the_same_glyphs(data):
     other = load_data(config_of(seed=1))
     np.testing.assert_array_equal(other.test["id"], data.test["id"])
-    changed = (other.test["image"] != data.test["image"]).any(axis=(1, 2))
+    changed = (other.test["inputs"] != data.test["inputs"]).any(axis=(1, 2))
     assert changed.all()
     np.testing.assert_array_equal(other.class_images, data.class_images)
 
@@ -136,7 +136,7 @@ def test_a_part_of_a_tfds_set_is_held_out(tiny):
     sizes = {name: len(getattr(data, name)["id"]) for name in SPLITS}
     assert sizes == {"train": 32, "seen": 0, "validation": 8, "test": 8}
     assert list(data.evaluation()) == ["test", "validation"]
-    parts = [set(getattr(data, name)["image"][:, 0, 0].tolist()) for name in SPLITS]
+    parts = [set(getattr(data, name)["inputs"][:, 0, 0].tolist()) for name in SPLITS]
     assert set.union(*parts) == set(range(48)) and sum(map(len, parts)) == 48
     np.testing.assert_array_equal(data.class_images[:, 0, 0] % 4, np.arange(4))
     other = of_tiny(tiny, seed=1)

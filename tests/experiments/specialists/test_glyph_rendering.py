@@ -297,7 +297,7 @@ def test_the_set_is_what_the_fonts_draw(undisturbed, folder):
             mine = part["typeface"] == number
             labels = part["label"][mine]
             assert drawn[labels].all()
-            np.testing.assert_array_equal(part["image"][mine], images[labels])
+            np.testing.assert_array_equal(part["inputs"][mine], images[labels])
 
 
 def test_similar_typefaces_are_in_one_split(undisturbed):

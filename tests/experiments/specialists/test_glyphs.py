@@ -98,8 +98,8 @@ def test_what_is_written_is_read(written):
             cells = [(face, label) for face in sorted(labels) for label in labels[face]]
             assert list(zip(part["typeface"], part["label"], strict=True)) == cells
             assert part["id"].tolist() == [face * 3 + label for face, label in cells]
-            np.testing.assert_array_equal(part["image"], [image(*cell) for cell in cells])
-            assert part["image"].dtype == np.uint8
+            np.testing.assert_array_equal(part["inputs"], [image(*cell) for cell in cells])
+            assert part["inputs"].dtype == np.uint8
             assert {part[field].dtype for field in ("id", "label", "typeface")} == {
                 np.dtype("int32")
             }
@@ -249,13 +249,13 @@ def test_embedded_examples_are_all_different(embedded):
     images = {
         hashlib.sha256(one.tobytes()).digest()
         for part in embedded.splits.values()
-        for one in part["image"]
+        for one in part["inputs"]
     }
     assert len(images) == len(ids)
     for part in embedded.splits.values():
         np.testing.assert_array_equal(part["id"], part["typeface"] * 1000 + part["label"])
         assert (np.diff(part["id"]) > 0).all()
-        assert not (part["image"] % 17).any()  # 16 grey levels
+        assert not (part["inputs"] % 17).any()  # 16 grey levels
 
 
 def test_embedded_splits_have_every_character(embedded):

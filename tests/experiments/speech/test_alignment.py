@@ -15,7 +15,8 @@ from experiments.speech.corpus.text import words
 
 BANDS = features.Bands()
 RECORDINGS = {
-    one.id: one for one in manifest.recordings(Path(__file__).parent / "recordings" / "manifest.jsonl")
+    one.id: one
+    for one in manifest.recordings(Path(__file__).parent / "recordings" / "manifest.jsonl")
 }
 SOME = ("bass08196", "bass12305", "fotaq_0200A6J1", "fotaq_180008P1")
 

@@ -86,8 +86,8 @@ def test_the_label_is_the_21st_frame_s():
     examples = on_device(frames.pack(inputs, states))
     rows = jnp.asarray(np.random.default_rng(0).permutation(69)[:32])
     batch = jax.jit(frames.gather_windows)(examples, rows)
-    assert set(batch) == {"id", "image", "label"}
-    np.testing.assert_array_equal(batch["image"][:, 20, 7], batch["label"])
+    assert set(batch) == {"id", "inputs", "label"}
+    np.testing.assert_array_equal(batch["inputs"][:, 20, 7], batch["label"])
     np.testing.assert_array_equal(batch["id"], rows)
 
 
@@ -142,14 +142,14 @@ def test_fields_of_other_lengths():
 
 def id_step(state, batch, key, hyper):
     """Trains nothing; its metrics are what it was handed."""
-    return state._replace(step=state.step + 1), {"id": batch["id"], "image": batch["image"]}
+    return state._replace(step=state.step + 1), {"id": batch["id"], "inputs": batch["inputs"]}
 
 
 def run_epoch(lengths, batch_size, key, first_step=0):
     state = train_step.TrainState(jnp.int32(first_step), {}, ())
     epoch = jax.jit(make_epoch(id_step, batch_size, gather=frames.gather_windows))
     _, seen = epoch(state, on_device(packed(lengths)), key, {})
-    return np.asarray(seen["id"]), np.asarray(seen["image"]).reshape(-1, 26, 40)
+    return np.asarray(seen["id"]), np.asarray(seen["inputs"]).reshape(-1, 26, 40)
 
 
 def test_an_epoch_sees_every_frame_once_in_another_order(key):

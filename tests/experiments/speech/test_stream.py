@@ -162,7 +162,7 @@ def test_blocks_are_read_ahead_in_threads():
 
 def id_step(state, batch, key, hyper):
     """Trains nothing; its metrics are what it was handed."""
-    seen = {name: batch[name] for name in ("id", "image", "label", "teacher_tail")}
+    seen = {name: batch[name] for name in ("id", "inputs", "label", "teacher_tail")}
     return state._replace(step=state.step + 1), seen
 
 
@@ -190,7 +190,7 @@ def test_what_is_drawn_of_an_epoch(key):
         rows = [places[case] for case in seen["id"]]
         np.testing.assert_array_equal(seen["label"], block["label"][rows])
         np.testing.assert_array_equal(seen["teacher_tail"], block["teacher_tail"][rows])
-        np.testing.assert_array_equal(seen["image"], windows(block, rows))
+        np.testing.assert_array_equal(seen["inputs"], windows(block, rows))
         seen_of.append(seen["id"])
     for ids in (np.concatenate(seen_of[:epoch]), np.concatenate(seen_of[epoch:])):
         assert len(set(ids)) == len(ids) > TOTAL - epoch * (LONGEST + BATCH)
