@@ -2,7 +2,7 @@ r"""Losses of very many classes that never hold the logits `[B, C]`: fused with 
 
 A chunk of examples is taken from the last hidden layer to its losses, and, where a gradient is wanted,
 back again, before the next one: only the logits of one chunk exist. Any loss of logits serves
-(`training.Loss`, built of `distill_jax.losses`), and so does every kind of soft targets: the teacher's
+(`train_step.Loss`, built of `distill_jax.losses`), and so does every kind of soft targets: the teacher's
 logits or probabilities, a store's few numbers per example, or the teachers' own hidden activations and
 output layers, whose logits are then not held either (`soft_targets.mean_probs_of_hidden`).
 
@@ -29,7 +29,7 @@ ChunkLoss = Callable[[Array, Any, Any], Array]
 """`(logits [b, C] float32, fields of these b examples, constants) -> [b]`."""
 
 Over = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Spreads a pass over the devices that have different examples: `parallel.over_data`."""
+"""Spreads a pass over the devices that have different examples: `sharding.over_data`."""
 
 _MOST_ROWS = 2048
 
@@ -96,7 +96,7 @@ def mean_loss(
         fields: a tree of arrays `[B, ...]`, such as labels and soft targets.
         constants: a tree of what is the same for all examples: traced scalars, a teacher's layer.
         rows: examples of a chunk; None: as `chunk_rows` says of those that a device has.
-        over: `parallel.over_data(mesh)` if the batch is split over devices.
+        over: `sharding.over_data(mesh)` if the batch is split over devices.
 
     Returns:
         The mean, float32, and the outcome, through which no gradient flows.

@@ -220,7 +220,7 @@ def stop_agreed(asked: Array | bool) -> bool:
     """The processes' common word of a while ago; of this process alone, if it is, its word now.
 
     Args:
-        asked: `parallel.any_process(stop_asked())`.
+        asked: `sharding.any_process(stop_asked())`.
     """
     return stop_asked() if count() == 1 else bool(fetch(asked))
 

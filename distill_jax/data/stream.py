@@ -10,7 +10,7 @@ any number of processes, and an epoch in two parts has the same examples as one 
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike, fspath
 from typing import Any, NamedTuple
@@ -24,11 +24,13 @@ from distill_jax.data import images
 from distill_jax.data.images import Examples
 from distill_jax.epochs import Epoch, make_steps, steps_per_epoch, take_rows
 from distill_jax.errors import UserError
+from distill_jax.loop import Advance
 from distill_jax.train_step import Batch, Hyper, TrainState, TrainStep
-from experiments.speech import stream
-from experiments.speech.stream import Block
 
 _CHUNK = 100  # records whose bytes are in memory together: photographs are about 1 MB each
+
+Block = dict[str, np.ndarray]
+"""The fields of S batches of training, on the host; the same shapes and dtypes for every block."""
 
 Parse = Callable[[bytes], Mapping[str, ArrayLike]]
 """A record's fields: "inputs" uint8 or floating, "label" an integer, and any others; the same shapes
@@ -165,10 +167,11 @@ def blocks(
     block_examples: int,
     seed: int,
     rows: np.ndarray,
+    *,
     first_block: int = 0,
+    end: int = sys.maxsize,
     read_threads: int = 2,
     prefetch: int = 2,
-    end: int = sys.maxsize,
 ) -> Iterator[Block]:
     """Reads this process's rows of the blocks `first_block..end-1`, over all epochs.
 
@@ -179,9 +182,9 @@ def blocks(
         batch_size: B, over all processes.
         block_examples: as for `cut`.
         seed: of the epochs' orders.
-        rows: the positions in a batch that this process reads (`parallel.own_rows`): int `[b]`.
-        first_block: where a resumed run goes on.
-        read_threads, prefetch, end: as for `stream.read_ahead`.
+        rows: the positions in a batch that this process reads (`sharding.own_rows`): int `[b]`.
+        first_block: number of the first block; a resumed run starts at its next one.
+        end, read_threads, prefetch: as for `read_ahead`.
 
     Returns:
         Blocks of fields `[S, b, ...]`.
@@ -199,16 +202,43 @@ def blocks(
             name: field.reshape(*places.shape, *field.shape[1:]) for name, field in examples.items()
         }
 
-    return stream.read_ahead(read, first_block, end, read_threads, prefetch)
+    return read_ahead(read, first_block, end, read_threads=read_threads, prefetch=prefetch)
+
+
+def read_ahead(
+    read: Callable[[int], Block], first: int, end: int, *, read_threads: int, prefetch: int
+) -> Iterator[Block]:
+    """The blocks `read(first)..read(end - 1)`, in order, read ahead in threads.
+
+    Args:
+        read: returns the block of a number.
+        first: number of the first block; a resumed run starts at its next one.
+        end: number after the last block.
+        read_threads: blocks that are read at the same time; 0 reads each when it is needed.
+        prefetch: blocks that are read ahead, and so held in the host's memory; at least
+            `read_threads`.
+
+    Raises:
+        UserError: if `prefetch` is below `read_threads`. While reading, whatever `read` raises.
+    """
+    if 0 < prefetch < read_threads or (read_threads > 0) != (prefetch > 0):
+        raise UserError(
+            f"prefetch is {prefetch} and read_threads {read_threads}: prefetch must be at least "
+            "read_threads, or both must be 0"
+        )
+    import grain  # takes more than a second, and resident sets don't need it
+
+    options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.range(first, end).map(read).to_iter_dataset(options))
 
 
 def make_block_epoch(step: TrainStep, shard_batch: Callable[[Batch], Batch]) -> Epoch:
     """Builds `run_block(state, block, key, hyper) -> (state, metrics [S])`.
 
     Args:
-        step: from `training.make_train_step`.
-        shard_batch: from `parallel.shard_batch`. A block's fields are `[S, B, ...]`, laid out by
-            `parallel.put_rows` with a `batch_axis` of 1, so that nothing has to move.
+        step: from `train_step.make_train_step`.
+        shard_batch: from `sharding.shard_batch`. A block's fields are `[S, B, ...]`, laid out by
+            `sharding.put_rows` with a `batch_axis` of 1, so that nothing has to move.
     """
     run_steps = make_steps(step, shard_batch, take_rows)
 
@@ -217,6 +247,39 @@ def make_block_epoch(step: TrainStep, shard_batch: Callable[[Batch], Batch]) -> 
         return run_steps(state, block, steps, key, hyper)
 
     return run_block
+
+
+def make_advance(
+    run_block: Epoch,
+    open_blocks: Callable[[int], Iterable[Block]],
+    put: Callable[[Block], Batch],
+    key: Array,
+    hyper: Hyper,
+) -> Advance:
+    """Builds `advance(state, unit)` for `loop.fit`, where a unit is a block.
+
+    A block is copied to the device while the block before it is trained on, so the device holds two.
+
+    Args:
+        run_block: from `make_block_epoch`, compiled (`sharding.compile_epoch` for members).
+        open_blocks: returns the blocks from a given number on:
+            `lambda first: blocks(..., first_block=first)`.
+        put: copies a block to the devices (`sharding.put_examples` or `sharding.put_rows`).
+        key: a key, or one for each member.
+        hyper: as `run_block` takes it.
+    """
+    opened: dict[int, Iterator[Block]] = {}  # one iterator, by the number of its next block
+
+    def advance(state: TrainState, unit: int) -> tuple[TrainState, dict[str, Array]]:
+        iterator = opened.pop(unit, None)
+        if iterator is None:  # the first call, or not the unit after the last one
+            opened.clear()
+            iterator = iter(open_blocks(unit))
+        block = next(iterator)
+        opened[unit + 1] = iterator
+        return run_block(state, put(block), key, hyper)
+
+    return advance
 
 
 def _count(path: str | PathLike[str]) -> int:

@@ -7,7 +7,7 @@ The speech study's net and recipe at the paper's size (preset `paper`: 8 layers 
 26 frames of 40 filters, Adam), on random frames on one device. Trained on labels ("hard"), on a store's
 64 largest soft targets ("stored"), and with one teacher or ten of the same size asked in the step
 ("online_1", "online_10"); each with all logits of a batch in memory, and with the loss fused with the
-output layer (`training.Fused`), which must give the same loss.
+output layer (`train_step.Fused`), which must give the same loss.
 
 Utilisation counts 6 operations per weight and example, and 2 for each teacher, and is relative to a
 product of large square matrices of the same dtype, measured in the same rounds (A, B, C, A, B, C ...).

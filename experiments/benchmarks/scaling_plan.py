@@ -87,7 +87,7 @@ def parameter_count(layers: Sequence[int]) -> int:
 
 
 def reduced_values(layers: Sequence[int], model: int) -> int:
-    """Values per example that a step reduces over "model", if `parallel.state_shardings` splits it.
+    """Values per example that a step reduces over "model", if `sharding.state_shardings` splits it.
 
     Counted back from the output layer, a layer split by inputs reduces its outputs, forward; one split
     by units reduces the gradient of its inputs, backward, unless they are the net's inputs. The losses'

@@ -14,6 +14,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from distill_jax import checkpoints, loop, models, optimizers, processes, sharding, train_step
+from distill_jax.data import stream
 from distill_jax.data.augment import jitter
 from distill_jax.data.images import Examples
 from distill_jax.epochs import (
@@ -29,7 +30,6 @@ from distill_jax.epochs import (
 from distill_jax.errors import UserError
 from distill_jax.soft_targets import logits_over
 from experiments.common.study import write_json
-from experiments.speech import stream
 
 BEST = "validation_errors"  # the metric that the best checkpoint has the least of
 
@@ -59,7 +59,7 @@ PLAIN = Cases(
 
 
 class Stream(NamedTuple):
-    """Training examples that come in blocks (`experiments.speech.stream` and `.records`).
+    """Training examples that come in blocks (`distill_jax.data.stream`).
 
     open_blocks: the blocks from a given one on. steps: batches in each. blocks: in an epoch.
     inputs: one input's shape and dtype. put: `(block, mesh) ->` the block on the devices. per_member:

@@ -12,11 +12,10 @@ from ml_collections import ConfigDict
 from distill_jax import sharding, soft_targets, train_step
 from distill_jax.data import images, stream, transfer
 from distill_jax.data.images import Examples
-from distill_jax.data.stream import Records
+from distill_jax.data.stream import Block, Records
 from distill_jax.errors import UserError
 from experiments.common import members
 from experiments.common.study import Context
-from experiments.speech.stream import Block
 
 
 class Data(NamedTuple):
@@ -189,7 +188,7 @@ def _stream(
         return sharding.put_rows(shared, mesh, 1) | sharding.put_rows(members_first, mesh, 2)
 
     return members.Stream(
-        lambda first: stream.blocks(source, net.batch_size, size, seed, rows, first),
+        lambda first: stream.blocks(source, net.batch_size, size, seed, rows, first_block=first),
         cut.steps,
         cut.blocks,
         jax.ShapeDtypeStruct(one["inputs"].shape[1:], one["inputs"].dtype),

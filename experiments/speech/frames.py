@@ -154,7 +154,7 @@ def logits_over_windows(
 def count_errors(
     apply: Callable[[Params, Array], Array], params: Params, examples: Batch, batch_size: int = 1024
 ) -> dict[str, Array]:
-    """Frames that a model gets wrong, over all cases, as `training.make_eval_step` counts them.
+    """Frames that a model gets wrong, over all cases, as `train_step.make_eval_step` counts them.
 
     One compiled program that holds `batch_size` windows at a time; may be vmapped over params.
 

@@ -10,7 +10,7 @@ What is in block b is a function of the seed and b alone, so a resumed run start
 import functools
 import heapq
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import jax
@@ -18,15 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from distill_jax.data.stream import Block, read_ahead
 from distill_jax.epochs import Epoch, make_steps
 from distill_jax.errors import UserError
-from distill_jax.loop import Advance
 from distill_jax.train_step import Batch, Hyper, TrainState, TrainStep
 from experiments.speech.frames import LEFT, RIGHT, gather_windows, pack
-
-Block = dict[str, np.ndarray]
-"""What `frames.pack` gives, its cases filled up to one length; and "count" int32 [], how many cases
-come first that are none of the filling."""
 
 
 class Source(Protocol):
@@ -131,23 +127,26 @@ def blocks(
     lengths: np.ndarray,
     block_frames: int,
     seed: int,
+    *,
     first_block: int = 0,
+    end: int = sys.maxsize,
     read_threads: int = 2,
     prefetch: int = 2,
-    end: int = sys.maxsize,
 ) -> Iterator[Block]:
     """Reads blocks `first_block..end-1`, over all epochs; block b belongs to epoch b // (their number).
 
-    All blocks have the same shapes and dtypes. "id" is the frame's number in the whole source, and
-    "utterance" its utterance's; both are -1 in the filling, whose "label" is -1 too.
+    A block has the fields of `frames.pack`, padded to one length, so all blocks have the same shapes and
+    dtypes; and "count" int32 `[]`, the number of examples before the padding. "id" is the number of the
+    frame in the whole source, and "utterance" that of its utterance; these and "label" are -1 in the
+    padding.
 
     Args:
         source: of utterances.
         lengths: int `[U]`, frames of every utterance.
         block_frames: at most so many in a block.
         seed: of the epochs' orders.
-        first_block: where a resumed run goes on.
-        read_threads, prefetch, end: as for `read_ahead`.
+        first_block: number of the first block; a resumed run starts at its next one.
+        end, read_threads, prefetch: as for `distill_jax.data.stream.read_ahead`.
 
     Raises:
         UserError: as `block_sizes`; or, while reading, for an utterance that isn't as long as
@@ -164,33 +163,7 @@ def blocks(
         epoch, place = divmod(number, sizes.epoch)
         return _read_block(source, lengths, first_ids, plan_of(epoch)[place], sizes)
 
-    return read_ahead(read, first_block, end, read_threads, prefetch)
-
-
-def read_ahead(
-    read: Callable[[int], Block], first: int, end: int, read_threads: int, prefetch: int
-) -> Iterator[Block]:
-    """The blocks `read(first)..read(end - 1)`, in order, read in threads before they are asked for.
-
-    Args:
-        read: a block by its number.
-        first: where a resumed run goes on.
-        end: none is read from here on.
-        read_threads: blocks read at a time; 0 reads each when it is asked for.
-        prefetch: blocks read ahead, and so held in the host's memory; at least `read_threads`.
-
-    Raises:
-        UserError: for fewer blocks read ahead than threads; or what `read` raises.
-    """
-    if 0 < prefetch < read_threads or (read_threads > 0) != (prefetch > 0):
-        raise UserError(
-            f"prefetch is {prefetch} and read_threads {read_threads}: as many blocks must be read "
-            "ahead as there are threads, or both be 0"
-        )
-    import grain  # takes more than a second, and resident sets don't need it
-
-    options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.range(first, end).map(read).to_iter_dataset(options))
+    return read_ahead(read, first_block, end, read_threads=read_threads, prefetch=prefetch)
 
 
 def make_block_epoch(
@@ -205,10 +178,10 @@ def make_block_epoch(
     read off `state.step`. The filling is never drawn.
 
     Args:
-        step: from `training.make_train_step`; its batches are those of `frames.gather_windows`.
+        step: from `train_step.make_train_step`; its batches are those of `frames.gather_windows`.
         batch_size: B.
         steps: of every block, from `steps_per_block`.
-        shard_batch: lays a gathered batch out over devices (`parallel.shard_batch`).
+        shard_batch: lays a gathered batch out over devices (`sharding.shard_batch`).
     """
     run_steps = make_steps(step, shard_batch, gather_windows)
 
@@ -221,39 +194,6 @@ def make_block_epoch(
         return run_steps(state, examples, rows, step_key, hyper)
 
     return run_block
-
-
-def make_advance(
-    run_block: Epoch,
-    open_blocks: Callable[[int], Iterable[Block]],
-    put: Callable[[Block], Batch],
-    key: Array,
-    hyper: Hyper,
-) -> Advance:
-    """Builds `advance(state, unit)` for `loop.fit`, where a unit is a block.
-
-    A block is copied to the device while the one before it is trained on, so two of them lie there.
-
-    Args:
-        run_block: from `make_block_epoch`, compiled (`parallel.compile_epoch` for members).
-        open_blocks: the blocks from a given one on:
-            `lambda first: blocks(source, lengths, block_frames, seed, first)`.
-        put: copies a block to the devices (`parallel.put_examples`, or `put_rows`).
-        key: or those of the members.
-        hyper: as `run_block` takes it.
-    """
-    opened: dict[int, Iterator[Block]] = {}  # by the number of the block that comes next; only one
-
-    def advance(state: TrainState, unit: int) -> tuple[TrainState, dict[str, Array]]:
-        iterator = opened.pop(unit, None)
-        if iterator is None:  # the first call, or not the unit after the last one
-            opened.clear()
-            iterator = iter(open_blocks(unit))
-        block = next(iterator)
-        opened[unit + 1] = iterator
-        return run_block(state, put(block), key, hyper)
-
-    return advance
 
 
 def _order(key: Array, size: int, count: Array) -> Array:

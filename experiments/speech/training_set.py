@@ -147,7 +147,7 @@ def _stream(config: ConfigDict, net: ConfigDict, source: Utterances) -> Stream:
     shared = dict.fromkeys(one, False)
     width = frames.LEFT + 1 + frames.RIGHT
     return Stream(
-        lambda first: stream.blocks(source, lengths, size, seed, first),
+        lambda first: stream.blocks(source, lengths, size, seed, first_block=first),
         steps,
         stream.block_sizes(lengths, size).epoch,
         jax.ShapeDtypeStruct((width, one["frames"].shape[1]), one["frames"].dtype),

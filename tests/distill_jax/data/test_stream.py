@@ -16,7 +16,6 @@ from distill_jax import models, optimizers, sharding, train_step
 from distill_jax.data import images, stream
 from distill_jax.data.stream import Records
 from distill_jax.errors import UserError
-from experiments.speech.stream import make_advance
 
 SIZE, BATCH, BLOCK, SEED = 100, 8, 40, 3
 STEPS, BLOCKS = 4, 3
@@ -215,9 +214,9 @@ def train(files, member, data, units=5, members=2):
 
     keys = jax.random.split(jax.random.key(0), members)
     rows = sharding.own_rows(mesh, BATCH)
-    advance = make_advance(
+    advance = stream.make_advance(
         sharding.compile_epoch(stream.make_block_epoch(step, shard), mesh, own),
-        lambda first: stream.blocks(files, BATCH, BLOCK, SEED, rows, first),
+        lambda first: stream.blocks(files, BATCH, BLOCK, SEED, rows, first_block=first),
         put,
         keys,
         {name: jnp.full(members, value) for name, value in tiny.hyper().items()},
@@ -322,8 +321,8 @@ class TestDamage:
 
         message = self.message(stream.from_files(paths, grows, tiny.CLASSES, "digits"))
         assert message.startswith(
-            f"digits: record 99, in {paths[3]}, has image uint8 [4, 5], label int32 [], id int32 [], "
-            "but record 0 has image uint8 [4, 4], "
+            f"digits: record 99, in {paths[3]}, has inputs uint8 [4, 5], label int32 [], id int32 [], "
+            "but record 0 has inputs uint8 [4, 4], "
         )
 
     def test_labels_outside(self, paths):
@@ -353,8 +352,8 @@ class TestTfds:
         tiny.assert_equal(images.read_test(prepared, side), whole.test)
 
     def test_colour_images_of_many_sizes(self, tmp_path):
-        images = [np.full((side, 2 * side, 3), side, np.uint8) for side in (4, 7, 12)]
-        data = (images, [0, 1, 2])
+        pictures = [np.full((side, 2 * side, 3), side, np.uint8) for side in (4, 7, 12)]
+        data = (pictures, [0, 1, 2])
         feature = tfds.features.Image(shape=(None, None, 3))
         prepare_tiny(tmp_path, {"train": data, "test": data}, image_feature=feature)
         prepared = images.open_prepared("tfds:tiny", str(tmp_path))

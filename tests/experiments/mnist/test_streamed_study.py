@@ -104,9 +104,9 @@ def test_a_killed_study_goes_on_to_the_same_numbers(data_dir, streamed, tmp_path
                 raise Killed
             yield block
 
-    def counted(*arguments):
-        opened.append(arguments[-1])
-        return blocks(*arguments)
+    def counted(*arguments, first_block):
+        opened.append(first_block)
+        return blocks(*arguments, first_block=first_block)
 
     monkeypatch.setattr(stream, "blocks", dies)
     with pytest.raises(Killed):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_jax import loop, models, optimizers, sharding, train_step
+from distill_jax.data.stream import make_advance
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 from experiments.speech import frames, stream
@@ -253,9 +254,9 @@ def train_streamed(units, first=0, states=None, members=1, opened=None):
     def open_blocks(first):
         if opened is not None:
             opened.append(first)
-        return stream.blocks(Utterances(), LENGTHS, BLOCK, 3, first)
+        return stream.blocks(Utterances(), LENGTHS, BLOCK, 3, first_block=first)
 
-    advance = stream.make_advance(
+    advance = make_advance(
         sharding.compile_epoch(run, mesh, per_member),
         open_blocks,
         lambda block: sharding.put_examples(block, mesh, per_member),
@@ -302,7 +303,7 @@ def test_a_unit_out_of_turn_is_read_anew():
         opened.append(first)
         return ({"count": number} for number in itertools.count(first))
 
-    advance = stream.make_advance(
+    advance = make_advance(
         lambda state, block, key, hyper: (state, trained.append(block["count"])),
         open_blocks,
         lambda block: block,
