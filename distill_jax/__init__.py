@@ -1,4 +1,52 @@
-"""Knowledge distillation in JAX: pure losses, soft targets and train steps.
+"""Knowledge distillation in JAX: pure losses, soft targets, train steps and specialists.
 
-Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 ("the paper").
+
+A module is imported when it is first named, so that `import distill_jax` costs nothing.
+
+    import distill_jax
+    distill_jax.losses.distillation(logits, targets, labels, temperature=4.0, hard_weight=0.1)
 """
+
+from typing import TYPE_CHECKING
+
+from distill_jax import _lazy
+
+if TYPE_CHECKING:
+    from distill_jax import (
+        checkpoints,
+        data,
+        epochs,
+        errors,
+        fused_loss,
+        loop,
+        losses,
+        metrics,
+        models,
+        optimizers,
+        processes,
+        sharding,
+        soft_targets,
+        specialists,
+        train_step,
+    )
+
+__all__ = [
+    "checkpoints",
+    "data",
+    "epochs",
+    "errors",
+    "fused_loss",
+    "loop",
+    "losses",
+    "metrics",
+    "models",
+    "optimizers",
+    "processes",
+    "sharding",
+    "soft_targets",
+    "specialists",
+    "train_step",
+]
+
+__getattr__, __dir__ = _lazy.attach(__name__, __all__)

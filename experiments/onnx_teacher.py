@@ -1,6 +1,6 @@
 """Any teacher: an ONNX file, run by onnxruntime, teaches a JAX student on the embedded MNIST.
 
-    pip install -e .[onnx]
+    pip install -e '.[onnx]'
     python -m experiments.onnx_teacher                         # trains and writes a teacher first
     python -m experiments.onnx_teacher --teacher=FILE.onnx     # yours
 
@@ -184,7 +184,7 @@ def _require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"no {package}: pip install -e .[onnx] (or distill_jax[onnx])") from error
+        raise UserError(f"no {package}: pip install -e '.[onnx]'") from error
 
 
 if __name__ == "__main__":  # flags are defined here, so that the functions can be imported anywhere

@@ -11,8 +11,8 @@
 #   FROM python:3.12
 #   COPY . /distill_jax
 #   WORKDIR /distill_jax
-#   RUN pip install -e .[tpu]
-# with [cuda] for GPUs. The cluster has JobSet and Kueue, and QUEUE is a Kueue LocalQueue. Checkpoints
+#   RUN pip install -e .[experiments,tpu]
+# with cuda for GPUs. The cluster has JobSet and Kueue, and QUEUE is a Kueue LocalQueue. Checkpoints
 # and results are on the volume of the claim CLAIM (distill-runs), which is made if it isn't there; a
 # claim of your own must be as the file says.
 #

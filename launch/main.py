@@ -11,7 +11,6 @@ share. SIGTERM saves and exits with status 75; if a process of the run is lost, 
 status 76. After both the same command goes on.
 """
 
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,11 +49,11 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # JAX reads these settings when it is imported.
     from distill_jax import processes
-    from experiments.common import parts
+    from experiments.common import extras, parts
 
     processes.start(_DISTRIBUTED.value)
     processes.handle_sigterm()
-    study = importlib.import_module(_CONFIG.value.study)
+    study = extras.import_study(_CONFIG.value.study)
     if _PART.value is not None:
         part = parts.parse_part(_PART.value)
         parts.run_part(_CONFIG.value, Path(_WORKDIR.value), study.STAGES, _STAGES.value, part)

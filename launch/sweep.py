@@ -21,7 +21,6 @@ trains the groups of nets of one stage (specialists, members of an ensemble) as 
 directory, and says which command then finishes the study.
 """
 
-import importlib
 import importlib.util
 import shlex
 import sys
@@ -33,7 +32,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from distill_jax.errors import UserError
-from experiments.common import parts
+from experiments.common import extras, parts
 from experiments.common.study import check_names, check_same, read_json, write_json
 from experiments.common.sweeps import Overrides
 from launch import backends, command
@@ -199,7 +198,7 @@ def _plain(row: str) -> str:
 
 def _stages() -> Any:
     """The study's stages."""
-    return importlib.import_module(_CONFIG.value.study).STAGES
+    return extras.import_study(_CONFIG.value.study).STAGES
 
 
 def _is_finished(directory: Path, config: ConfigDict) -> bool:

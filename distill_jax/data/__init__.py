@@ -1,1 +1,12 @@
-"""Data: sources, transfer sets, and epochs that run on the device."""
+"""Image sets, transfer sets, streams from disk and augmentation; each is imported when first named."""
+
+from typing import TYPE_CHECKING
+
+from distill_jax import _lazy
+
+if TYPE_CHECKING:
+    from distill_jax.data import augment, images, stream, transfer
+
+__all__ = ["augment", "images", "stream", "transfer"]
+
+__getattr__, __dir__ = _lazy.attach(__name__, __all__)

@@ -1,1 +1,12 @@
 """Ensembles of a generalist and specialists: sections 5 and 6.1 of the paper."""
+
+from typing import TYPE_CHECKING
+
+from distill_jax import _lazy
+
+if TYPE_CHECKING:
+    from distill_jax.specialists import clustering, enrichment, eq5, inference, store
+
+__all__ = ["clustering", "enrichment", "eq5", "inference", "store"]
+
+__getattr__, __dir__ = _lazy.attach(__name__, __all__)

@@ -120,7 +120,7 @@ def _frameworks(worker: Callable[[str], AbstractContextManager[Ask]]) -> tuple[s
     if device not in SHAPES:
         raise UserError(f"this benchmark runs on {' or '.join(SHAPES)}, not {device}")
     if _PYTORCH.value and importlib.util.find_spec("torch") is None:
-        print("PyTorch is left out, as it isn't installed: pip install distill_jax[bench]")
+        print("PyTorch is left out, as it isn't installed: pip install -e '.[bench]'")
     elif _PYTORCH.value:
         with worker("torch") as ask:
             hello = ask(None)

@@ -99,10 +99,7 @@ def _report() -> None:
 def _find_torch() -> bool:
     found = importlib.util.find_spec("torch") is not None
     if not found:
-        print(
-            "PyTorch is not installed, so these are our figures only: "
-            "pip install distill_jax[bench], or in a checkout pip install -e .[bench]"
-        )
+        print("PyTorch is not installed, so these are our figures only: pip install -e '.[bench]'")
     return found
 
 

@@ -13,16 +13,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jinja2
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from matplotlib.figure import Figure
+
 Row = dict[str, Any]
-NamedFigure = tuple[str, str, Figure]
+NamedFigure = tuple[str, str, "Figure"]
 
 _WORDS = ("table", "row", "metric", "preset", "source")
 _NUMBERS = ("paper", "value", "std", "seconds")
@@ -31,14 +31,6 @@ SELECTIONS = ("last", "validation", "test")
 
 _MISSING = "\u2013"
 _MARK = "\u2020"
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-    autoescape=jinja2.select_autoescape(["html"]),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 def load_rows(path: str | os.PathLike[str]) -> list[Row]:
@@ -107,8 +99,9 @@ def write(
     for name, _, figure in figures:
         png = _saved(figure, format="png", facecolor="white", metadata={"Software": None})
         _replace(workdir / "figures" / f"{name}.png", png)
+    templates = _templates()
     for name in ("report.md", "report.html"):
-        text = _TEMPLATES.get_template(name).render(page)
+        text = templates.get_template(name).render(page)
         _replace(workdir / name, f"{text.strip()}\n".encode())
 
 
@@ -242,17 +235,30 @@ def _escape_markdown(text: str) -> str:
     return re.sub(r"([\\|*_~$`<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
-_TEMPLATES.filters["md"] = _escape_markdown
+def _templates() -> "Environment":
+    import jinja2  # late, as matplotlib below: without them a study can say which extra it needs
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["md"] = _escape_markdown
+    return templates
 
 
-def _saved(figure: Figure, **options: Any) -> bytes:
+def _saved(figure: "Figure", **options: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, **options)
     return buffer.getvalue()
 
 
-def _svg(name: str, caption: str, figure: Figure) -> dict[str, Any]:
+def _svg(name: str, caption: str, figure: "Figure") -> dict[str, Any]:
     """What a template shows of a figure: SVG elements, their ids made the page's own by `name`."""
+    import matplotlib
+
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     # Outlines look alike without the font; the salt makes equal figures equal bytes.
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):

@@ -294,7 +294,7 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
         import jiwer
     except ImportError as error:
         raise UserError(
-            "counting word errors needs the package jiwer: pip install jiwer"
+            "counting word errors needs the package jiwer: pip install -e '.[speech]'"
         ) from error
     words = sum(len(reference.split()) for reference in references)
     if not words:

@@ -42,7 +42,7 @@ def model_file(*names: str) -> Path:
     except ImportError as error:
         raise UserError(
             "decoding speech needs the package pocketsphinx 5, which is not installed: "
-            "pip install pocketsphinx"
+            "pip install -e '.[speech]'"
         ) from error
     path = Path(pocketsphinx.get_model_path(), "en-us", *names)
     if not path.exists():

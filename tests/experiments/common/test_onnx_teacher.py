@@ -103,8 +103,8 @@ def test_inputs_of_any_of_three_shapes(tmp_path, shape):
 @pytest.mark.parametrize(
     "shape, kind, found",
     [
-        (("N", 784), TensorProto.UINT8, r"image tensor\(uint8\) \['N', 784\]"),
-        (("N", 32, 32), TensorProto.FLOAT, r"image tensor\(float\) \['N', 32, 32\]"),
+        (("N", 784), TensorProto.UINT8, r"inputs tensor\(uint8\) \['N', 784\]"),
+        (("N", 32, 32), TensorProto.FLOAT, r"inputs tensor\(float\) \['N', 32, 32\]"),
         (("N", 3, 28, 28), TensorProto.FLOAT, r"\['N', 3, 28, 28\]"),
         ((8, 28, 28), TensorProto.FLOAT, r"\[8, 28, 28\]"),
         ((784,), TensorProto.FLOAT, r"\[784\]"),
@@ -159,7 +159,7 @@ def test_files_that_are_no_model_are_named(tmp_path):
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     for package in ("onnx", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=r"no onnxruntime: pip install -e \.\[onnx\]"):
+    with pytest.raises(UserError, match=r"no onnxruntime: pip install -e '\.\[onnx\]'"):
         onnx_teacher.open_teacher(tmp_path / "h.onnx")
     with pytest.raises(UserError, match=r"no onnx: pip install"):
         onnx_teacher.write_onnx(tmp_path / "h.onnx", layers())
