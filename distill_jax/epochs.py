@@ -1,4 +1,4 @@
-"""Epochs of a data set that is resident on the device, each run as one scanned program."""
+"""Epochs of examples that lie on the device, each run as one scanned program."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,12 +8,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from distill_jax.errors import UserError
-from distill_jax.train_step import Batch, Hyper, TrainState, TrainStep
+from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
-Epoch = Callable[[TrainState, Batch, Array, Hyper], tuple[TrainState, dict[str, Array]]]
+Epoch = Callable[[TrainState, Batch, Array, Hyper, Constants], tuple[TrainState, dict[str, Array]]]
+"""`(state, examples, key, hyper, constants) -> (state, metrics [steps])`."""
+
+ShardBatch = Callable[[Batch], Batch]
+"""Lays a batch out over the devices: `sharding.shard_batch`."""
 
 Gather = Callable[[Batch, Array], Batch]
-"""`(examples, rows [B]) -> batch`: how a batch is made of a resident set, inside the program."""
+"""`(examples, rows [B]) -> batch`: how a batch is made of the examples, inside the program."""
 
 Draw = Callable[[Batch, Array, int, int], Array]
 """`(examples, key, steps, batch size) -> rows int32 [steps, B]`: which examples an epoch takes."""
@@ -45,22 +49,23 @@ def shuffle(examples: Batch, key: Array, steps: int, batch_size: int) -> Array:
 def make_epoch(
     step: TrainStep,
     batch_size: int,
+    *,
     passes: int = 1,
-    shard_batch: Callable[[Batch], Batch] = lambda batch: batch,
+    shard_batch: ShardBatch = lambda batch: batch,
     gather: Gather = take_rows,
     draw: Draw = shuffle,
     size: Callable[[Batch], int] = count_labels,
 ) -> Epoch:
-    """Builds `run_epoch(state, examples, key, hyper) -> (state, metrics)`.
+    """Builds `run_epoch(state, examples, key, hyper, constants=None) -> (state, metrics)`.
 
     The order of an epoch is a function of the key and the epoch's number alone, which is read off
-    `state.step`; so an interrupted run goes on with the order it would have had.
+    `state.step`. So a resumed run takes the examples in the order that it would have had.
 
     Args:
         step: from `make_train_step`.
         batch_size: B.
         passes: epochs to run in one call; for small sets, where one epoch is too short a program.
-        shard_batch: lays a gathered batch out over devices (`parallel.shard_batch`).
+        shard_batch: applied to each batch.
         gather: makes the batch of the examples at some rows.
         draw: chooses the rows of an epoch's batches.
         size: how many examples make an epoch, from the shapes of their fields.
@@ -71,35 +76,45 @@ def make_epoch(
     """
     run_steps = make_steps(step, shard_batch, gather)
 
-    def one_pass(state: TrainState, examples: Batch, key: Array, hyper: Hyper):
+    def one_pass(
+        state: TrainState, examples: Batch, key: Array, hyper: Hyper, constants: Constants
+    ) -> tuple[TrainState, dict[str, Array]]:
         steps = steps_per_epoch(size(examples), batch_size)
         order_key, step_key = jax.random.split(key)
         epoch_key = jax.random.fold_in(order_key, state.step // jnp.int32(steps))
         rows = draw(examples, epoch_key, steps, batch_size)
-        return run_steps(state, examples, rows, step_key, hyper)
+        return run_steps(state, (examples, rows), step_key, hyper, constants)
 
-    def run_epoch(state: TrainState, examples: Batch, key: Array, hyper: Hyper):
+    def run_epoch(
+        state: TrainState, examples: Batch, key: Array, hyper: Hyper, constants: Constants = None
+    ) -> tuple[TrainState, dict[str, Array]]:
         state, metrics = jax.lax.scan(
-            lambda state, _: one_pass(state, examples, key, hyper), state, length=passes
+            lambda state, _: one_pass(state, examples, key, hyper, constants), state, length=passes
         )
         return state, jax.tree.map(jnp.ravel, metrics)
 
     return run_epoch
 
 
-def make_steps(
-    step: TrainStep, shard_batch: Callable[[Batch], Batch], gather: Gather
-) -> Callable[[TrainState, Batch, Array, Array, Hyper], tuple[TrainState, dict[str, Array]]]:
-    """Builds `run_steps(state, examples, rows [steps, B], key, hyper) -> (state, metrics [steps])`.
+def make_steps(step: TrainStep, shard_batch: ShardBatch, gather: Gather) -> Any:
+    """Builds `run_steps(state, (examples, rows [steps, B]), key, hyper, constants)`.
 
-    One scanned step for each line of rows; arguments as for `make_epoch`.
+    It gives `(state, metrics [steps])`, one scanned step for each line of rows; arguments as for
+    `make_epoch`.
     """
 
-    def run_steps(state: TrainState, examples: Batch, rows: Array, key: Array, hyper: Hyper):
-        return jax.lax.scan(
-            lambda state, rows: step(state, shard_batch(gather(examples, rows)), key, hyper),
-            state,
-            rows,
-        )
+    def run_steps(
+        state: TrainState,
+        examples_and_rows: tuple[Batch, Array],
+        key: Array,
+        hyper: Hyper,
+        constants: Constants,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        examples, rows = examples_and_rows
+
+        def one(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
+            return step(state, shard_batch(gather(examples, rows)), key, hyper, constants)
+
+        return jax.lax.scan(one, state, rows)
 
     return run_steps

@@ -8,6 +8,7 @@ them, and puts in the communication.
 """
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from distill_jax.epochs import Epoch
 from distill_jax.errors import UserError
 from distill_jax.fused_loss import on_one_device
 from distill_jax.optimizers import OUTPUT_LAYER
-from distill_jax.train_step import Batch, Hyper, TrainState, TrainStep
+from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
 AXES = ("member", "data", "model")
 
@@ -87,6 +88,8 @@ def state_shardings(state: TrainState, mesh: Mesh, *leading: str) -> TrainState:
 def compile_step(step: TrainStep, mesh: Mesh, state: TrainState) -> TrainStep:
     """Compiles a step for batches split over the mesh's "data" axis; the state is donated.
 
+    It is called with all five arguments, `None` for constants if there are none.
+
     The step is written in the global view: its mean is over the whole batch, however many devices
     hold it.
 
@@ -102,7 +105,7 @@ def compile_step(step: TrainStep, mesh: Mesh, state: TrainState) -> TrainStep:
     own = state_shardings(state, mesh)
     return jax.jit(
         step,
-        in_shardings=(own, split, whole, whole),
+        in_shardings=(own, split, whole, whole, whole),
         out_shardings=(own, whole),
         donate_argnums=0,
     )
@@ -115,17 +118,25 @@ def compile_pmap_step(step: TrainStep) -> TrainStep:
     on each. For programs that are built on pmap; `compile_step` is the way this project runs.
     """
     count = jax.local_device_count()
-    mapped = jax.pmap(step, axis_name="data", in_axes=(None, 0, None, None), out_axes=None)
+    in_axes = (None, 0, None, None, None)
+    mapped = jax.pmap(step, axis_name="data", in_axes=in_axes, out_axes=None)
 
-    def run(state: TrainState, batch: Batch, key: Array, hyper: Hyper):
+    def run(
+        state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
+    ) -> tuple[TrainState, dict[str, Array]]:
         check_divides(batch["label"].shape[0], count, "the batch size", "devices")
         cut = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-        return mapped(state, cut, key, hyper)
+        return mapped(state, cut, key, hyper, constants)
 
     return run
 
 
-def compile_epoch(run_epoch: Epoch, mesh: Mesh, per_member: Mapping[str, bool]) -> Epoch:
+def compile_epoch(
+    run_epoch: Epoch,
+    mesh: Mesh,
+    per_member: Mapping[str, bool],
+    constants_per_member: Mapping[str, bool] = types.MappingProxyType({}),
+) -> Epoch:
     """Compiles an epoch of M members as one program: vmapped, and sharded over "member".
 
     Args:
@@ -134,36 +145,39 @@ def compile_epoch(run_epoch: Epoch, mesh: Mesh, per_member: Mapping[str, bool]) 
             as `state_shardings` says.
         per_member: for every field of the examples, whether it has a leading member axis
             `[M, N, ...]` (the soft targets of each member's own teacher) or is shared `[N, ...]`.
+        constants_per_member: the same for the constants, a dict.
 
     Returns:
-        `(states, examples, keys [M], hyper of [M]) -> (states, metrics [M, steps])`; the states are
-        donated. Bring the examples there by `put_examples`, or blocks of batches by `put_rows`.
+        `(states, examples, keys [M], hyper of [M], constants) -> (states, metrics [M, steps])`; the
+        states are donated. Bring the examples and constants there by `put_examples`, or blocks of
+        batches by `put_rows`.
 
     Raises:
         UserError: when called, as `state_shardings` does.
     """
     member = _split(mesh, "member")
-    mapped = jax.vmap(
-        run_epoch,
-        in_axes=(0, {name: 0 if own else None for name, own in per_member.items()}, 0, 0),
-        spmd_axis_name="member",
-    )
+    in_axes = (0, _axes(per_member), 0, 0, _axes(constants_per_member))
+    mapped = jax.vmap(run_epoch, in_axes=in_axes, spmd_axis_name="member")
 
-    def run(states: TrainState, examples: Batch, keys: Array, hyper: Hyper):
-        states, metrics = run_members(_lay_out(states, mesh), examples, keys, hyper)
-        return _lay_out(states, mesh), metrics
-
-    def run_members(states: TrainState, examples: Batch, keys: Array, hyper: Hyper):
+    def run_members(
+        states: TrainState, examples: Batch, keys: Array, hyper: Hyper, constants: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
         if len(keys) > 1:
-            return mapped(states, examples, keys, hyper)
+            return mapped(states, examples, keys, hyper, constants)
         # An axis of one member makes no difference but in time: a tenth of a step on a CPU.
-        own = {name: field[0] if per_member[name] else field for name, field in examples.items()}
         state, hyper = jax.tree.map(lambda leaf: leaf[0], (states, hyper))
-        return jax.tree.map(lambda leaf: leaf[None], run_epoch(state, own, keys[0], hyper))
+        examples = _first_member(examples, per_member)
+        constants = _first_member(constants, constants_per_member)
+        found = run_epoch(state, examples, keys[0], hyper, constants)
+        return jax.tree.map(lambda leaf: leaf[None], found)
+
+    def run(states: TrainState, examples: Batch, keys: Array, hyper: Hyper, constants: Batch):
+        states, metrics = run_members(_lay_out(states, mesh), examples, keys, hyper, constants)
+        return _lay_out(states, mesh), metrics
 
     return jax.jit(
         run,
-        in_shardings=(None, None, member, member),
+        in_shardings=(None, None, member, member, None),
         out_shardings=(None, member),
         donate_argnums=0,
     )
@@ -328,6 +342,18 @@ def check_divides(number: int, parts: int, what: str, devices: str) -> None:
 @functools.cache
 def _compile_any(whole: NamedSharding) -> Callable[[Array], Array]:
     return jax.jit(jnp.any, out_shardings=whole)
+
+
+def _axes(per_member: Mapping[str, bool]) -> dict[str, int | None]:
+    return {name: 0 if own else None for name, own in per_member.items()}
+
+
+def _first_member(fields: Batch, per_member: Mapping[str, bool]) -> Batch:
+    """The fields of one member, where some have a member axis."""
+    return {
+        name: jax.tree.map(lambda leaf: leaf[0], field) if per_member[name] else field
+        for name, field in fields.items()
+    }
 
 
 def _lay_out(states: TrainState, mesh: Mesh) -> TrainState:

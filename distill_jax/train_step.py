@@ -1,13 +1,14 @@
 """The train step: pure, and the same for teachers, baselines, students and specialists.
 
-Only the loss differs. The teacher's word is the batch's field "teacher_logits" `[B, C]`, either joined
-from a store (`soft_targets.attach`) or added in the step by a frozen teacher (`online_teacher`); or
-three smaller fields with a few of its probabilities (`compressed_targets.attach`); or, of teachers with
-very many classes, what their logits are made of (`online_teacher_hidden`).
+Only the loss differs. The teacher's soft targets are fields of the batch: its logits "teacher_logits"
+`[B, C]`, or the three fields of `TOP_K_FIELDS` with a few of its probabilities. They are joined from a
+store (`soft_targets.attach`), or added in the step by a frozen teacher (`online_teacher`). With very
+many classes, the teachers' last hidden activations can take their place (`online_teacher_hidden`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +24,22 @@ from distill_jax.optimizers import OUTPUT_LAYER
 Batch = dict[str, Any]
 """Fields of B examples: "id" [B], "inputs" [B, ...], "label" int32 [B]; by need "label_known" bool
 [B] and "teacher_logits" float32 [B, C]; or "teacher_ids" uint [B, k], "teacher_probabilities" [B, k]
-(or [B, 1], all alike) and "teacher_tail" float32 [B]; or "teacher_hidden" [B, M, D] with
-"teacher_layer", {"kernel" [M, D, C], "bias" [M, C]}, the only field that is not of examples."""
+(or [B, 1] for all k) and "teacher_tail" float32 [B]; or "teacher_hidden" [B, M, D]."""
+
+Constants = Any
+"""A tree of arrays that are the same for all examples, such as {"teacher": parameters}. Traced, so that
+they are neither compiled into the program nor cut up with the batch."""
 
 TOP_K_FIELDS = ("teacher_ids", "teacher_probabilities", "teacher_tail")
-_WHOLE = "teacher_layer"
 
 Hyper = dict[str, Array]
 """Traced float32 scalars: "learning_rate", and what the loss reads ("temperature", "hard_weight")."""
 
-Loss = Callable[[Array, Batch, Hyper], Array]
-"""`(logits [B, C], batch, hyper) -> [B]`."""
+Loss = Callable[[Array, Batch, Hyper, Constants], Array]
+"""`(logits [B, C], batch, hyper, constants) -> [B]`."""
 
-Transform = Callable[[Batch, Array], Batch]
-"""`(batch, key) -> batch`, run on the device inside the step: jitter, an online teacher."""
+Transform = Callable[[Batch, Array, Constants], Batch]
+"""`(batch, key, constants) -> batch`, run on the device inside the step: jitter, an online teacher."""
 
 
 class Fused(NamedTuple):
@@ -58,7 +61,18 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-TrainStep = Callable[[TrainState, Batch, Array, Hyper], tuple[TrainState, dict[str, Array]]]
+class TrainStep(Protocol):
+    """`(state, batch, key, hyper, constants) -> (state, metrics)`."""
+
+    def __call__(  # noqa: D102
+        self,
+        state: TrainState,
+        batch: Batch,
+        key: Array,
+        hyper: Hyper,
+        constants: Constants = None,
+        /,
+    ) -> tuple[TrainState, dict[str, Array]]: ...
 
 
 def init_state(
@@ -77,11 +91,12 @@ def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformationExtraArgs,
     loss: Loss | Fused,
+    *,
     transforms: Sequence[Transform] = (),
     micro_batches: int = 1,
     axis_name: str | None = None,
 ) -> TrainStep:
-    """Builds `step(state, batch, key, hyper) -> (state, metrics)`.
+    """Builds `step(state, batch, key, hyper, constants=None) -> (state, metrics)`.
 
     The step's randomness is `key` folded with the step's number, so a resumed run needs no saved key.
 
@@ -99,27 +114,28 @@ def make_train_step(
         The step; its metrics are sums over the batch: "loss" float32, "errors" and "count" int32.
 
     Raises:
-        UserError: for a fused loss of a model that doesn't tell its last hidden layer.
+        UserError: for a fused loss of a model without `hidden`.
     """
     mean_loss = _fused_mean(model, loss) if isinstance(loss, Fused) else _dense_mean(model, loss)
 
-    def gradient(params: Params, batch: Batch, key: Array, hyper: Hyper):
-        (_, sums), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key, hyper)
+    def gradient(params: Params, batch: Batch, key: Array, shared: tuple[Hyper, Constants]):
+        (_, sums), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key, shared)
         return grads, sums
 
-    def step(state: TrainState, batch: Batch, key: Array, hyper: Hyper):
+    def step(
+        state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
+    ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(key, state.step)
         if axis_name is not None:  # every device draws its own dropout masks and shifts
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         dropout_key, *transform_keys = jax.random.split(key, 1 + len(transforms))
         for transform, transform_key in zip(transforms, transform_keys, strict=True):
-            batch = transform(batch, transform_key)
+            batch = transform(batch, transform_key, constants)
+        own_gradient = functools.partial(gradient, state.params, shared=(hyper, constants))
         if micro_batches == 1:
-            grads, sums = gradient(state.params, batch, dropout_key, hyper)
+            grads, sums = own_gradient(batch, dropout_key)
         else:
-            grads, sums = _accumulate(
-                gradient, micro_batches, state.params, batch, dropout_key, hyper
-            )
+            grads, sums = _accumulate(own_gradient, micro_batches, batch, dropout_key)
         if axis_name is not None:
             grads, sums = jax.lax.pmean(grads, axis_name), jax.lax.psum(sums, axis_name)
         updates, opt_state = optimizer.update(
@@ -132,9 +148,9 @@ def make_train_step(
 
 
 def _dense_mean(model: Model, loss: Loss):
-    def mean_loss(params: Params, batch: Batch, key: Array, hyper: Hyper):
+    def mean_loss(params: Params, batch: Batch, key: Array, shared: tuple[Hyper, Constants]):
         logits = model.apply(params, batch["inputs"], dropout_key=key)
-        values = loss(logits, batch, hyper)
+        values = loss(logits, batch, *shared)
         sums = {"loss": jnp.sum(values), **metrics.error_counts(logits, batch["label"])}
         return jnp.mean(values), sums
 
@@ -149,17 +165,15 @@ def _fused_mean(model: Model, fused: Fused):
             "which makes the activations that params['output'] takes"
         )
 
-    def loss(logits: Array, fields: Batch, constants: tuple[Batch, Hyper]) -> Array:
-        whole, hyper = constants
-        return fused.loss(logits, {**fields, **whole}, hyper)
+    def loss(logits: Array, fields: Batch, shared: tuple[Hyper, Constants]) -> Array:
+        return fused.loss(logits, fields, *shared)
 
-    def mean_loss(params: Params, batch: Batch, key: Array, hyper: Hyper):
+    def mean_loss(params: Params, batch: Batch, key: Array, shared: tuple[Hyper, Constants]):
         hidden = hidden_of(params, batch["inputs"], dropout_key=key)
-        fields, whole = _split_whole(batch)
         # A loss of logits has no use for the inputs, and they need not be cut into chunks.
-        fields = {name: field for name, field in fields.items() if name != "inputs"}
+        fields = {name: field for name, field in batch.items() if name != "inputs"}
         mean, (values, predicted) = fused_loss.mean_loss(
-            loss, hidden, params[OUTPUT_LAYER], fields, (whole, hyper), fused.rows, fused.over
+            loss, hidden, params[OUTPUT_LAYER], fields, shared, fused.rows, fused.over
         )
         counts = metrics.prediction_counts(predicted, batch["label"])
         return mean, {"loss": jnp.sum(values), **counts}
@@ -176,45 +190,50 @@ def make_eval_step(model: Model) -> Callable[[Params, Batch], dict[str, Array]]:
     return evaluate
 
 
-def online_teacher(teacher: Callable[[Array], Array]) -> Transform:
+def online_teacher(apply: Callable[[Params, Array], Array]) -> Transform:
     """A transform that adds a frozen teacher's logits, for inputs that are augmented in the step.
 
+    Its parameters are `constants["teacher"]`.
+
     Args:
-        teacher: inputs `[B, ...]` -> logits `[B, C]`, in evaluation mode, its parameters bound:
-            `lambda images: model.apply(params, images)`.
+        apply: `(parameters, inputs [B, ...]) -> logits [B, C]`, in evaluation mode: `model.apply`.
     """
 
-    def add_logits(batch: Batch, key: Array) -> Batch:
-        return {**batch, "teacher_logits": jax.lax.stop_gradient(teacher(batch["inputs"]))}
+    def add_logits(batch: Batch, key: Array, constants: Constants) -> Batch:
+        (params,) = _take(constants, ("teacher",), "the constants have", "hand it to the step")
+        logits = jax.lax.stop_gradient(apply(params, batch["inputs"]))
+        return {**batch, "teacher_logits": logits}
 
     return add_logits
 
 
-def online_teacher_hidden(hidden: Callable[[Array], Array], layer: Params) -> Transform:
-    """A transform that adds frozen teachers' last hidden activations, and their output layers.
+def online_teacher_hidden(hidden: Callable[[Params, Array], Array]) -> Transform:
+    """A transform that adds frozen teachers' last hidden activations, for `hidden_teacher_loss`.
 
-    For `hidden_teacher_loss`, which makes their logits of them: with `Fused`, of a chunk at a time.
+    With `Fused`, their logits are made for one chunk of examples at a time. The teachers' parameters are
+    `constants["teacher"]`, their output layers `constants["teacher_layer"]`.
 
     Args:
-        hidden: inputs `[B, ...]` -> `[B, M, D]`, in evaluation mode, parameters bound.
-        layer: {"kernel" `[M, D, C]`, "bias" `[M, C]`}.
+        hidden: `(parameters, inputs [B, ...]) -> [B, M, D]`, in evaluation mode.
     """
 
-    def add_hidden(batch: Batch, key: Array) -> Batch:
-        activations = jax.lax.stop_gradient(hidden(batch["inputs"]))
-        return {**batch, "teacher_hidden": activations, _WHOLE: layer}
+    def add_hidden(batch: Batch, key: Array, constants: Constants) -> Batch:
+        (params,) = _take(constants, ("teacher",), "the constants have", "hand it to the step")
+        return {**batch, "teacher_hidden": jax.lax.stop_gradient(hidden(params, batch["inputs"]))}
 
     return add_hidden
 
 
-def label_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+def label_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
     """Cross-entropy with the labels: teachers and baselines. A label of -1 is unknown, and adds 0."""
     known = batch["label"] >= 0
     values = losses.hard_cross_entropy(logits, jnp.where(known, batch["label"], 0))
     return jnp.where(known, values, 0.0)
 
 
-def distillation_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+def distillation_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
     """The paper's objective at `hyper["temperature"]` and `hyper["hard_weight"]`."""
     targets = losses.softmax(_teacher_logits(batch), hyper["temperature"])
     return _distillation(logits, targets, batch, hyper)
@@ -232,9 +251,9 @@ def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
     """
     weights = None if tail_weights is None else jnp.asarray(tail_weights, jnp.float32)
 
-    def loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+    def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
         ids, probabilities, tail = _take(
-            batch, TOP_K_FIELDS, "join them with compressed_targets.attach"
+            batch, TOP_K_FIELDS, "the batch has", "join them with soft_targets.attach"
         )
         return losses.top_k_distillation(
             logits,
@@ -252,22 +271,28 @@ def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
 
 
 def hidden_teacher_loss(mean: soft_targets.Mean = "arithmetic") -> Loss:
-    """The paper's objective with the mean of M teachers who are given by their hidden activations.
+    """The paper's objective with the mean of M teachers, made of their last hidden activations.
+
+    Reads the batch's "teacher_hidden" `[B, M, D]`, and `constants["teacher_layer"]`: {"kernel"
+    `[M, D, C]`, "bias" `[M, C]`}.
 
     Args:
         mean: of their distributions at `hyper["temperature"]`.
     """
 
-    def loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
-        how = "add training.online_teacher_hidden to the step's transforms"
-        hidden, layer = _take(batch, ("teacher_hidden", _WHOLE), how)
+    def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
+        how = "add train_step.online_teacher_hidden to the step's transforms"
+        (hidden,) = _take(batch, ("teacher_hidden",), "the batch has", how)
+        (layer,) = _take(constants, ("teacher_layer",), "the constants have", "hand it to the step")
         targets = soft_targets.mean_probs_of_hidden(hidden, layer, hyper["temperature"], mean)
         return _distillation(logits, targets, batch, hyper)
 
     return loss
 
 
-def label_modified_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+def label_modified_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
     """Cross-entropy with soft targets that the labels modified by `hyper["hard_weight"]`."""
     temperature = hyper["temperature"]
     targets = losses.label_modified(
@@ -279,7 +304,9 @@ def label_modified_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
     return losses.soft_cross_entropy(logits, targets, temperature)
 
 
-def logit_matching_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+def logit_matching_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
     """Half the squared difference of zero-meaned logits (section 2.1)."""
     return losses.logit_matching(logits, _teacher_logits(batch), zero_mean=True)
 
@@ -296,47 +323,35 @@ def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> 
 
 
 def _teacher_logits(batch: Batch) -> Array:
-    (logits,) = _take(
-        batch,
-        ("teacher_logits",),
-        "join them with soft_targets.attach or add training.online_teacher to the step's transforms",
-    )
+    how = "join them with soft_targets.attach or add train_step.online_teacher to the step's transforms"
+    (logits,) = _take(batch, ("teacher_logits",), "the batch has", how)
     return logits
 
 
-def _take(batch: Batch, names: Sequence[str], how: str) -> tuple[Any, ...]:
-    """Fields of a batch; a UserError says how it gets them if it has not."""
-    missing = [name for name in names if name not in batch]
+def _take(fields: Any, names: Sequence[str], what: str, how: str) -> tuple[Any, ...]:
+    """Some of the fields; a UserError says how to get them if one is missing."""
+    missing = [name for name in names if name not in (fields or {})]
     if missing:
-        raise UserError(f"the batch has no {', '.join(missing)}, only {sorted(batch)}: {how}")
-    return tuple(batch[name] for name in names)
+        raise UserError(f"{what} no {', '.join(missing)}, only {sorted(fields or {})}: {how}")
+    return tuple(fields[name] for name in names)
 
 
-def _accumulate(gradient, parts: int, params: Params, batch: Batch, key: Array, hyper: Hyper):
+def _accumulate(gradient: Any, parts: int, batch: Batch, key: Array) -> tuple[Params, Any]:
     """The mean gradient and summed metrics of `parts` equal parts of the batch, one at a time."""
     size = batch["label"].shape[0]
     if size % parts:
         raise UserError(f"a batch of {size} can't be cut into {parts} equal micro-batches")
-    batch, whole = _split_whole(batch)
     # Every parts-th example: a piece has some of each device, where a run of them would be sent about.
     pieces = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0), batch
     )
 
-    def add(total, piece_and_key):
-        piece, key = piece_and_key
-        found = gradient(params, {**piece, **whole}, key, hyper)
-        return jax.tree.map(jnp.add, total, found), None
+    def add(total: Any, piece_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(*piece_and_key)), None
 
-    first = {**jax.tree.map(lambda x: x[0], pieces), **whole}
+    first = jax.tree.map(lambda x: x[0], pieces)
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first, key, hyper)
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first, key)
     )
     (grads, sums), _ = jax.lax.scan(add, zeros, (pieces, jax.random.split(key, parts)))
     return jax.tree.map(lambda g: g / parts, grads), sums
-
-
-def _split_whole(batch: Batch) -> tuple[Batch, Batch]:
-    """The fields of examples, and those that are the same for all."""
-    whole = {name: field for name, field in batch.items() if name == _WHOLE}
-    return {name: field for name, field in batch.items() if name != _WHOLE}, whole

@@ -145,13 +145,15 @@ def train(
     """A trained net's parameters; an epoch is one program. Images jitter by `shift` pixels."""
     steps = epochs * steps_per_epoch(len(examples["label"]), BATCH_SIZE)
     optimizer = optimizers.adam(optimizers.cosine(steps, warmup_steps=steps // 10))
-    step = train_step.make_train_step(model, optimizer, loss, [jitter(shift)] if shift else [])
+    step = train_step.make_train_step(
+        model, optimizer, loss, transforms=[jitter(shift)] if shift else []
+    )
     run_epoch = jax.jit(make_epoch(step, BATCH_SIZE), donate_argnums=0)
     hyper = {"learning_rate": 2e-3, "temperature": TEMPERATURE, "hard_weight": HARD_WEIGHT}
     resident = {name: jnp.asarray(field) for name, field in examples.items()}
     state = train_step.init_state(model, optimizer, jax.random.key(0), resident["inputs"][:1])
     for _ in range(epochs):
-        state, _metrics = run_epoch(state, resident, jax.random.key(1), hyper)
+        state, _metrics = run_epoch(state, resident, jax.random.key(1), hyper, None)
     return state.params
 
 

@@ -32,7 +32,7 @@ def train(mesh: Any, directory: Path, units: int) -> tuple[Any, list[loop.Record
     own = {name: name == "teacher_logits" for name in examples}
     hyper = {"learning_rate": 0.05, "temperature": 3.0, "hard_weight": 0.3}
     step = train_step.make_train_step(MODEL, OPTIMIZER, train_step.distillation_loss)
-    epoch = make_epoch(step, BATCH, 1, sharding.shard_batch(mesh, BATCH))
+    epoch = make_epoch(step, BATCH, shard_batch=sharding.shard_batch(mesh, BATCH))
     compiled = sharding.compile_epoch(epoch, mesh, own)
     resident = sharding.put_examples(examples, mesh, own)
     keys = jax.random.split(jax.random.key(1), MEMBERS)
@@ -43,7 +43,7 @@ def train(mesh: Any, directory: Path, units: int) -> tuple[Any, list[loop.Record
     )
     with checkpoints.open_dir(directory) as manager:
         states, history = loop.fit(
-            lambda states, unit: compiled(states, resident, keys, numbers),
+            lambda states, unit: compiled(states, resident, keys, numbers, {}),
             states,
             units,
             manager=manager,

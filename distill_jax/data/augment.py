@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
-from distill_jax.train_step import Batch, Transform
+from distill_jax.train_step import Batch, Constants, Transform
 
 
 class _Amounts(NamedTuple):
@@ -53,11 +53,11 @@ def jitter(pixels: int) -> Transform:
             as they were; put `online_teacher` after the jitter instead.
     """
 
-    def move(batch: Batch, key: Array) -> Batch:
+    def move(batch: Batch, key: Array, constants: Constants = None) -> Batch:
         if {"teacher_logits", "teacher_ids"} & set(batch):
             raise UserError(
                 "cached soft targets can't be joined to jittered images: set jitter to 0, or compute "
-                "them in the step (training.online_teacher after the jitter)"
+                "them in the step (train_step.online_teacher after the jitter)"
             )
         images = batch["inputs"]
         margins = [(0, 0), (pixels, pixels), (pixels, pixels)] + [(0, 0)] * (images.ndim - 3)

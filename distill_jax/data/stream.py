@@ -25,7 +25,7 @@ from distill_jax.data.images import Examples
 from distill_jax.epochs import Epoch, make_steps, steps_per_epoch, take_rows
 from distill_jax.errors import UserError
 from distill_jax.loop import Advance
-from distill_jax.train_step import Batch, Hyper, TrainState, TrainStep
+from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
 _CHUNK = 100  # records whose bytes are in memory together: photographs are about 1 MB each
 
@@ -242,9 +242,11 @@ def make_block_epoch(step: TrainStep, shard_batch: Callable[[Batch], Batch]) -> 
     """
     run_steps = make_steps(step, shard_batch, take_rows)
 
-    def run_block(state: TrainState, block: Batch, key: Array, hyper: Hyper):
+    def run_block(
+        state: TrainState, block: Batch, key: Array, hyper: Hyper, constants: Constants = None
+    ) -> tuple[TrainState, dict[str, Array]]:
         steps = jnp.arange(block["label"].shape[0], dtype=jnp.int32)
-        return run_steps(state, block, steps, key, hyper)
+        return run_steps(state, (block, steps), key, hyper, constants)
 
     return run_block
 

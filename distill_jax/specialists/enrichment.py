@@ -32,7 +32,7 @@ from distill_jax import losses
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists.clustering import pad_sets
-from distill_jax.train_step import Batch, Hyper
+from distill_jax.train_step import Batch, Constants, Hyper
 
 
 def dustbin_labels(class_set: Array, num_classes: int) -> Array:
@@ -228,7 +228,7 @@ def collapse(logits: Array, class_set: Array) -> Array:
     return jnp.concatenate([special, dustbin[..., None]], axis=-1)
 
 
-def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
     """Cross-entropy of collapsed logits with the specialist's label (`dustbin_labels`).
 
     With lse the log-sum-exp, `lse(z) - z_y` for an example of a special class y, and
@@ -257,7 +257,9 @@ def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
     return losses.hard_cross_entropy(collapsed, targets[batch["label"]])
 
 
-def full_softmax_loss(logits: Array, batch: Batch, hyper: Hyper) -> Array:
+def full_softmax_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
     """Hard targets for special classes, the generalist's soft targets for all others (section 6.1).
 
     For specialists with a full softmax, which so keep what the generalist knows of the other classes.

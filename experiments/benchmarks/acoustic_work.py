@@ -14,7 +14,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from distill_jax import soft_targets, train_step
-from distill_jax.epochs import make_epoch, take_rows
+from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from distill_jax.optimizers import OUTPUT_LAYER
@@ -100,18 +100,21 @@ def measure_job(job: Job, matrix: int, rounds: int) -> tuple[float, dict[Way, Fi
     numbers = ("learning_rate", "temperature", "hard_weight")
     hyper = {name: jnp.float32(job.net[name]) for name in numbers}
     teachers = _teachers(job, model)
-    examples = {targets: _examples(job, targets, teachers) for targets in job.targets}
+    examples = {targets: _examples(job, targets) for targets in job.targets}
+    constants = {targets: _constants(targets, teachers) for targets in job.targets}
 
     def build(way: Way) -> Any:
         run = jax.jit(_epoch(job, model, optimizer, way), donate_argnums=0)
-        return run.lower(jax.eval_shape(fresh, key), examples[way.targets], key, hyper).compile()
+        shared = hyper, constants[way.targets]
+        return run.lower(jax.eval_shape(fresh, key), examples[way.targets], key, *shared).compile()
 
     programs = {way: build(way) for way in job.ways}
     state = fresh(key)
 
     def train(way: Way) -> Array:
         nonlocal state
-        state, metrics = programs[way](state, examples[way.targets], key, hyper)
+        shared = hyper, constants[way.targets]
+        state, metrics = programs[way](state, examples[way.targets], key, *shared)
         return jax.block_until_ready(metrics["loss"])
 
     losses = {}
@@ -172,8 +175,16 @@ def _teachers(job: Job, model: Model) -> Params:
     return jax.jit(lambda keys: jax.lax.map(init, keys))(keys)
 
 
-def _examples(job: Job, targets: str, teachers: Params) -> train_step.Batch:
-    """Random frames with their targets, and the teachers that will be asked."""
+def _constants(targets: str, teachers: Params) -> dict[str, Any]:
+    """The frozen teachers that the step runs."""
+    if not TEACHERS[targets]:
+        return {}
+    some = jax.tree.map(lambda leaf: leaf[: TEACHERS[targets]], teachers)
+    return {"teacher": some, "teacher_layer": some[OUTPUT_LAYER]}
+
+
+def _examples(job: Job, targets: str) -> train_step.Batch:
+    """Random frames with their targets."""
     random = np.random.default_rng(0)
     size = job.steps * job.net.batch_size
     examples: dict[str, Any] = {
@@ -190,8 +201,6 @@ def _examples(job: Job, targets: str, teachers: Params) -> train_step.Batch:
             jnp.asarray(probabilities[:, KEPT]),
         )
         examples |= dict(zip(train_step.TOP_K_FIELDS, fields, strict=True))
-    elif TEACHERS[targets]:
-        examples["teachers"] = jax.tree.map(lambda leaf: leaf[: TEACHERS[targets]], teachers)
     return examples
 
 
@@ -200,25 +209,20 @@ def _epoch(job: Job, model: Model, optimizer: Any, way: Way) -> Callable[..., An
     losses = {"hard": train_step.label_loss, "stored": train_step.top_k_distillation_loss()}
     online = train_step.hidden_teacher_loss() if way.fused else train_step.distillation_loss
     loss = losses.get(way.targets, online)
+    transforms = []
+    if TEACHERS[way.targets]:
+        transforms = [_ask_hidden(model) if way.fused else _ask(job, model)]
     step = train_step.make_train_step(
-        model, optimizer, train_step.Fused(loss) if way.fused else loss
+        model, optimizer, train_step.Fused(loss) if way.fused else loss, transforms=transforms
     )
-
-    def gather(examples: train_step.Batch, rows: Array) -> train_step.Batch:
-        batch = take_rows({name: x for name, x in examples.items() if name != "teachers"}, rows)
-        if not TEACHERS[way.targets]:
-            return batch
-        ask = _ask_hidden if way.fused else _ask
-        return ask(job, model, examples["teachers"])(batch, jax.random.key(0))  # which isn't used
-
-    return make_epoch(step, job.net.batch_size, gather=gather)
+    return make_epoch(step, job.net.batch_size)
 
 
-def _ask(job: Job, model: Model, teachers: Params) -> train_step.Transform:
+def _ask(job: Job, model: Model) -> train_step.Transform:
     """The teacher's logits, or those of the mean of several; one teacher after the other."""
 
-    def logits(images: Array) -> Array:
-        each = jax.lax.map(lambda params: model.apply(params, images), teachers)
+    def logits(teachers: Params, inputs: Array) -> Array:
+        each = jax.lax.map(lambda params: model.apply(params, inputs), teachers)
         if len(each) == 1:
             return each[0]
         return soft_targets.ensemble_logits(each, job.net.temperature, "arithmetic")
@@ -226,13 +230,13 @@ def _ask(job: Job, model: Model, teachers: Params) -> train_step.Transform:
     return train_step.online_teacher(logits)
 
 
-def _ask_hidden(job: Job, model: Model, teachers: Params) -> train_step.Transform:
-    """The teachers' last hidden activations, and their output layers."""
+def _ask_hidden(model: Model) -> train_step.Transform:
+    """The teachers' last hidden activations."""
     one = model.hidden
     assert one is not None
 
-    def hidden(images: Array) -> Array:
-        each = jax.lax.map(lambda params: one(params, images), teachers)
+    def hidden(teachers: Params, inputs: Array) -> Array:
+        each = jax.lax.map(lambda params: one(params, inputs), teachers)
         return jnp.moveaxis(each, 0, 1)
 
-    return train_step.online_teacher_hidden(hidden, teachers[OUTPUT_LAYER])
+    return train_step.online_teacher_hidden(hidden)

@@ -98,8 +98,8 @@ def _mean_loss(
     loss = STORED if case.targets == "stored" else TEACHER
 
     def of_chunk(logits: Array, fields: train_step.Batch, constants: Any) -> Array:
-        whole, hyper = constants
-        return loss(logits, {**fields, **whole}, hyper)
+        teachers, hyper = constants
+        return loss(logits, fields, hyper, teachers)
 
     return fused_loss.mean_loss(of_chunk, hidden, layer, fields, constants, case.rows or None)[0]
 
@@ -108,11 +108,11 @@ def _dense(
     case: Case, hidden: Array, layer: fused_loss.Layer, fields: train_step.Batch, constants: Any
 ) -> Array:
     """As the step does it without the switch: the nets' own logits, the teacher's too."""
-    whole, hyper = constants
+    teachers, hyper = constants
     logits = _logits(hidden, layer)
     if case.targets == "stored":
-        return STORED(logits, fields, hyper)
-    teacher = jax.tree.map(lambda x: x[0], whole["teacher_layer"])
+        return STORED(logits, fields, hyper, None)
+    teacher = jax.tree.map(lambda x: x[0], teachers["teacher_layer"])
     teacher_logits = _logits(fields["teacher_hidden"][:, 0], teacher)
     return train_step.distillation_loss(logits, {**fields, "teacher_logits": teacher_logits}, hyper)
 

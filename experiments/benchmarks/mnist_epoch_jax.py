@@ -129,7 +129,9 @@ def _program(work: Work, net: str, members: int) -> Callable[[int], list[RunEpoc
     if net == "teacher":
         del examples["teacher_logits"]
     per_member = dict.fromkeys(examples, False)
-    run_epoch = make_epoch(step, work.batch_size, 1, sharding.shard_batch(mesh, work.batch_size))
+    run_epoch = make_epoch(
+        step, work.batch_size, shard_batch=sharding.shard_batch(mesh, work.batch_size)
+    )
     compiled = sharding.compile_epoch(run_epoch, mesh, per_member)
     resident = sharding.put_examples(examples, mesh, per_member)
     names = ["learning_rate"] + ([] if net == "teacher" else ["temperature", "hard_weight"])
@@ -148,7 +150,7 @@ def _program(work: Work, net: str, members: int) -> Callable[[int], list[RunEpoc
 
             def run_once() -> None:
                 nonlocal state
-                state, metrics = compiled(state, resident, my_keys, hyper)
+                state, metrics = compiled(state, resident, my_keys, hyper, {})
                 jax.block_until_ready((state, metrics))
 
             return run_once

@@ -268,10 +268,12 @@ def _program(case: Case) -> tuple[Callable[[], None], float]:
     model = build_model(net.section, net.classes)
     optimizer = build_optimizer(net.section, net.steps, net.section.epochs)
     transforms = [jitter(net.section.jitter)] if net.section.jitter else []
-    step = train_step.make_train_step(model, optimizer, train_step.label_loss, transforms)
+    step = train_step.make_train_step(
+        model, optimizer, train_step.label_loss, transforms=transforms
+    )
     examples = _draw(net, net.steps * batch_size)
     per_member = dict.fromkeys(examples, False)
-    run_epoch = make_epoch(step, batch_size, 1, sharding.shard_batch(mesh, batch_size))
+    run_epoch = make_epoch(step, batch_size, shard_batch=sharding.shard_batch(mesh, batch_size))
     resident = sharding.put_examples(examples, mesh, per_member)
     keys = jax.random.split(jax.random.key(0), 1)
     image = jnp.asarray(examples["inputs"][:1])
@@ -280,11 +282,11 @@ def _program(case: Case) -> tuple[Callable[[], None], float]:
     )
     hyper = {"learning_rate": jnp.full(1, net.section.learning_rate, jnp.float32)}
     epoch: Any = sharding.compile_epoch(run_epoch, mesh, per_member)
-    compiled = epoch.lower(state, resident, keys, hyper).compile()
+    compiled = epoch.lower(state, resident, keys, hyper, {}).compile()
 
     def run() -> None:
         nonlocal state
-        state, metrics = compiled(state, resident, keys, hyper)
+        state, metrics = compiled(state, resident, keys, hyper, {})
         jax.block_until_ready((state, metrics))
 
     run()

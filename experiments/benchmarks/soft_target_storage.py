@@ -187,7 +187,7 @@ def encode(teacher: Logits, inputs: np.ndarray, temperature: float) -> dict[str,
     draws = sampled_targets.most_draws(4 * _K.value + 4, _CLASSES.value)
     size = 4 * _CLASSES.value + digests.itemsize
     # Made anew for each batch, as those of all examples would not fit.
-    online = [train_step.online_teacher(teacher)]
+    online = [train_step.online_teacher(lambda _, inputs: teacher(inputs))]
     return {
         "dense": Encoding(size, [{}] * seeds, train_step.distillation_loss, online),
         "top_k": compressed([stored("top_k", _K.value)] * seeds),
@@ -200,8 +200,10 @@ def students(encoding: Encoding, inputs: np.ndarray, temperature: float) -> list
     model = models.mlp((128, 64), _CLASSES.value)
     steps = _EPOCHS.value * steps_per_epoch(len(inputs), _BATCH.value)
     optimizer = optimizers.adam(optimizers.cosine(steps, warmup_steps=steps // 10))
-    step = train_step.make_train_step(model, optimizer, encoding.loss, encoding.transforms)
-    run_epochs = make_epoch(step, _BATCH.value, _EPOCHS.value)
+    step = train_step.make_train_step(
+        model, optimizer, encoding.loss, transforms=encoding.transforms
+    )
+    run_epochs = make_epoch(step, _BATCH.value, passes=_EPOCHS.value)
     numbers = {"learning_rate": 0.02, "temperature": temperature, "hard_weight": 0.0}
     hyper = {name: jnp.float32(number) for name, number in numbers.items()}
 
@@ -209,7 +211,7 @@ def students(encoding: Encoding, inputs: np.ndarray, temperature: float) -> list
     def train(key: Array, examples: train_step.Batch) -> models.Params:
         init_key, train_key = jax.random.split(key)
         state = train_step.init_state(model, optimizer, init_key, examples["inputs"][:1])
-        return run_epochs(state, examples, train_key, hyper)[0].params
+        return run_epochs(state, examples, train_key, hyper, {"teacher": {}})[0].params
 
     # A seed's key is the same for all forms, so its students begin alike and see the same batches.
     unused = np.zeros(len(inputs), np.int32)

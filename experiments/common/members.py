@@ -256,11 +256,17 @@ def _advance(
         )
     fields, per_member = _stack(examples, variants)
     run_epoch = make_epoch(
-        step, net.batch_size, unit_passes, shard, cases.gather, cases.draw, cases.size
+        step,
+        net.batch_size,
+        passes=unit_passes,
+        shard_batch=shard,
+        gather=cases.gather,
+        draw=cases.draw,
+        size=cases.size,
     )
     compiled = sharding.compile_epoch(run_epoch, mesh, per_member)
     resident = sharding.put_examples(fields, mesh, per_member)
-    return lambda states, unit: compiled(states, resident, keys, hyper)
+    return lambda states, unit: compiled(states, resident, keys, hyper, {})
 
 
 def _write_curve(path: Path, history: list[loop.Record], unit_epochs: float) -> None:

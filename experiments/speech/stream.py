@@ -21,7 +21,7 @@ from jax import Array
 from distill_jax.data.stream import Block, read_ahead
 from distill_jax.epochs import Epoch, make_steps
 from distill_jax.errors import UserError
-from distill_jax.train_step import Batch, Hyper, TrainState, TrainStep
+from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 from experiments.speech.frames import LEFT, RIGHT, gather_windows, pack
 
 
@@ -185,13 +185,15 @@ def make_block_epoch(
     """
     run_steps = make_steps(step, shard_batch, gather_windows)
 
-    def run_block(state: TrainState, block: Batch, key: Array, hyper: Hyper):
+    def run_block(
+        state: TrainState, block: Batch, key: Array, hyper: Hyper, constants: Constants = None
+    ) -> tuple[TrainState, dict[str, Array]]:
         order_key, step_key = jax.random.split(key)
         order_key = jax.random.fold_in(order_key, state.step // jnp.int32(steps))
         order = _order(order_key, block["label"].shape[0], block["count"])
         rows = order[: steps * batch_size].reshape(steps, batch_size)
         examples = {name: field for name, field in block.items() if name != "count"}
-        return run_steps(state, examples, rows, step_key, hyper)
+        return run_steps(state, (examples, rows), step_key, hyper, constants)
 
     return run_block
 

@@ -124,10 +124,8 @@ def loss_of(kind):
 
 
 def chunk_loss(kind):
-    """With the fields that are not of examples as constants, as in the train step."""
-    return lambda logits, fields, constants: loss_of(kind)(
-        logits, {**fields, **constants[0]}, constants[1]
-    )
+    """With the teachers' layers as constants, as in the train step."""
+    return lambda logits, fields, shared: loss_of(kind)(logits, fields, shared[1], shared[0])
 
 
 def split(batch):

@@ -43,7 +43,7 @@ def init(key):
     return train_step.init_state(MODEL, OPTIMIZER, key, jnp.zeros((1, 4, 4), jnp.uint8))
 
 
-def two_losses(logits, batch, hyper):
+def two_losses(logits, batch, hyper, constants):
     known = {**batch, "label_known": batch["label"] >= 0}
     return train_step.label_loss(logits, batch, hyper) + TOP_K(logits, known, hyper)
 
@@ -55,15 +55,15 @@ def trained(sizes, fused):
     mesh = Mesh(devices, sharding.AXES)
     loss = train_step.Fused(two_losses, 2, sharding.over_data(mesh)) if fused else two_losses
     step = train_step.make_train_step(MODEL, OPTIMIZER, loss)
-    run_epoch = make_epoch(step, BATCH, 1, sharding.shard_batch(mesh, BATCH))
+    run_epoch = make_epoch(step, BATCH, shard_batch=sharding.shard_batch(mesh, BATCH))
     keys = jax.random.split(jax.random.key(5), 2)
     shared = dict.fromkeys(examples(), False)
     states = sharding.init_members(init, keys, mesh)
     placed = sharding.put_examples(examples(), mesh, shared)
     hyper = jax.tree.map(lambda x: jnp.stack([x, x / 2]), tiny.hyper())
     jitted = sharding.compile_epoch(run_epoch, mesh, shared)
-    compiled = jitted.lower(states, placed, keys, hyper).compile(QUICK)
-    return jax.device_get(compiled(states, placed, keys, hyper)), collectives(
+    compiled = jitted.lower(states, placed, keys, hyper, {}).compile(QUICK)
+    return jax.device_get(compiled(states, placed, keys, hyper, {})), collectives(
         compiled.as_text(), mesh
     )
 
@@ -82,14 +82,17 @@ def test_the_gradient_meets_once_and_logits_never():
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def one_step(fused, micro_batches, state, batch, teachers):
     hidden = jax.vmap(lambda p, x: TEACHER.hidden(p, x), (0, None), 1)
-    transform = train_step.online_teacher_hidden(
-        lambda images: hidden(teachers, images), teachers["output"]
-    )
+    transform = train_step.online_teacher_hidden(hidden)
     loss = train_step.hidden_teacher_loss("geometric")
     step = train_step.make_train_step(
-        MODEL, OPTIMIZER, train_step.Fused(loss, 3) if fused else loss, [transform], micro_batches
+        MODEL,
+        OPTIMIZER,
+        train_step.Fused(loss, 3) if fused else loss,
+        transforms=[transform],
+        micro_batches=micro_batches,
     )
-    return step(state, batch, jax.random.key(1), tiny.hyper())
+    constants = {"teacher": teachers, "teacher_layer": teachers["output"]}
+    return step(state, batch, jax.random.key(1), tiny.hyper(), constants)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -108,8 +111,8 @@ def test_teachers_by_their_hidden_layers_are_online_teachers(micro_batches):
         MODEL,
         OPTIMIZER,
         train_step.distillation_loss,
-        [lambda batch, key: {**batch, "teacher_logits": geometric}],
-        micro_batches,
+        transforms=[lambda batch, key, constants: {**batch, "teacher_logits": geometric}],
+        micro_batches=micro_batches,
     )
     expected = jax.jit(step)(state, batch, jax.random.key(1), tiny.hyper())
     tiny.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -123,7 +126,10 @@ def test_a_model_that_does_not_tell_its_hidden_layer_is_refused():
 
 def test_a_batch_without_the_teachers_activations_says_how_to_get_them():
     batch = {"label": jnp.zeros(4, jnp.int32)}
-    with pytest.raises(UserError, match=r"no teacher_hidden, teacher_layer.*online_teacher_hidden"):
+    with pytest.raises(UserError, match=r"no teacher_hidden, only.*online_teacher_hidden"):
+        train_step.hidden_teacher_loss()(jnp.zeros((4, CLASSES)), batch, tiny.hyper())
+    batch["teacher_hidden"] = jnp.zeros((4, 1, 2))
+    with pytest.raises(UserError, match=r"the constants have no teacher_layer, only \[\]"):
         train_step.hidden_teacher_loss()(jnp.zeros((4, CLASSES)), batch, tiny.hyper())
 
 
@@ -142,7 +148,7 @@ def test_the_hidden_layer_and_the_output_layer_are_the_model():
 def test_a_study_fuses_the_loss_of_batches_with_many_logits(batch_logits, tmp_path):
     seen = []
 
-    def loss(logits, batch, hyper):
+    def loss(logits, batch, hyper, constants):
         seen.append(logits.shape)
         return two_losses(logits, batch, hyper)
 

@@ -75,7 +75,7 @@ def program(sizes, loss, micro_batches=1):
     """A compiled epoch of all members on a mesh: its text, and what trains two of them."""
     mesh = mesh_of(sizes)
     step = train_step.make_train_step(MODEL, OPTIMIZER, loss, micro_batches=micro_batches)
-    run_epoch = make_epoch(step, BATCH, 1, sharding.shard_batch(mesh, BATCH))
+    run_epoch = make_epoch(step, BATCH, shard_batch=sharding.shard_batch(mesh, BATCH))
     keys, states = keys_and_states()
     placed = sharding.put_examples(examples(), mesh, PER_MEMBER)
 
@@ -83,11 +83,11 @@ def program(sizes, loss, micro_batches=1):
         return jax.device_put(states, sharding.state_shardings(states, mesh, "member"))
 
     jitted = sharding.compile_epoch(run_epoch, mesh, PER_MEMBER)
-    compiled = jitted.lower(fresh(), placed, keys, HYPER).compile(QUICK)
+    compiled = jitted.lower(fresh(), placed, keys, HYPER, {}).compile(QUICK)
 
     def train():
-        states, first = compiled(fresh(), placed, keys, HYPER)
-        states, second = compiled(states, placed, keys, HYPER)
+        states, first = compiled(fresh(), placed, keys, HYPER, {})
+        states, second = compiled(states, placed, keys, HYPER, {})
         return states, jax.device_get((first, second))
 
     return compiled.as_text(), train
@@ -103,7 +103,7 @@ DENSE = train_step.distillation_loss
 TOP_K = train_step.top_k_distillation_loss(np.linspace(1, 2, CLASSES))
 
 
-def two_losses(logits, batch, hyper):
+def two_losses(logits, batch, hyper, constants):
     return train_step.label_loss(logits, batch, hyper) + TOP_K(logits, batch, hyper)
 
 
@@ -183,7 +183,7 @@ SPLIT = {
     "top k": TOP_K,
     "modified labels": train_step.label_modified_loss,
     "logit matching": train_step.logit_matching_loss,
-    "errors": lambda logits, batch, hyper: metrics.errors(logits, batch["label"]).astype(
+    "errors": lambda logits, batch, hyper, constants: metrics.errors(logits, batch["label"]).astype(
         jnp.float32
     ),
 }
@@ -229,7 +229,7 @@ def test_a_loss_of_logits_that_are_split_over_classes(name):
 
 
 def test_gathered_logits_are_noticed():
-    _, _, found = split_loss(lambda logits, batch, hyper: jnp.sort(logits)[:, -1])
+    _, _, found = split_loss(lambda logits, batch, hyper, constants: jnp.sort(logits)[:, -1])
     with pytest.raises(AssertionError):
         check_no_logits_are_sent(found)
 

@@ -40,7 +40,7 @@ def init(key, model=DROPOUT):
 def run_steps(step, model, batch, steps=5):
     state, sums = init(jax.random.key(3), model), []
     for _ in range(steps):
-        state, metrics = step(state, batch, jax.random.key(0), tiny.hyper())
+        state, metrics = step(state, batch, jax.random.key(0), tiny.hyper(), {"teacher": {}})
         sums.append(jax.device_get(metrics))
     return jax.device_get(state), sums
 
@@ -84,9 +84,13 @@ def test_one_device_equals_eight(sizes):
     # With dropout and jitter: the randomness doesn't depend on the devices either.
     transforms = [
         jitter(1),
-        train_step.online_teacher(lambda x: x.reshape(len(x), -1)[:, :3].astype(jnp.float32) / 99),
+        train_step.online_teacher(
+            lambda _, x: x.reshape(len(x), -1)[:, :3].astype(jnp.float32) / 99
+        ),
     ]
-    step = train_step.make_train_step(DROPOUT, OPTIMIZER, train_step.distillation_loss, transforms)
+    step = train_step.make_train_step(
+        DROPOUT, OPTIMIZER, train_step.distillation_loss, transforms=transforms
+    )
     batch = make_batch(teacher=False)
     one, eight = (
         run_steps(sharding.compile_step(step, mesh, init(jax.random.key(0))), DROPOUT, batch)
@@ -99,10 +103,10 @@ def test_step_is_spread_over_the_mesh_and_donates(key):
     mesh = sharding.make_mesh()
     step = train_step.make_train_step(DROPOUT, OPTIMIZER, train_step.distillation_loss)
     compiled = sharding.compile_step(step, mesh, init(key))
-    state, _ = compiled(init(key), make_batch(), key, tiny.hyper())
+    state, _ = compiled(init(key), make_batch(), key, tiny.hyper(), None)
     kernel = state.params["hidden_0"]["kernel"]
     assert kernel.sharding.is_fully_replicated and len(kernel.devices()) == 8
-    compiled(state, make_batch(), key, tiny.hyper())
+    compiled(state, make_batch(), key, tiny.hyper(), None)
     assert kernel.is_deleted()
 
 
@@ -167,14 +171,14 @@ def train_members(mesh, own_targets, loss=train_step.distillation_loss, calls=2)
     fields = {**tiny.examples(N), "teacher_logits": targets if own_targets else targets[0]}
     per_member = {name: name == "teacher_logits" and own_targets for name in fields}
     step = train_step.make_train_step(DROPOUT, OPTIMIZER, loss)
-    run_epoch = make_epoch(step, BATCH, 2, sharding.shard_batch(mesh, BATCH))
+    run_epoch = make_epoch(step, BATCH, passes=2, shard_batch=sharding.shard_batch(mesh, BATCH))
     compiled = sharding.compile_epoch(run_epoch, mesh, per_member)
     keys = jax.random.split(jax.random.key(5), MEMBERS)
     states = sharding.init_members(init, keys, mesh)
     examples = sharding.put_examples(fields, mesh, per_member)
     hyper, history = SWEEP, []
     for _ in range(calls):
-        states, metrics = compiled(states, examples, keys, hyper)
+        states, metrics = compiled(states, examples, keys, hyper, {})
         history.append(jax.device_get(metrics))
         hyper = jax.tree.map(lambda x: x * 0.9, hyper)
     return states, history
@@ -225,7 +229,7 @@ def test_a_member_is_the_net_trained_alone(sizes, own_targets):
 def test_members_are_traced_once():
     traces = []
 
-    def loss(logits, batch, hyper):
+    def loss(logits, batch, hyper, constants):
         traces.append(1)
         return train_step.distillation_loss(logits, batch, hyper)
 

@@ -114,9 +114,9 @@ def test_micro_batches_equal_the_batch(parts, key):
 
 def test_micro_batches_draw_their_own_masks(key):
     batch = jax.tree.map(lambda x: jnp.concatenate([x[:4], x[:4]]), make_batch())
-    step = make_step(DROPOUT, lambda z, batch, hyper: jnp.sum(z, -1), micro_batches=2)
+    step = make_step(DROPOUT, lambda z, batch, hyper, constants: jnp.sum(z, -1), micro_batches=2)
     _, metrics = step(fresh(DROPOUT), batch, key, tiny.hyper())
-    half = make_step(DROPOUT, lambda z, batch, hyper: jnp.sum(z, -1))
+    half = make_step(DROPOUT, lambda z, batch, hyper, constants: jnp.sum(z, -1))
     parts = jax.tree.map(lambda x: x[:4], batch)
     _, alone = half(fresh(DROPOUT), parts, key, tiny.hyper())
     assert not np.allclose(metrics["loss"], 2 * alone["loss"])
@@ -201,10 +201,9 @@ def test_missing_teacher_logits(loss, key):
 def test_online_teacher_equals_cached_targets(key):
     teacher = fresh(DROPOUT, 7).params
     images = make_batch()["inputs"]
-    online = make_step(
-        transforms=[train_step.online_teacher(lambda images: DROPOUT.apply(teacher, images))]
-    )
-    found, metrics = online(fresh(), make_batch(teacher=False), key, tiny.hyper())
+    online = make_step(transforms=[train_step.online_teacher(DROPOUT.apply)])
+    constants = {"teacher": teacher}
+    found, metrics = online(fresh(), make_batch(teacher=False), key, tiny.hyper(), constants)
     cached = {**make_batch(), "teacher_logits": DROPOUT.apply(teacher, images)}
     expected, sums = make_step()(fresh(), cached, key, tiny.hyper())
     tiny.assert_close((found, metrics), (expected, sums))
@@ -214,15 +213,15 @@ def test_online_teacher_gets_no_gradient(key):
     batch, state, hyper = make_batch(teacher=False), fresh(), tiny.hyper()
 
     def trained(teacher):
-        transform = train_step.online_teacher(lambda images: PLAIN.apply(teacher, images))
+        transform = train_step.online_teacher(PLAIN.apply)
         # The square of the logits' difference, which unlike the library's losses stops nothing.
         step = train_step.make_train_step(
             PLAIN,
             OPTIMIZER,
-            lambda z, batch, hyper: jnp.sum(jnp.square(z - batch["teacher_logits"]), -1),
-            [transform],
+            lambda z, batch, hyper, constants: jnp.sum(jnp.square(z - batch["teacher_logits"]), -1),
+            transforms=[transform],
         )
-        state_after, metrics = step(state, batch, key, hyper)
+        state_after, metrics = step(state, batch, key, hyper, {"teacher": teacher})
         return metrics["loss"] + sum(jnp.sum(x) for x in jax.tree.leaves(state_after.params))
 
     for leaf in jax.tree.leaves(jax.jit(jax.grad(trained))(fresh(PLAIN, 7).params)):
@@ -240,33 +239,32 @@ def test_online_teacher_sees_the_jittered_images(key):
     def flat(images):
         return images.reshape(8, -1).astype(jnp.float32)
 
-    def changed(z, moved, hyper):  # number of examples whose image moved, if the teacher saw it so
+    def changed(
+        z, moved, hyper, constants
+    ):  # number of examples whose image moved, if the teacher saw it so
         agree = jnp.all(moved["teacher_logits"] == flat(moved["inputs"]), -1)
         differ = jnp.any(flat(moved["inputs"]) != flat(batch["inputs"]), -1)
         return jnp.where(agree, differ.astype(jnp.float32), jnp.nan) + 0 * jnp.sum(z, -1)
 
-    step = make_step(loss=changed, transforms=[jitter(2), train_step.online_teacher(flat)])
-    _, metrics = step(fresh(), batch, key, tiny.hyper())
+    teacher = train_step.online_teacher(lambda _, images: flat(images))
+    step = make_step(loss=changed, transforms=[jitter(2), teacher])
+    _, metrics = step(fresh(), batch, key, tiny.hyper(), {"teacher": {}})
     assert metrics["loss"] >= 5  # of 8; one of 25 shifts is none
 
 
 def test_jitter_and_online_teacher_train(key):
-    teacher = fresh(PLAIN, 7).params
-    transforms = [
-        jitter(1),
-        train_step.online_teacher(lambda images: PLAIN.apply(teacher, images)),
-    ]
-    step = make_step(transforms=transforms)
-    state, first = step(fresh(), make_batch(teacher=False), key, tiny.hyper())
+    constants = {"teacher": fresh(PLAIN, 7).params}
+    step = make_step(transforms=[jitter(1), train_step.online_teacher(PLAIN.apply)])
+    state, first = step(fresh(), make_batch(teacher=False), key, tiny.hyper(), constants)
     for _ in range(30):
-        state, last = step(state, make_batch(teacher=False), key, tiny.hyper())
+        state, last = step(state, make_batch(teacher=False), key, tiny.hyper(), constants)
     assert last["loss"] < first["loss"]
 
 
 def test_one_trace_serves_all_hyper_values(key):
     traces = []
 
-    def loss(logits, batch, hyper):
+    def loss(logits, batch, hyper, constants):
         traces.append(1)
         return train_step.distillation_loss(logits, batch, hyper)
 
@@ -293,7 +291,7 @@ def test_top_k_loss_trains_as_its_dense_targets_do(tail_weights, parts, key):
     weights = None if tail_weights is None else jnp.asarray(tail_weights, jnp.float32)
     dense = densify(*fields, weights, tiny.CLASSES)
 
-    def dense_loss(logits, batch, hyper):
+    def dense_loss(logits, batch, hyper, constants):
         return losses.distillation(logits, dense, batch["label"], 3.0, 0.3, batch["label_known"])
 
     loss = train_step.top_k_distillation_loss(tail_weights)
@@ -320,5 +318,5 @@ def test_one_trace_of_the_top_k_loss_serves_members_of_other_temperatures():
 def test_missing_top_k_targets(key):
     batch = top_k_batch()
     del batch["teacher_tail"]
-    with pytest.raises(UserError, match=r"no teacher_tail, only .*compressed_targets\.attach"):
+    with pytest.raises(UserError, match=r"no teacher_tail, only .*soft_targets\.attach"):
         make_step(loss=train_step.top_k_distillation_loss())(fresh(), batch, key, tiny.hyper())

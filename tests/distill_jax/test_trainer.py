@@ -59,10 +59,18 @@ def gather(fields, rows):
 
 
 def make(step, batch_size=BATCH, passes=1, shard_batch=lambda batch: batch):
-    return make_epoch(step, batch_size, passes, shard_batch, gather, enrichment.draw_enriched, size)
+    return make_epoch(
+        step,
+        batch_size,
+        passes=passes,
+        shard_batch=shard_batch,
+        gather=gather,
+        draw=enrichment.draw_enriched,
+        size=size,
+    )
 
 
-def seen_step(state, batch, key, hyper):
+def seen_step(state, batch, key, hyper, constants):
     """Trains nothing; its metrics are what it was handed."""
     return state._replace(step=state.step + 1), {"row": batch["row"], "label": batch["label"]}
 
@@ -159,7 +167,7 @@ def test_a_specialist_is_the_one_trained_alone(sizes):
     assert rows.sharding.shard_shape(rows.shape)[0] == MEMBERS // sizes[0]
     assert examples["inputs"].sharding.is_fully_replicated
     for epoch in range(2):
-        states, metrics = run_epoch(states, examples, keys(), {"learning_rate": LEARNING_RATES})
+        states, metrics = run_epoch(states, examples, keys(), {"learning_rate": LEARNING_RATES}, {})
         assert metrics["loss"].shape == (MEMBERS, STEPS)
         for member in range(MEMBERS):
             found = jax.tree.map(lambda leaf, m=member: np.asarray(leaf)[m], (states, metrics))
@@ -176,7 +184,7 @@ def test_a_resumed_run_is_the_uninterrupted_one():
 
     def go_on(states, epochs):
         for _ in range(epochs):
-            states, _ = run_epoch(states, examples, keys(), {"learning_rate": LEARNING_RATES})
+            states, _ = run_epoch(states, examples, keys(), {"learning_rate": LEARNING_RATES}, {})
         return jax.device_get(states)
 
     whole = go_on(sharding.init_members(init, keys(), mesh), 3)
@@ -194,6 +202,7 @@ def test_one_specialist_by_itself_is_a_member_too():
         sharding.put_examples(own, mesh, PER_MEMBER),
         keys()[2:3],
         {"learning_rate": LEARNING_RATES[2:3]},
+        {},
     )
     found = jax.tree.map(lambda leaf: np.asarray(leaf)[0], states.params)
     tiny.assert_close(found, train_alone(2)[0][0].params, rtol=0, atol=1e-6)

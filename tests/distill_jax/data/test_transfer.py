@@ -18,7 +18,7 @@ N, BATCH = 23, 5
 STEPS = N // BATCH
 
 
-def id_step(state, batch, key, hyper):
+def id_step(state, batch, key, hyper, constants):
     """Trains nothing; its metrics are what it was handed."""
     seen = {"id": batch["id"], "label": batch["label"], "key": jax.random.bits(key)}
     return state._replace(step=state.step + 1), seen
@@ -27,7 +27,7 @@ def id_step(state, batch, key, hyper):
 def run(key, first_step=0, passes=1):
     examples = {name: jnp.asarray(field) for name, field in tiny.examples(N).items()}
     state = TrainState(jnp.int32(first_step), {}, ())
-    return jax.jit(make_epoch(id_step, BATCH, passes))(state, examples, key, {})
+    return jax.jit(make_epoch(id_step, BATCH, passes=passes))(state, examples, key, {})
 
 
 def test_each_example_comes_at_most_once_an_epoch(key):

@@ -140,7 +140,7 @@ def test_fields_of_other_lengths():
         frames.pack(inputs, states, {"teacher_tail": [np.zeros(4)]})
 
 
-def id_step(state, batch, key, hyper):
+def id_step(state, batch, key, hyper, constants):
     """Trains nothing; its metrics are what it was handed."""
     return state._replace(step=state.step + 1), {"id": batch["id"], "inputs": batch["inputs"]}
 
@@ -179,7 +179,9 @@ def test_frames_are_shared_by_the_members_of_an_epoch():
     mesh = sharding.make_mesh(2, 4)
     optimizer = optimizers.sgd(lambda step: jnp.float32(1), max_norm=0.0)
     step = train_step.make_train_step(MODEL, optimizer, train_step.label_loss)
-    run = make_epoch(step, 56, 1, sharding.shard_batch(mesh, 56), frames.gather_windows)
+    run = make_epoch(
+        step, 56, shard_batch=sharding.shard_batch(mesh, 56), gather=frames.gather_windows
+    )
     examples = packed()
     per_member = {name: False for name in examples}
     compiled = sharding.compile_epoch(run, mesh, per_member)
@@ -194,6 +196,7 @@ def test_frames_are_shared_by_the_members_of_an_epoch():
         sharding.put_examples(examples, mesh, per_member),
         keys,
         {"learning_rate": jnp.full(2, 0.1)},
+        {},
     )
     assert metrics["loss"].shape == (2, N // 56) and np.isfinite(metrics["loss"]).all()
     alone, _ = jax.jit(make_epoch(step, 56, gather=frames.gather_windows))(

@@ -161,7 +161,7 @@ def test_blocks_are_read_ahead_in_threads():
     assert plain.readers == {main}
 
 
-def id_step(state, batch, key, hyper):
+def id_step(state, batch, key, hyper, constants):
     """Trains nothing; its metrics are what it was handed."""
     seen = {name: batch[name] for name in ("id", "inputs", "label", "teacher_tail")}
     return state._replace(step=state.step + 1), seen
@@ -279,7 +279,7 @@ def test_streamed_training_is_as_good_as_resident():
     key = jax.random.split(jax.random.key(7), 1)[0]
     state = init(key)
     examples = {name: jnp.asarray(field) for name, field in resident(range(60)).items()}
-    run = jax.jit(make_epoch(STEP, BATCH, epochs, gather=frames.gather_windows))
+    run = jax.jit(make_epoch(STEP, BATCH, passes=epochs, gather=frames.gather_windows))
     state, _ = run(state, examples, key, {"learning_rate": jnp.float32(RATE)})
     whole = error_rate(state.params)
     untrained = error_rate(init(key).params)
