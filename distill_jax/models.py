@@ -1,11 +1,14 @@
-"""Networks as pairs of pure functions; the only file that knows flax.
+"""Networks as pairs of pure functions; the only file that imports flax.
 
 A model is in evaluation mode unless it is handed a dropout key, so a teacher can't be left in
 train mode by forgetting a flag.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import json
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,20 +31,29 @@ class Model(NamedTuple):
     hidden: the same arguments -> the last hidden layer's activations `[B, D]`, which the layer
         `params["output"]` makes the logits of, for losses fused with it (`large_output`). None where
         there is no such layer.
+    description: JSON from which `build` makes the same model again; "" for a model of your own.
     """
 
     init: Callable[[Array, Array], Params]
     apply: Callable[..., Array]
     hidden: Callable[..., Array] | None = None
+    description: str = ""
+
+
+ACTIVATIONS: Mapping[str, Activation] = types.MappingProxyType(
+    {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
+)
+"""Those that a description can name."""
 
 
 def mlp(
     hidden: Sequence[int],
     num_classes: int,
+    *,
     input_dropout: float = 0.0,
     hidden_dropout: float = 0.0,
     dtype: Any = jnp.float32,
-    byte: tuple[float, float] = (0.0, 255.0),
+    scaling: tuple[float, float] = (0.0, 255.0),
     activation: Activation = jax.nn.relu,
     output_scale: float = 1.0,
 ) -> Model:
@@ -55,7 +67,7 @@ def mlp(
         input_dropout: share of the inputs dropped in training, 0..1.
         hidden_dropout: share of every hidden layer's units dropped in training.
         dtype: of the arithmetic; the parameters and the logits stay float32.
-        byte: (zero, unit) of uint8 inputs, which stand for `(x - zero) / unit`; as it is, for 0..1.
+        scaling: (zero, unit) of uint8 inputs, which stand for `(x - zero) / unit`; by default 0..1.
         activation: of the hidden layers.
         output_scale: on the standard deviation of the output layer's first weights. Where few units
             serve a thousand classes, a small one shortens the plateau that training begins with.
@@ -66,8 +78,8 @@ def mlp(
             num_classes,
             input_dropout,
             hidden_dropout,
-            dtype,
-            byte,
+            jnp.dtype(dtype),
+            _pair(scaling),
             activation,
             output_scale,
         )
@@ -77,8 +89,9 @@ def mlp(
 def conv_trunk(
     channels: Sequence[int],
     strides: Sequence[int],
+    *,
     dtype: Any = jnp.float32,
-    byte: tuple[float, float] = (0.0, 255.0),
+    scaling: tuple[float, float] = (0.0, 255.0),
     activation: Activation = jax.nn.gelu,
 ) -> Model:
     """Convolutions that turn images into flat features for a head (`chain`).
@@ -91,7 +104,7 @@ def conv_trunk(
         channels: of each layer.
         strides: of each layer, even and above 0; their product divides the images' sides.
         dtype: of the arithmetic and of the features.
-        byte: as for `mlp`.
+        scaling: as for `mlp`.
         activation: of each layer.
 
     Returns:
@@ -106,9 +119,18 @@ def conv_trunk(
             f"channels {tuple(channels)} need as many strides, all even and above 0, "
             f"not {tuple(strides)}"
         )
-    return _as_model(_Trunk(tuple(channels), tuple(strides), dtype, byte, activation))
+    return _as_model(
+        _Trunk(
+            tuple(channels),
+            tuple(strides),
+            jnp.dtype(dtype),
+            _pair(scaling),
+            activation,
+        )
+    )
 
 
+@functools.cache
 def chain(trunk: Model, head: Model) -> Model:
     """One model of a trunk that makes features and a head that classifies them.
 
@@ -128,7 +150,30 @@ def chain(trunk: Model, head: Model) -> Model:
         assert head.hidden is not None
         return head.hidden(params, trunk.apply(params, inputs), dropout_key)
 
-    return Model(init, apply, hidden if head.hidden else None)
+    parts = [json.loads(part.description or "null") for part in (trunk, head)]
+    description = json.dumps({"kind": "chain", "parts": parts}) if all(parts) else ""
+    return Model(init, apply, hidden if head.hidden else None, description)
+
+
+def build(description: str) -> Model:
+    """The model of a description; the same object for the same one.
+
+    Raises:
+        UserError: for a kind or an activation that this version doesn't know.
+    """
+    fields = json.loads(description)
+    kind = fields.pop("kind")
+    if kind == "chain":
+        return chain(*(build(json.dumps(part)) for part in fields["parts"]))
+    if kind not in _KINDS or fields["activation"] not in ACTIVATIONS:
+        raise UserError(
+            f"no model of kind {kind!r} with activation {fields.get('activation')!r} is known, only "
+            f"{', '.join(_KINDS)} and chain, with {', '.join(ACTIVATIONS)}"
+        )
+    fields["activation"] = ACTIVATIONS[fields["activation"]]
+    fields["dtype"] = jnp.dtype(fields["dtype"])
+    fixed = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    return _as_model(_KINDS[kind](**fixed))
 
 
 def head_params(params: Params) -> Params:
@@ -141,7 +186,10 @@ def parameter_count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _as_model(net: nn.Module) -> Model:
+@functools.cache
+def _as_model(net: "_MLP | _Trunk") -> Model:
+    """The functions of a module: the same ones for equal modules, so that they are compiled once."""
+
     def init(key: Array, inputs: Array) -> Params:
         return net.init(key, inputs)["params"]
 
@@ -152,7 +200,23 @@ def _as_model(net: nn.Module) -> Model:
         return outputs
 
     hidden = functools.partial(run, net.hidden_activations) if isinstance(net, _MLP) else None
-    return Model(init, functools.partial(run, None), hidden)
+    return Model(init, functools.partial(run, None), hidden, _describe(net))
+
+
+def _pair(scaling: tuple[float, float]) -> tuple[float, float]:
+    zero, unit = scaling
+    return float(zero), float(unit)
+
+
+def _describe(net: "_MLP | _Trunk") -> str:
+    """JSON of a module's fields; "" if its activation has no name."""
+    names = [name for name, function in ACTIVATIONS.items() if function is net.activation]
+    if not names:
+        return ""
+    kind = next(kind for kind, module in _KINDS.items() if isinstance(net, module))
+    own = {field.name for field in dataclasses.fields(net)} - {"parent", "name"}
+    fields = {name: getattr(net, name) for name in sorted(own)}
+    return json.dumps({"kind": kind, **fields, "activation": names[0], "dtype": net.dtype.name})
 
 
 class _MLP(nn.Module):
@@ -161,7 +225,7 @@ class _MLP(nn.Module):
     input_dropout: float
     hidden_dropout: float
     dtype: Any
-    byte: tuple[float, float]
+    scaling: tuple[float, float]
     activation: Activation
     output_scale: float
 
@@ -174,7 +238,7 @@ class _MLP(nn.Module):
 
     @nn.compact
     def hidden_activations(self, inputs: Array) -> Array:
-        x = _from_bytes(inputs.reshape(inputs.shape[0], -1), self.dtype, self.byte)
+        x = _from_bytes(inputs.reshape(inputs.shape[0], -1), self.dtype, self.scaling)
         x = self._drop(x, self.input_dropout)
         for i, units in enumerate(self.hidden):
             x = nn.Dense(
@@ -196,12 +260,12 @@ class _Trunk(nn.Module):
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: Any
-    byte: tuple[float, float]
+    scaling: tuple[float, float]
     activation: Activation
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        x = _from_bytes(images, self.dtype, self.byte)
+        x = _from_bytes(images, self.dtype, self.scaling)
         x = x if x.ndim == 4 else x[..., None]
         for i, (channels, stride) in enumerate(zip(self.channels, self.strides, strict=True)):
             layer = nn.Dense(
@@ -212,6 +276,9 @@ class _Trunk(nn.Module):
             )
             x = self.activation(layer(patches(x, stride)))
         return x.reshape(len(x), -1)
+
+
+_KINDS: Mapping[str, Any] = types.MappingProxyType({"mlp": _MLP, "conv_trunk": _Trunk})
 
 
 def patches(x: Array, stride: int) -> Array:
@@ -242,10 +309,10 @@ def patches(x: Array, stride: int) -> Array:
     return jnp.concatenate(corners, axis=-1)
 
 
-def _from_bytes(x: Array, dtype: Any, byte: tuple[float, float]) -> Array:
+def _from_bytes(x: Array, dtype: Any, scaling: tuple[float, float]) -> Array:
     if x.dtype != jnp.uint8:
         return x.astype(dtype)
-    zero, unit = byte
+    zero, unit = scaling
     return (x.astype(dtype) - zero) / unit
 
 

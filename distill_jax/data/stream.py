@@ -252,23 +252,19 @@ def make_block_epoch(step: TrainStep, shard_batch: Callable[[Batch], Batch]) -> 
 
 
 def make_advance(
-    run_block: Epoch,
+    run_block: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]],
     open_blocks: Callable[[int], Iterable[Block]],
     put: Callable[[Block], Batch],
-    key: Array,
-    hyper: Hyper,
 ) -> Advance:
     """Builds `advance(state, unit)` for `loop.fit`, where a unit is a block.
 
     A block is copied to the device while the block before it is trained on, so the device holds two.
 
     Args:
-        run_block: from `make_block_epoch`, compiled (`sharding.compile_epoch` for members).
+        run_block: `(states, block) -> (states, metrics)`, compiled (`sharding.compile_epoch`).
         open_blocks: returns the blocks from a given number on:
             `lambda first: blocks(..., first_block=first)`.
         put: copies a block to the devices (`sharding.put_examples` or `sharding.put_rows`).
-        key: a key, or one for each member.
-        hyper: as `run_block` takes it.
     """
     opened: dict[int, Iterator[Block]] = {}  # one iterator, by the number of its next block
 
@@ -279,7 +275,7 @@ def make_advance(
             iterator = iter(open_blocks(unit))
         block = next(iterator)
         opened[unit + 1] = iterator
-        return run_block(state, put(block), key, hyper)
+        return run_block(state, put(block))
 
     return advance
 

@@ -48,7 +48,11 @@ def build_trunk(
 ) -> models.Model:
     """The convolutions of a config section; the same object for the same arguments."""
     return models.conv_trunk(
-        channels, strides, members.DTYPES[dtype], BYTE, ACTIVATIONS[activation]
+        channels,
+        strides,
+        dtype=members.DTYPES[dtype],
+        scaling=BYTE,
+        activation=ACTIVATIONS[activation],
     )
 
 

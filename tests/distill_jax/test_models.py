@@ -189,7 +189,7 @@ def test_trunk_starts_as_kernels_of_twice_the_stride_he_normal(key, colours):
 
 @pytest.mark.parametrize("byte", [(0.0, 255.0), (40.0, 64.0)])
 def test_trunk_scales_bytes_before_it_pads(byte):
-    model, images = models.conv_trunk((6,), (4,), byte=byte), pictures((3, 8, 8))
+    model, images = models.conv_trunk((6,), (4,), scaling=byte), pictures((3, 8, 8))
     params = random_params(model, images)
     scaled = (images.astype(jnp.float32) - byte[0]) / byte[1]
     expected = convolve(params, scaled[..., None], (4,), jax.nn.gelu)
@@ -223,7 +223,7 @@ def test_sides_that_strides_do_not_divide_are_named(key, shape, expected):
 
 
 def build_chain(dtype=jnp.float32, **kwargs):
-    trunk = models.conv_trunk((6, 7), (4, 2), dtype)
+    trunk = models.conv_trunk((6, 7), (4, 2), dtype=dtype)
     head = models.mlp([9], tiny.CLASSES, dtype=dtype, **kwargs)
     model, images = models.chain(trunk, head), pictures((5, 16, 16))
     return trunk, head, model, random_params(model, images), images

@@ -1,0 +1,145 @@
+"""Files that are there whole or not at all, and that say what they are.
+
+A kill at any moment leaves the file or folder of before, or the new one, and never half of one. What is
+read back carries the name and version of its format, and is checked.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill_jax.errors import UserError
+
+# The partial file was removed by another writer, or a folder has the name already.
+_ANOTHER_WAS_FIRST = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+
+
+@contextlib.contextmanager
+def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a partial name to write to, which takes the real name at the end.
+
+    The partial name is this writer's own, so several may write the same file: the last one counts. A
+    folder never replaces one that holds anything: if another writer made it meanwhile, that one stays.
+
+    Args:
+        path: of the file or folder; its parent must exist.
+
+    Raises:
+        OSError: if it can't be written; whatever the block raises. Nothing is left then.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno not in _ANOTHER_WAS_FIRST or not path.exists():
+            raise
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_own_folder(folder: Path, own: Sequence[str], what: str) -> None:
+    """Raises a UserError for a folder that holds anything but `own` names, before it is written to."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(name for name in names - set(own) if not name.endswith(".partial"))
+    if others or folder.is_file():
+        holds = "is a file" if folder.is_file() else f"holds {', '.join(others[:3])}"
+        raise UserError(f"{folder} {holds}, so {what} is not written there: name an empty folder")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a JSON file, whole."""
+    with write_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        UserError: that names the file, if it is not there or damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, or of all .npy files in a folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for part in sorted(path.glob("*.npy")) if path.is_dir() else [path]:
+        with part.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: str | None, again: str) -> None:
+    """Raises a UserError unless the file is there with that SHA-256; `again` says what to do then."""
+    if not path.exists() or sha256(path) != expected:
+        raise UserError(f"{path} is damaged: its SHA-256 is not the one that was noted; {again}")
+
+
+def read_versioned(path: Path, format: tuple[str, int], again: str) -> dict[str, Any]:
+    """Reads a JSON file that carries its "format" and "version".
+
+    Args:
+        path: of the file.
+        format: the name and version that this program reads.
+        again: how to make the file again, for messages.
+
+    Raises:
+        UserError: for a file that is not there, damaged, or of another format or version.
+    """
+    try:
+        meta = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from error
+    found = (meta.get("format"), meta.get("version")) if isinstance(meta, dict) else (None, None)
+    if found != format:
+        raise UserError(
+            f"{path} has format {found[0]} version {found[1]}; this program reads {format[0]} version "
+            f"{format[1]}: {again}"
+        )
+    return meta
+
+
+def versioned(format: tuple[str, int], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What `read_versioned` reads, to be written with `write_json`."""
+    return {"format": format[0], "version": format[1], **fields}
+
+
+def check_same(what: str, there: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:
+    """Raises a UserError if fields differ, naming each with both values.
+
+    Args:
+        what: begins the message: "runs/mnist belongs to another config".
+        there: what was found.
+        now: what is expected; fields that it lacks are not compared.
+        hint: ends the message.
+    """
+    differences = [
+        f"{name} is {there.get(name)!r} there and {value!r} now"
+        for name, value in now.items()
+        if there.get(name) != value
+    ]
+    if differences:
+        raise UserError(f"{what}: {', '.join(differences)}" + (f". {hint}" if hint else ""))

@@ -1,0 +1,297 @@
+"""Trained nets, and the folders that they are kept in.
+
+A folder holds
+
+    params.npz    the parameters by their paths, such as "hidden_0/kernel", each `[M, ...]`
+    net.json      the model's description, the inputs' shape, history, config, fingerprint; written last
+
+and whatever training keeps beside them. NumPy has no bfloat16: such an array is stored as its bits.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax import files, losses, models, processes, soft_targets
+from distill_jax.errors import UserError
+from distill_jax.models import Model, Params
+
+FORMAT = ("distill_jax.net", 1)
+_META, _PARAMS = "net.json", "params.npz"
+
+
+class Net(NamedTuple):
+    """M trained nets of one model, such as the seeds of a study or an ensemble's members; or one net.
+
+    model: of all. params: each leaf `[M, ...]`; of one net without that axis. history: a record after
+    each report of the training (`loop.Record`), lists over members or one net's numbers. seconds: of the
+    training of all. members: M, or None for one net. about: what else is kept in net.json, "config",
+    "inputs" {"shape", "dtype"} and "num_classes" among it.
+    """
+
+    model: Model
+    params: Params
+    history: list[dict[str, Any]]
+    seconds: float
+    members: int | None
+    about: dict[str, Any]
+
+    def member(self, m: int) -> "Net":
+        """One of the nets, 0..M-1.
+
+        Raises:
+            UserError: if there is no such member.
+        """
+        if self.members is None or not 0 <= m < self.members:
+            raise UserError(f"no member {m}; the folder holds {self.members or 1}, numbered from 0")
+        history = [
+            {name: x[m] if _is_per_member(x, self.members) else x for name, x in record.items()}
+            for record in self.history
+        ]
+        params = jax.tree.map(lambda leaf: leaf[m], self.params)
+        return self._replace(params=params, history=history, members=None)
+
+    def some(self, first: int, count: int) -> "Net":
+        """Members first..first+count-1 as a `Net` of their own, without their history."""
+        params = jax.tree.map(lambda leaf: leaf[first : first + count], self.params)
+        return self._replace(params=params, history=[], members=count)
+
+    def logits(self, inputs: np.ndarray, batch_size: int = 1000) -> np.ndarray:
+        """Logits float32 of inputs `[N, ...]`, in evaluation mode: `[N, C]`, of M nets `[M, N, C]`."""
+        if self.members is not None:
+            each = [self.member(m).logits(inputs, batch_size) for m in range(self.members)]
+            return np.stack(each)
+        self._check_inputs(inputs)
+        return soft_targets.logits_over(self.model.apply, self.params, inputs, batch_size)
+
+    def probabilities(self, inputs: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """The softmax of `logits` at a temperature (Eq. 1)."""
+        return np.asarray(losses.softmax(jnp.asarray(self.logits(inputs)), temperature))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name these parameters and this config."""
+        return soft_targets.fingerprint(self.params, self.about.get("config") or {})
+
+    def _check_inputs(self, inputs: np.ndarray) -> None:
+        expected = self.about.get("inputs")
+        if expected and list(inputs.shape[1:]) != expected["shape"]:
+            raise UserError(
+                f"inputs are {list(inputs.shape)}, but the net was trained on {expected['shape']} each"
+            )
+
+
+def stack(nets: list[Net]) -> Net:
+    """The members of several trainings of one model as one `Net`, without their history."""
+    params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *[net.params for net in nets])
+    return nets[0]._replace(
+        params=params,
+        history=[],
+        seconds=sum(net.seconds for net in nets),
+        members=sum(net.members or 0 for net in nets),
+    )
+
+
+@processes.main_only
+def save(folder: str | os.PathLike[str], net: Net) -> None:
+    """Writes a net's two files into a folder, each whole; what else is there stays.
+
+    Raises:
+        UserError: for parameters that are not nested dicts of arrays.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = net if net.members is not None else _with_member_axis(net)
+    dtypes = save_params(folder / _PARAMS, stored.params)
+    meta = {
+        "model": describe(stored.model),
+        "members": stored.members,
+        "parameters": {"sha256": files.sha256(folder / _PARAMS), "dtypes": dtypes},
+        "fingerprint": stored.fingerprint,
+        "seconds": stored.seconds,
+        **stored.about,
+        "history": stored.history,
+    }
+    meta["sha256"] = _sha256(meta)
+    files.write_json(folder / _META, files.versioned(FORMAT, meta))
+
+
+def exists(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a finished net."""
+    return (Path(folder) / _META).exists()
+
+
+def load(folder: str | os.PathLike[str], model: Model | None = None) -> Net:
+    """Reads all members of a finished training; parameters are arrays of NumPy.
+
+    Args:
+        folder: of the training, or one that `save` wrote.
+        model: where the net's model is one of your own; else it is made from its description.
+
+    Raises:
+        UserError: for a folder without a net, another version, a damaged file, a model of your own that
+            is not handed in, or one that the parameters don't fit.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
+    kept = meta["parameters"]
+    files.check_sha256(folder / _PARAMS, kept["sha256"], "train the net again, or copy it again")
+    params = load_params(folder / _PARAMS, kept["dtypes"])
+    known = {"format", "version", "model", "members", "parameters", "fingerprint"}
+    about = {name: x for name, x in meta.items() if name not in known | {"history", "seconds"}}
+    net = Net(
+        _model_of(folder, meta, model),
+        params,
+        meta["history"],
+        meta["seconds"],
+        meta["members"],
+        about,
+    )
+    _check_params(folder, net)
+    return net
+
+
+def load_net(folder: str | os.PathLike[str], member: int = 0, model: Model | None = None) -> Net:
+    """Reads one trained net: its `logits`, `probabilities`, `params`, `model` and `history`.
+
+    No config, data set or training code is needed.
+
+    Args:
+        folder: of a finished training, such as `runs/mnist/stages/distilled/distilled`.
+        member: which one, where several nets were trained together: seeds, temperatures.
+        model: where it is a model of your own.
+
+    Raises:
+        UserError: as `load` does, or for a member that is not there.
+    """
+    return load(folder, model).member(member)
+
+
+def describe(model: Model) -> Any:
+    """A model's description as plain data; None for a model of one's own."""
+    return json.loads(model.description or "null")
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON-able config as it is read back: tuples are lists."""
+    return json.loads(json.dumps(dict(config)))
+
+
+def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a folder says of its net, without the parameters: "history", "config" and so on.
+
+    Raises:
+        UserError: for a folder without a net, another version, or a damaged file.
+    """
+    folder = Path(folder)
+    again = "expected the folder of a finished training"
+    meta = files.read_versioned(folder / _META, FORMAT, again)
+    noted = meta.pop("sha256", None)
+    if noted != _sha256({k: x for k, x in meta.items() if k not in ("format", "version")}):
+        raise UserError(f"{folder / _META} is damaged: its SHA-256 is not the one that it notes")
+    return meta
+
+
+def save_params(path: Path, params: Params) -> dict[str, str]:
+    """Writes nested dicts of arrays as an npz file, whole; gives each array's dtype by its path.
+
+    Raises:
+        UserError: for parameters that are not nested dicts with names without "/".
+    """
+    leaves = _by_path(params)
+    plain: dict[str, Any] = {name: _plain(leaf) for name, leaf in leaves.items()}
+    with files.write_whole(path) as partial, partial.open("wb") as file:
+        np.savez(file, **plain)
+    return {name: leaf.dtype.name for name, leaf in leaves.items()}
+
+
+def load_params(path: Path, dtypes: Mapping[str, str]) -> Params:
+    """Reads what `save_params` wrote."""
+    with np.load(path) as stored:
+        return _nested(
+            {name: stored[name].view(jnp.dtype(dtype)) for name, dtype in dtypes.items()}
+        )
+
+
+def _with_member_axis(net: Net) -> Net:
+    numbers = {"unit", "seconds", "epoch"}  # which are no member's
+    history = [
+        {name: x if name in numbers else [x] for name, x in record.items()}
+        for record in net.history
+    ]
+    params = jax.tree.map(lambda leaf: np.asarray(leaf)[None], net.params)
+    return net._replace(params=params, history=history, members=1)
+
+
+def _is_per_member(value: Any, members: int) -> bool:
+    return isinstance(value, list) and len(value) == members
+
+
+def _model_of(folder: Path, meta: Mapping[str, Any], model: Model | None) -> Model:
+    if model is not None:
+        return model
+    if meta["model"] is None:
+        raise UserError(
+            f"the net in {folder} has a model of your own, which its folder can't describe: hand it in, "
+            "as in load_net(folder, model=...)"
+        )
+    return models.build(json.dumps(meta["model"]))
+
+
+def _check_params(folder: Path, net: Net) -> None:
+    """Raises a UserError if the model has other parameters than the folder."""
+    inputs = net.about.get("inputs")
+    if not inputs:
+        return
+    sample = jax.ShapeDtypeStruct((1, *inputs["shape"]), inputs["dtype"])
+    expected = jax.eval_shape(net.model.init, jax.random.key(0), sample)
+    there = {name: list(leaf.shape[1:]) for name, leaf in _by_path(net.params).items()}
+    now = {name: list(leaf.shape) for name, leaf in _paths(expected)}
+    lacking = {name: None for name in there if name not in now}
+    files.check_same(f"the net in {folder} does not fit the model", there, {**now, **lacking})
+
+
+def _paths(params: Params) -> list[tuple[str, Any]]:
+    """The leaves of nested dicts with their names, joined by slashes."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names: list[Any] = [getattr(entry, "key", None) for entry in path]
+        if not names or not all(isinstance(name, str) and "/" not in name for name in names):
+            raise UserError(
+                "parameters must be nested dicts with names without '/', but there is a leaf at "
+                f"params{jax.tree_util.keystr(path)}"
+            )
+        found.append(("/".join(names), leaf))
+    return found
+
+
+def _by_path(params: Params) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in _paths(params)}
+
+
+def _nested(leaves: Mapping[str, np.ndarray]) -> Params:
+    """The inverse of `_by_path`."""
+    params: Params = {}
+    for path, leaf in leaves.items():
+        *outer, name = path.split("/")
+        place = params
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[name] = leaf
+    return params
+
+
+def _plain(leaf: np.ndarray) -> np.ndarray:
+    """An array of a dtype that NumPy's files know, of the same bits."""
+    return leaf if leaf.dtype.isbuiltin == 1 else leaf.view(f"uint{8 * leaf.dtype.itemsize}")
+
+
+def _sha256(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,369 @@
+"""Trains nets of one model: all members as one program, resumed from checkpoints, saved when finished.
+
+Members differ in their keys, and by need in their examples and in traced numbers (temperature, learning
+rate). A folder of a finished training is read by `distill_jax.load_net`; `train` reads it too, instead of
+training again.
+"""
+
+import dataclasses
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from distill_jax import checkpoints, epochs, files, loop, nets, optimizers, processes, sharding
+from distill_jax import train_step as steps_of
+from distill_jax.data.stream import Block, make_advance
+from distill_jax.errors import UserError
+from distill_jax.models import Model, Params
+from distill_jax.nets import Net
+from distill_jax.train_step import Batch, Loss, Transform
+
+Examples = Mapping[str, Any]
+"""Fields `[N, ...]`."""
+
+Optimizer = Callable[[int, int], optax.GradientTransformationExtraArgs]
+"""`(steps in an epoch, epochs) -> optimizer`, of `distill_jax.optimizers`."""
+
+BEST = "validation_errors"
+"""The metric that the checkpoint chosen by validation has the least of, as a mean over members."""
+
+
+def adam(steps: int, epochs: int) -> optax.GradientTransformationExtraArgs:
+    """Adam, with a warm-up of a twentieth of all steps and a cosine down to 0."""
+    return optimizers.adam(optimizers.cosine(steps * epochs, steps * epochs // 20))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How nets are trained.
+
+    epochs: over the examples. batch_size: B. optimizer: made for these epochs. transforms: of each batch,
+    in the step. micro_batches: parts of a batch, to save memory. fused_logits: from so many logits of a
+    batch on, B x C, the loss is fused with the output layer; 0: never. report_every: epochs run as one
+    program, between two evaluations. save_every: reports between two checkpoints.
+    """
+
+    epochs: int
+    batch_size: int
+    optimizer: Optimizer = adam
+    transforms: Sequence[Transform] = ()
+    micro_batches: int = 1
+    fused_logits: int = 2**22
+    report_every: int = 1
+    save_every: int = 1
+
+
+class Reader(NamedTuple):
+    """How examples are read on the device.
+
+    gather: makes a batch of them. count_errors: `(model, params, examples) -> int32 []`. draw and size:
+    as for `epochs.make_epoch`.
+    """
+
+    gather: epochs.Gather
+    count_errors: Callable[[Model, Params, Batch], Array]
+    draw: epochs.Draw = epochs.shuffle
+    size: Callable[[Any], int] = epochs.count_labels
+
+
+PLAIN = Reader(
+    epochs.take_rows,
+    lambda model, params, examples: steps_of.make_eval_step(model)(params, examples)["errors"],
+)
+"""Examples that are a batch already: fields `[N, ...]`."""
+
+
+class Stream(NamedTuple):
+    """Training examples that are read from disk in blocks (`distill_jax.data.stream`).
+
+    open_blocks: the blocks from a given one on. steps: batches in each. blocks: in an epoch.
+    inputs: one input's shape and dtype. put: `(block, mesh) ->` the block on the devices. per_member:
+    whether a field lies there with a leading member axis, as for `sharding.compile_epoch`.
+    make_run: `(step, shard_batch) ->` what trains on a block.
+    """
+
+    open_blocks: Callable[[int], Iterator[Block]]
+    steps: int
+    blocks: int
+    inputs: jax.ShapeDtypeStruct
+    put: Callable[[Block, Any], Batch]
+    per_member: Mapping[str, bool]
+    make_run: Callable[[steps_of.TrainStep, epochs.ShardBatch], epochs.Epoch]
+
+
+class _Plan(NamedTuple):
+    """How a training is cut. steps: in an epoch. units: dispatches in all. epochs: in a unit."""
+
+    steps: int
+    units: int
+    epochs: float
+
+
+def train(
+    directory: str | os.PathLike[str],
+    model: Model,
+    examples: Examples | Sequence[Examples] | Stream,
+    loss: Loss,
+    recipe: Recipe,
+    *,
+    keys: Array,
+    hyper: Mapping[str, ArrayLike],
+    constants: Sequence[Mapping[str, Any]] = (),
+    evaluation: Mapping[str, Examples | Sequence[Examples]] = types.MappingProxyType({}),
+    reader: Reader = PLAIN,
+    start: Params | None = None,
+    mesh: Any = None,
+    selection: str = "last",
+    name: str = "net",
+    config: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Net:
+    """Trains one net for each key as one vmapped program, resumed from its checkpoints.
+
+    Args:
+        directory: this training's own; gets checkpoints, TensorBoard files and at the end the nets
+            (`nets.save`). Nets that are finished there are read, and nothing is trained.
+        model: of all members.
+        examples: for all members, or each member's own (fields that are the same object or have the same
+            values are kept once); or a stream, whose blocks come in one order for all.
+        loss: of `distill_jax.train_step`.
+        recipe: how.
+        keys: `[M]`, of initial weights, the order of examples and dropout. Equal keys, equal nets.
+        hyper: traced numbers, "learning_rate" among them, each a scalar or `[M]`.
+        constants: each member's, for the loss and the transforms; shared ones are kept once.
+        evaluation: sets to count errors on after every report, by the metric's name; for all members or
+            each member's own.
+        reader: how the examples are read.
+        start: parameters to start from, each leaf `[M, ...]`; fresh ones if not given.
+        mesh: from `sharding.make_mesh`; by default all devices on its axis "data".
+        selection: "last", the nets after the last epoch; or "validation", those at the checkpoint with
+            the fewest `BEST` errors.
+        name: shown in progress.
+        config: JSON-able; kept with the nets, and part of their fingerprint.
+
+    Returns:
+        The nets, parameters as arrays of NumPy.
+
+    Raises:
+        UserError: for sizes that don't fit each other, a loss that is not finite, a folder with nets of
+            another config; see `loop.fit` and `checkpoints`.
+        Stopped: if the run was asked to stop, after saving.
+    """
+    directory = Path(directory)
+    if nets.exists(directory):
+        return _finished(directory, model, len(keys), config)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    sets = examples if isinstance(examples, Stream) else _each(examples, len(keys))
+    plan = _cut(recipe, sets, reader, name)
+    sample = _sample_input(sets, reader.gather)
+    optimizer = recipe.optimizer(plan.steps, recipe.epochs)
+    step = steps_of.make_train_step(
+        model,
+        optimizer,
+        _fuse(recipe, model, loss, sample, mesh),
+        transforms=recipe.transforms,
+        micro_batches=recipe.micro_batches,
+    )
+    init_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    states = _start(model, optimizer, mesh, init_keys if start is None else start, sample)
+    shared = (train_keys, _numbers(hyper, len(keys)), _stack(constants))
+    advance = _advance(recipe, step, mesh, sets, reader, shared)
+    best = BEST if BEST in evaluation else None
+    if selection == "validation" and best is None:
+        raise UserError("selection is 'validation', but no validation set is held out")
+    with checkpoints.open_dir(directory / "checkpoints", best) as manager:
+        states, history = loop.fit(
+            advance,
+            states,
+            plan.units,
+            evaluate=_evaluator(model, evaluation, reader, mesh),
+            manager=manager,
+            save_every=recipe.save_every,
+            best_metric=best,
+            on_record=_recorders(name, plan.units, directory),
+        )
+        seconds = history[-1]["seconds"]
+        if selection == "validation":
+            chosen = checkpoints.restore_best(manager, states, BEST)
+            assert chosen is not None
+            _, states, history = chosen
+    about = {
+        "config": dict(config),
+        "selection": selection,
+        "inputs": {"shape": list(sample.shape[1:]), "dtype": sample.dtype.name},
+        "num_classes": _num_classes(model, sample),
+    }
+    records = [{"epoch": record["unit"] * plan.epochs, **record} for record in history]
+    params = jax.tree.map(np.asarray, processes.fetch(states.params))
+    net = Net(model, params, records, seconds, len(keys), about)
+    nets.save(directory, net)
+    processes.wait()
+    return net
+
+
+def _finished(directory: Path, model: Model, count: int, config: Mapping[str, Any]) -> Net:
+    """The nets of a finished training, checked to be those that are asked for."""
+    net = nets.load(directory, model)
+    there = {
+        "members": net.members,
+        "model": nets.read_meta(directory)["model"],
+        **net.about["config"],
+    }
+    now = {"members": count, "model": nets.describe(model), **nets.plain(config)}
+    files.check_same(f"{directory} holds the nets of another training", there, now)
+    return net
+
+
+def _each(examples: Examples | Sequence[Examples], count: int) -> Sequence[Examples]:
+    """The examples of each member."""
+    sets = [examples] * count if isinstance(examples, Mapping) else examples
+    if len(sets) != count:
+        raise UserError(f"there are {len(sets)} sets of examples for {count} keys of members")
+    return sets
+
+
+def _cut(recipe: Recipe, examples: Sequence[Examples] | Stream, reader: Reader, name: str) -> _Plan:
+    if isinstance(examples, Stream):  # a unit is a block
+        units = recipe.epochs * examples.blocks
+        return _Plan(examples.steps * examples.blocks, units, 1 / examples.blocks)
+    if recipe.epochs % recipe.report_every:
+        raise UserError(
+            f"{name}: epochs {recipe.epochs} is not a multiple of report_every {recipe.report_every}"
+        )
+    steps = epochs.steps_per_epoch(reader.size(examples[0]), recipe.batch_size)
+    return _Plan(steps, recipe.epochs // recipe.report_every, recipe.report_every)
+
+
+def _sample_input(examples: Sequence[Examples] | Stream, gather: epochs.Gather) -> Array:
+    """An input `[1, ...]` of zeros, for its shape and dtype."""
+    if isinstance(examples, Stream):
+        return jnp.zeros((1, *examples.inputs.shape), examples.inputs.dtype)
+    row = jax.ShapeDtypeStruct((1,), jnp.int32)
+    inputs = jax.eval_shape(gather, dict(examples[0]), row)["inputs"]
+    return jnp.zeros(inputs.shape, inputs.dtype)
+
+
+def _num_classes(model: Model, sample: Array) -> int:
+    return jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0), x), x), sample).shape[
+        -1
+    ]
+
+
+def _fuse(
+    recipe: Recipe, model: Model, loss: Loss, sample: Array, mesh: Any
+) -> Loss | steps_of.Fused:
+    """The loss fused with the output layer, if a batch has as many logits as the recipe says."""
+    size = recipe.batch_size // recipe.micro_batches * _num_classes(model, sample)
+    if model.hidden is None or not 0 < recipe.fused_logits <= size:
+        return loss
+    return steps_of.Fused(loss, over=sharding.over_data(mesh))
+
+
+def _start(model: Model, optimizer: Any, mesh: Any, starts: Any, sample: Array) -> Any:
+    """The members' states at step 0, of keys `[M]` or of parameters with a leading axis."""
+    if isinstance(starts, Array):
+        return sharding.init_members(
+            lambda key: steps_of.init_state(model, optimizer, key, sample), starts, mesh
+        )
+    return sharding.init_members(lambda params: steps_of.state_of(params, optimizer), starts, mesh)
+
+
+def _numbers(hyper: Mapping[str, ArrayLike], count: int) -> dict[str, Array]:
+    """Traced numbers float32 `[M]`."""
+    return {
+        name: jnp.broadcast_to(jnp.asarray(value, jnp.float32), (count,))
+        for name, value in hyper.items()
+    }
+
+
+def _advance(
+    recipe: Recipe,
+    step: steps_of.TrainStep,
+    mesh: Any,
+    examples: Sequence[Examples] | Stream,
+    reader: Reader,
+    shared: tuple[Array, dict[str, Array], tuple[dict[str, Any], dict[str, bool]]],
+) -> loop.Advance:
+    """What trains one unit: epochs of the resident examples, or a block of the stream."""
+    keys, hyper, (constants, own_constants) = shared
+    constants = sharding.put_examples(constants, mesh, own_constants)
+    shard = sharding.shard_batch(mesh, recipe.batch_size)
+    if isinstance(examples, Stream):
+        run = examples.make_run(step, shard)
+        compiled = sharding.compile_epoch(run, mesh, examples.per_member, own_constants)
+        return make_advance(
+            lambda states, block: compiled(states, block, keys, hyper, constants),
+            examples.open_blocks,
+            lambda block: examples.put(block, mesh),
+        )
+    fields, per_member = _stack(examples)
+    run = epochs.make_epoch(
+        step,
+        recipe.batch_size,
+        passes=recipe.report_every,
+        shard_batch=shard,
+        gather=reader.gather,
+        draw=reader.draw,
+        size=reader.size,
+    )
+    compiled = sharding.compile_epoch(run, mesh, per_member, own_constants)
+    resident = sharding.put_examples(fields, mesh, per_member)
+    return lambda states, unit: compiled(states, resident, keys, hyper, constants)
+
+
+def _stack(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Every member's fields: shared by all where they are equal, or `[M, ...]`; and which are of members."""
+    fields, per_member = {}, {}
+    for name, first in sets[0].items() if sets else ():
+        values = [one[name] for one in sets]
+        same = all(value is first or _equal(value, first) for value in values)
+        per_member[name] = not same
+        fields[name] = first if same else jax.tree.map(lambda *leaves: np.stack(leaves), *values)
+    return fields, per_member
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def _recorders(name: str, units: int, directory: Path) -> list[Callable[[loop.Record], None]]:
+    if not processes.is_main():
+        return []
+    return [loop.print_progress(name, units), loop.tensorboard(directory)]
+
+
+def _evaluator(
+    model: Model,
+    evaluation: Mapping[str, Examples | Sequence[Examples]],
+    reader: Reader,
+    mesh: Any,
+) -> Callable[[steps_of.TrainState], dict[str, Array]]:
+    @jax.jit
+    def count(params: Params, own: Batch, shared: Batch) -> Array:
+        return jax.vmap(lambda member, own: reader.count_errors(model, member, {**own, **shared}))(
+            params, own
+        )
+
+    def put(examples: Examples | Sequence[Examples]) -> tuple[Batch, Batch]:
+        """On the devices: the fields that each member has of its own `[M, ...]`, and those of all."""
+        fields, per_member = _stack([examples] if isinstance(examples, Mapping) else examples)
+        arrays = sharding.put_examples(fields, mesh, per_member)
+        own = {name: array for name, array in arrays.items() if per_member[name]}
+        return own, {name: array for name, array in arrays.items() if not per_member[name]}
+
+    sets = {name: put(examples) for name, examples in evaluation.items()}
+
+    def evaluate(states: steps_of.TrainState) -> dict[str, Array]:
+        return {
+            name: processes.settle(count(states.params, *parts)) for name, parts in sets.items()
+        }
+
+    return evaluate
