@@ -11,7 +11,7 @@ and whatever training keeps beside them. NumPy has no bfloat16: such an array is
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,12 +88,15 @@ class Net(NamedTuple):
             )
 
 
-def stack(nets: list[Net]) -> Net:
-    """The members of several trainings of one model as one `Net`, without their history."""
-    params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *[net.params for net in nets])
+def stack(nets: Sequence[Net]) -> Net:
+    """The members of several trainings of one model as one `Net`; of the history, the last record."""
+    params = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[net.params for net in nets])
+    last = [net.history[-1] for net in nets if net.history]
+    per_member = [name for name, x in last[0].items() if isinstance(x, list)] if last else []
+    record = {name: [x for one in last for x in one[name]] for name in per_member}
     return nets[0]._replace(
         params=params,
-        history=[],
+        history=[record],
         seconds=sum(net.seconds for net in nets),
         members=sum(net.members or 0 for net in nets),
     )

@@ -1,8 +1,8 @@
 """Trains nets of one model: all members as one program, resumed from checkpoints, saved when finished.
 
 Members differ in their keys, and by need in their examples and in traced numbers (temperature, learning
-rate). A folder of a finished training is read by `distill_jax.load_net`; `train` reads it too, instead of
-training again.
+rate). The folder of a finished training is read by `distill_jax.load_net`. `train` reads it too, and
+trains nothing again.
 """
 
 import dataclasses
@@ -46,10 +46,10 @@ def adam(steps: int, epochs: int) -> optax.GradientTransformationExtraArgs:
 class Recipe:
     """How nets are trained.
 
-    epochs: over the examples. batch_size: B. optimizer: made for these epochs. transforms: of each batch,
-    in the step. micro_batches: parts of a batch, to save memory. fused_logits: from so many logits of a
-    batch on, B x C, the loss is fused with the output layer; 0: never. report_every: epochs run as one
-    program, between two evaluations. save_every: reports between two checkpoints.
+    epochs: over the examples. batch_size: B. optimizer: made for these epochs. transforms: of each
+    batch, in the step. micro_batches: parts of a batch, to save memory. fused_logits: from so many logits
+    of a batch on, B x C, the loss is fused with the output layer; 0: never. report_every: epochs run as
+    one program, between two evaluations. save_every: reports between two checkpoints.
     """
 
     epochs: int
@@ -320,7 +320,7 @@ def _advance(
 
 
 def _stack(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Every member's fields: shared by all where they are equal, or `[M, ...]`; and which are of members."""
+    """The members' fields: one for all where they are equal, else `[M, ...]`; and which those are."""
     fields, per_member = {}, {}
     for name, first in sets[0].items() if sets else ():
         values = [one[name] for one in sets]

@@ -97,7 +97,7 @@ def train(
     variants: Sequence[dict[str, float]] = ({},),
     passes: int = 1,
     directory: Path | None = None,
-) -> members.Trained:
+) -> members.Net:
     """`members.train` for this study: counts errors on the test set and on what is held out."""
     data = open_data(context.config)
     evaluation = {"test_errors": data.test}
@@ -119,7 +119,7 @@ def train(
 
 def train_on_labels(
     context: Context, name: str, net: ConfigDict, directory: Path | None = None
-) -> members.Trained:
+) -> members.Net:
     """Nets trained on the labels of the whole training set, or restored if they are."""
     data = open_data(context.config)
     examples: Sequence[Examples] | members.Stream = [data.train] * len(context.config.seeds)

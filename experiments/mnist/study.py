@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from distill_jax import losses, soft_targets, train_step
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
+from distill_jax.nets import read_meta
 from experiments.common import members
 from experiments.common.study import (
     Context,
@@ -72,7 +73,7 @@ def make_soft_targets(context: Context) -> list[Row]:
         name = soft_targets.fingerprint(params, json.loads(config.teacher.to_json()))
         parts: list[soft_targets.SoftTargets] = []
         for examples in training_parts(config):
-            logits = nets.logits(s, examples["inputs"])
+            logits = nets.member(s).logits(examples["inputs"])
             if s == 0 and not parts:
                 write_json(context.directory / "digits.json", _telling_digits(examples, logits))
             parts.append(soft_targets.make(logits, examples, name))
@@ -198,7 +199,9 @@ def unlabelled(context: Context) -> list[Row]:
     )
     rows = [_error_row(context, "mnist_unlabelled", "teacher, labels of one half", teachers)]
     targets = [
-        soft_targets.make(teachers.logits(s, ours["inputs"]), ours, f"half teacher, seed {seed}")
+        soft_targets.make(
+            teachers.member(s).logits(ours["inputs"]), ours, f"half teacher, seed {seed}"
+        )
         for s, seed in enumerate(config.seeds)
     ]
     for share in (0.0, net.labels_known):
@@ -220,7 +223,8 @@ def unlabelled(context: Context) -> list[Row]:
 def write_report(workdir: Path) -> None:
     """Draws report.md and report.html from results.json and what the stages left beside it."""
     curves = {
-        path.parent.name: read_json(path) for path in sorted(workdir.glob("stages/*/*/curve.json"))
+        path.parent.name: members.curve(read_meta(path.parent)["history"])
+        for path in sorted(workdir.glob("stages/*/*/net.json"))
     }
     digits = workdir / "stages" / "soft_targets" / "digits.json"
     rows = finished_rows(workdir, STAGES)
@@ -259,13 +263,13 @@ def _distil(
 
 
 def _error_row(
-    context: Context, table: str, row: str, nets: members.Trained, paper: float | None = None
+    context: Context, table: str, row: str, nets: members.Net, paper: float | None = None
 ) -> Row:
     errors = nets.history[-1]["test_errors"]
     return make_row(context.config, table, row, "test_errors", errors, nets.seconds, paper)
 
 
-def _by_variant(nets: members.Trained, variants: int) -> np.ndarray:
+def _by_variant(nets: members.Net, variants: int) -> np.ndarray:
     """Test errors after the last epoch `[variants, seeds]`."""
     return np.reshape(nets.history[-1]["test_errors"], (variants, -1))
 

@@ -65,10 +65,10 @@ def _omission(
     prior = float(np.isin(data.train["label"], classes).mean())
 
     def by_validation(seed: int) -> float:
-        held_out = nets.logits(seed, data.validation["inputs"])
+        held_out = nets.member(seed).logits(data.validation["inputs"])
         return bias.best_shift(held_out, data.validation["label"], classes, shifts)
 
-    on_test = [nets.logits(s, data.test["inputs"]) for s in range(len(config.seeds))]
+    on_test = [nets.member(s).logits(data.test["inputs"]) for s in range(len(config.seeds))]
     ways: list[tuple[str, str | None, Callable[[int], float]]] = [
         (label, None, lambda s: 0.0),
         (
@@ -79,7 +79,7 @@ def _omission(
         (
             f"{label}, {shifted} (class prior)",
             None,
-            lambda s: bias.prior_shift(nets.logits(s, data.train["inputs"]), classes, prior),
+            lambda s: bias.prior_shift(nets.member(s).logits(data.train["inputs"]), classes, prior),
         ),
     ]
     if len(data.validation["id"]):

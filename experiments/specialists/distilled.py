@@ -98,7 +98,7 @@ def _train(
     start: Params | None,
     epochs: int,
     examples: Sequence[Examples],
-) -> members.Trained:
+) -> members.Net:
     config = context.config
     recipe = {**config.generalist.to_dict(), **config.distilled.to_dict(), "epochs": epochs}
     return nets.train(

@@ -17,6 +17,7 @@ from distill_jax import models, soft_targets, train_step
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
+from distill_jax.nets import stack as stack_nets
 from experiments.common import members
 from experiments.common.study import Context
 from experiments.specialists.data import BYTE, Data, load_data
@@ -104,7 +105,7 @@ def train(
     variant: Mapping[str, float] = types.MappingProxyType({}),
     start: models.Params | None = None,
     directory: Path | None = None,
-) -> members.Trained:
+) -> members.Net:
     """`members.train` of whole nets, one per seed; counts errors on all sets.
 
     In groups of `net.at_once` seeds as one program; each group is resumed by itself.
@@ -131,19 +132,10 @@ def train(
                 start=jax.tree.map(lambda leaf, group=group: leaf[group], start),
             )
         )
-    return _joined(parts)
+    return stack_nets(parts)
 
 
-def _joined(parts: Sequence[members.Trained]) -> members.Trained:
-    """Groups of nets as one; of the history, the last record alone."""
-    last = [part.history[-1] for part in parts]
-    counts = [name for name in last[0] if name.endswith("_errors")]
-    record = {name: [count for one in last for count in one[name]] for name in counts}
-    params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *[part.params for part in parts])
-    return members.Trained(parts[0].model, params, [record], sum(part.seconds for part in parts))
-
-
-def train_generalists(context: Context, directory: Path | None = None) -> members.Trained:
+def train_generalists(context: Context, directory: Path | None = None) -> members.Net:
     """The generalists, one per seed; restored if they are done in `directory`."""
     data = load_data(context.config)
     examples = [data.train] * len(context.config.seeds)
@@ -205,7 +197,7 @@ def inputs_seconds(context: Context, seed: int) -> float:
 _INPUTS: dict[tuple[Path, int], tuple[np.ndarray, float]] = {}
 
 
-def accuracies(nets: members.Trained, data: Data) -> dict[str, np.ndarray]:
+def accuracies(nets: members.Net, data: Data) -> dict[str, np.ndarray]:
     """Accuracy after the last epoch of each member `[M]`, per cent, by the name of the set."""
     return {
         split: 100.0

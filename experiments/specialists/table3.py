@@ -98,7 +98,7 @@ def specialists(context: Context) -> list[Row]:
     return rows + _coverage_rows(config, tables, sum(run["seconds"] for run in runs))
 
 
-def specialist_groups(context: Context) -> list[Callable[[], members.Trained]]:
+def specialist_groups(context: Context) -> list[Callable[[], members.Net]]:
     """What trains each group of all seeds' specialists."""
     return _groups(context, "specialists", load_sets)
 
@@ -118,14 +118,14 @@ def random_specialists(context: Context) -> list[Row]:
     )
 
 
-def random_groups(context: Context) -> list[Callable[[], members.Trained]]:
+def random_groups(context: Context) -> list[Callable[[], members.Net]]:
     """What trains each group of all seeds' specialists of random classes."""
     return _groups(context, "random", _random_sets)
 
 
 def _groups(
     context: Context, name: str, sets_of: Callable[[Context, int], np.ndarray]
-) -> list[Callable[[], members.Trained]]:
+) -> list[Callable[[], members.Net]]:
     net, seeds = context.config.specialists, range(len(context.config.seeds))
     return [
         train
@@ -148,7 +148,7 @@ def longer(context: Context) -> list[Row]:
     return _control_rows(context, "generalist, trained as much longer", measured, trained.seconds)
 
 
-def train_longer(context: Context, directory: Path | None = None) -> members.Trained:
+def train_longer(context: Context, directory: Path | None = None) -> members.Net:
     """The generalists trained on; restored if they are done in `directory`."""
     config, data = context.config, load_data(context.config)
     return nets.train(
@@ -173,7 +173,7 @@ def ensemble(context: Context) -> list[Row]:
     for s, base in enumerate(nets.load_bases(context)):
         for split, part in data.evaluation().items():
             both = np.stack(
-                [base.logits(base.inputs(part["inputs"])), second.logits(s, part["inputs"])]
+                [base.logits(base.inputs(part["inputs"])), second.member(s).logits(part["inputs"])]
             )
             mean = soft_targets.mean_probs(jnp.asarray(both), 1.0, "arithmetic")
             right = np.asarray(mean).argmax(axis=-1) == part["label"]

@@ -88,12 +88,12 @@ def groups(
     class_sets: np.ndarray,
     net: ConfigDict,
     kind: str,
-) -> list[Callable[[], members.Trained]]:
+) -> list[Callable[[], members.Net]]:
     """What trains each group that `train` does, or restores it, by itself; arguments as there."""
     directory = _folder(context, name, seed)
     examples = functools.cache(lambda: enriched_examples(context, seed, class_sets))
 
-    def train_one(group: range) -> members.Trained:
+    def train_one(group: range) -> members.Net:
         return train_group(context, directory, seed, group, examples(), net, kind)
 
     return [functools.partial(train_one, group) for group in _cut(len(class_sets), net)]
@@ -168,7 +168,7 @@ def train_group(
     net: ConfigDict,
     kind: str,
     evaluation: Mapping[str, Sequence[Examples]] | None = None,
-) -> members.Trained:
+) -> members.Net:
     """Trains some of the specialists; each is the same whatever the group it is trained in."""
     if net.batch_size % 2:
         raise UserError(f"specialists.batch_size must be even to halve it, not {net.batch_size}")
@@ -189,7 +189,7 @@ def train_group(
         form.loss,
         [{"temperature": net.get("temperature", 1.0)}],
         evaluation or {},
-        cases=members.Cases(
+        reader=members.Reader(
             make_gather(form, base.model),
             count_errors,
             enrichment.draw_enriched,

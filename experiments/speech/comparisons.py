@@ -56,7 +56,7 @@ def compression(context: Context) -> list[Row]:
     probabilities = jnp.exp(jnp.asarray(log_probs))
     mean = jnp.mean(probabilities, axis=0)
 
-    def student(row: str, targets: Sequence[Examples], loss: train_step.Loss) -> members.Trained:
+    def student(row: str, targets: Sequence[Examples], loss: train_step.Loss) -> members.Net:
         print(f"compression, {row}", flush=True)
         joined = [{**examples, **own} for own in targets]
         # Of one name, so that a seed's students begin alike and see the same batches.
@@ -123,7 +123,7 @@ def unlabelled(context: Context) -> list[Row]:
     return rows
 
 
-def _at_temperature(context: Context, value: float) -> members.Trained:
+def _at_temperature(context: Context, value: float) -> members.Net:
     """A student of the first seed; or all those of Table 1, which were trained before."""
     config = context.config
     if value == config.distilled.temperature:
@@ -163,7 +163,7 @@ def _compression_rows(
     config: ConfigDict,
     row: str,
     size: int,
-    trained: members.Trained,
+    trained: members.Net,
     measured: Mapping[str, Sequence[float] | np.ndarray],
 ) -> list[Row]:
     """The rows of one form of the targets, with its size to be plotted against."""

@@ -23,7 +23,7 @@ from experiments.common.study import Context
 from experiments.speech import frames, training_set
 from experiments.speech.data import Data, load_data
 
-WINDOWS = members.Cases(
+WINDOWS = members.Reader(
     frames.gather_windows,
     lambda model, params, examples: frames.count_errors(model.apply, params, examples)["errors"],
 )
@@ -45,7 +45,7 @@ def train(
     variants: Sequence[Mapping[str, float]] = ({},),
     seeds: Sequence[int] | None = None,
     directory: Path | None = None,
-) -> members.Trained:
+) -> members.Net:
     """`members.train` for this study: counts frame errors on the test and validation sets."""
     data = load_data(context.config)
     config = context.config
@@ -61,7 +61,7 @@ def train(
         loss,
         variants,
         {"test_errors": data.test, "validation_errors": data.validation},
-        cases=WINDOWS,
+        reader=WINDOWS,
     )
 
 
@@ -73,7 +73,7 @@ def train_on_targets(
     temperature: float,
     hard_weight: float,
     seeds: Sequence[int],
-) -> members.Trained:
+) -> members.Net:
     """Nets distilled on the whole training set with stored soft targets, one for each seed."""
     return train(
         context,
@@ -86,14 +86,14 @@ def train_on_targets(
     )
 
 
-def train_ensemble(context: Context, directory: Path | None = None) -> list[members.Trained]:
+def train_ensemble(context: Context, directory: Path | None = None) -> list[members.Net]:
     """The ensemble in groups of members, each group resumed by itself or restored if it is done."""
     return [train_group() for train_group in ensemble_groups(context, directory)]
 
 
 def ensemble_groups(
     context: Context, directory: Path | None = None
-) -> list[Callable[[], members.Trained]]:
+) -> list[Callable[[], members.Net]]:
     """What trains each of these groups, or restores it."""
     net = context.config.ensemble
     seeds = tuple(net.members)
@@ -101,9 +101,7 @@ def ensemble_groups(
     return [functools.partial(_train_group, context, group, directory) for group in groups]
 
 
-def _train_group(
-    context: Context, group: tuple[int, ...], directory: Path | None
-) -> members.Trained:
+def _train_group(context: Context, group: tuple[int, ...], directory: Path | None) -> members.Net:
     net = context.config.ensemble
     return train(
         context,
@@ -127,7 +125,7 @@ def load_ensemble(context: Context) -> Net:
 _ENSEMBLES: dict[Path, Net] = {}
 
 
-def stack(groups: Sequence[members.Trained]) -> Net:
+def stack(groups: Sequence[members.Net]) -> Net:
     """All groups' members as one ensemble."""
     params = jax.tree.map(
         lambda *leaves: jnp.concatenate(leaves), *[group.params for group in groups]
@@ -272,7 +270,7 @@ def fingerprint(net: Net, section: ConfigDict) -> str:
     return soft_targets.fingerprint(net.params, json.loads(section.to_json()))
 
 
-def frame_accuracies(nets: members.Trained, data: Data, split: str = "test") -> np.ndarray:
+def frame_accuracies(nets: members.Net, data: Data, split: str = "test") -> np.ndarray:
     """Frame accuracies of the members after the last epoch `[M]`, per cent."""
     examples = data.test if split == "test" else data.validation
     errors = np.asarray(nets.history[-1][f"{split}_errors"], np.float64)

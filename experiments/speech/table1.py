@@ -139,7 +139,7 @@ def distil(
     seeds: Sequence[int],
     hard_weight: float | None = None,
     store: str | None = None,
-) -> members.Trained:
+) -> members.Net:
     """Nets trained on stored soft targets of the whole training set; by default the ensemble's."""
     folder = context.inputs["soft_targets"] / (store or store_name(temperature))
     targets = nets.load_targets(context.config, folder)

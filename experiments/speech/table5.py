@@ -74,7 +74,7 @@ def fractions(context: Context) -> list[Row]:
     return rows
 
 
-def _on_own_parts(trained: members.Trained, examples: Sequence[Examples]) -> np.ndarray:
+def _on_own_parts(trained: members.Net, examples: Sequence[Examples]) -> np.ndarray:
     """Frame accuracy of each net `[M]` on the part that it was trained on, per cent."""
     seeds = len(examples)
     found = [

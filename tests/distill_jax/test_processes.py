@@ -21,6 +21,8 @@ from two_processes import train
 
 from distill_jax import sharding
 from distill_jax.data import images
+from distill_jax.nets import read_meta
+from experiments.common.members import curve
 
 LIMIT = 60  # seconds within which the others must have noticed a lost process
 RUN = (
@@ -43,7 +45,7 @@ def study(workdir: Path, *flags: str) -> list[str]:
 def outcome(workdir: Path):
     rows = json.loads((workdir / "results.json").read_text())
     curves = [
-        json.loads((workdir / f"stages/{stage}/{stage}/curve.json").read_text())
+        curve(read_meta(workdir / f"stages/{stage}/{stage}")["history"])
         for stage in ("teacher", "distilled")
     ]
     return [row["value"] for row in rows], curves

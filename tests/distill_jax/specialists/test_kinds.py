@@ -286,7 +286,7 @@ def test_restricted_errors_of_each_members_own_classes(tmp_path, special):
         counted = allowed[examples["label"]]
         wanted = {"allowed": allowed, "wanted": examples["label"], "counted": counted}
         own.append({"inputs": examples["inputs"], **wanted})
-    cases = members.Cases(take_rows, count_errors)
+    cases = members.Reader(take_rows, count_errors)
     trained = train(tmp_path, [examples] * M, two_starts(), {"test_errors": own}, cases)
     for m, one in enumerate(own):
         logits = np.where(one["allowed"], trained.logits(m, one["inputs"]), -np.inf)

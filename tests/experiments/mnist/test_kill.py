@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from command import SMOKE, run, start
 
+from distill_jax.nets import read_meta
+from experiments.common.members import curve
 from experiments.common.study import read_json
 
 # Wide enough that a checkpoint takes a while to write, on few enough examples that epochs are short.
@@ -24,8 +26,8 @@ CHECKPOINTS = Path("stages/baseline/baseline/checkpoints")
 
 def outcome(workdir: Path):
     rows = read_json(workdir / "results.json")
-    curve = read_json(workdir / "stages/baseline/baseline/curve.json")
-    return [{**row, "seconds": None} for row in rows], curve
+    net = read_meta(workdir / "stages/baseline/baseline")
+    return [{**row, "seconds": None} for row in rows], curve(net["history"])
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from tfds_sets import prepare_tiny
 from distill_jax import soft_targets
 from distill_jax.data import stream
 from distill_jax.errors import UserError
+from distill_jax.nets import read_meta
+from experiments.common.members import curve
 from experiments.common.study import read_json
 from experiments.mnist import nets, study
 from experiments.mnist.config import get_config
@@ -52,7 +54,7 @@ def run(config: ConfigDict, workdir: Path):
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic promotes
         study.run(config, workdir, STAGES, ())
     curves = {
-        stage: read_json(workdir / f"stages/{stage}/{stage}/curve.json")
+        stage: curve(read_meta(workdir / f"stages/{stage}/{stage}")["history"])
         for stage in ("teacher", "distilled")
     }
     rows = [{**row, "seconds": 0} for row in read_json(workdir / "results.json")]
@@ -70,10 +72,10 @@ def test_the_study_streams(data_dir, streamed):
     assert [row["row"] for row in rows] == ["teacher 2x16", "distilled 2x16, T=20"]
     # 170 examples are 10 batches of 16; blocks of 4 would leave two of them over.
     assert stream.cut(170, 16, 70) == (3, 3)
-    for curve in curves.values():
-        assert curve["epoch"] == pytest.approx(np.arange(1, 7) / 3)
-        assert np.mean(curve["train_loss"][-1]) < np.mean(curve["train_loss"][0])
-        assert np.shape(curve["validation_errors"]) == (len(curve["epoch"]), 2)
+    for own in curves.values():
+        assert own["epoch"] == pytest.approx(np.arange(1, 7) / 3)
+        assert np.mean(own["train_loss"][-1]) < np.mean(own["train_loss"][0])
+        assert np.shape(own["validation_errors"]) == (len(own["epoch"]), 2)
     data = nets.open_data(config_of(data_dir))
     assert data.train == {} and data.streamed.size == 170
     whole = nets.load_data(config_of(data_dir, block_examples=0))
