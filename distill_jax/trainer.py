@@ -47,9 +47,9 @@ class Recipe:
     """How nets are trained.
 
     epochs: over the examples. batch_size: B. optimizer: made for these epochs. transforms: of each
-    batch, in the step. micro_batches: parts of a batch, to save memory. fused_logits: from so many logits
-    of a batch on, B x C, the loss is fused with the output layer; 0: never. report_every: epochs run as
-    one program, between two evaluations. save_every: reports between two checkpoints.
+    batch, in the step. micro_batches: parts of a batch, to save memory. fused_logits: the loss is fused
+    with the output layer if a batch has at least so many logits, B x C; 0: never. report_every: epochs
+    run as one program, between two evaluations. save_every: reports between two checkpoints.
     """
 
     epochs: int
