@@ -73,7 +73,7 @@ def train(
         selection=config.selection,
         name=name,
         config={
-            "data": json.loads(config.data.to_json()),
+            "data": config.get("data", ConfigDict()).to_dict(),
             "net": json.loads(net.to_json()),
             "seeds": seeds,
             "variants": [dict(variant) for variant in variants],
