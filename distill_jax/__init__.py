@@ -23,13 +23,16 @@ if TYPE_CHECKING:
         losses,
         metrics,
         models,
+        nets,
         optimizers,
         processes,
         sharding,
         soft_targets,
         specialists,
         train_step,
+        trainer,
     )
+    from distill_jax.nets import load_net
 
 __all__ = [
     "checkpoints",
@@ -37,16 +40,19 @@ __all__ = [
     "epochs",
     "errors",
     "fused_loss",
+    "load_net",
     "loop",
     "losses",
     "metrics",
     "models",
+    "nets",
     "optimizers",
     "processes",
     "sharding",
     "soft_targets",
     "specialists",
     "train_step",
+    "trainer",
 ]
 
-__getattr__, __dir__ = _lazy.attach(__name__, __all__)
+__getattr__, __dir__ = _lazy.attach(__name__, __all__, {"load_net": "nets"})
