@@ -62,7 +62,7 @@ def test_one_file_knows_flax():
 
 def test_one_file_of_the_library_names_devices():
     sharding = {"Mesh", "NamedSharding", "PartitionSpec", "pmap", "shard_map", "jax.sharding"}
-    sharding |= {"with_sharding_constraint", "jax.devices", "device_put", "make_mesh"}
+    sharding |= {"with_sharding_constraint", "jax.devices", "device_put", "jax.make_mesh"}
     assert [name_of(path) for path in LIBRARY if names(path) & sharding] == [
         "distill_jax/sharding.py"
     ]
