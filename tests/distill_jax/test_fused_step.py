@@ -150,7 +150,7 @@ def test_a_study_fuses_the_loss_of_batches_with_many_logits(batch_logits, tmp_pa
 
     def loss(logits, batch, hyper, constants):
         seen.append(logits.shape)
-        return two_losses(logits, batch, hyper)
+        return two_losses(logits, batch, hyper, constants)
 
     net = ConfigDict(
         sections.net(

@@ -1,224 +1,135 @@
-"""Epochs that draw rows of their own: the enriched batches of specialists, alone and together."""
-
-import functools
+"""The trainer: members as one program, resumed, saved when finished, and then read."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
-from jax.sharding import Mesh
 
-from distill_jax import models, optimizers, sharding, train_step
-from distill_jax.epochs import make_epoch
+from distill_jax import models, nets, train_step, trainer
 from distill_jax.errors import UserError
-from distill_jax.specialists import enrichment
-from distill_jax.train_step import TrainState
 
-N, C, BATCH, MEMBERS = 70, 9, 8, 4
-SETS = np.array([[1, 4, 7], [6, 7, 8], [0, 8, C], [2, 3, 5]], np.int32)
-MODEL = models.mlp([8], SETS.shape[1] + 1, hidden_dropout=0.5)
-OPTIMIZER = optimizers.sgd(optax.constant_schedule(1.0))
-LEARNING_RATES = jnp.array([0.1, 0.02, 0.2, 0.1])
+MODEL = models.mlp([8], tiny.CLASSES)
+RECIPE = trainer.Recipe(epochs=4, batch_size=8)
+N = 30
+KEYS = jax.random.split(jax.random.key(3), 2)
+HYPER = {"learning_rate": [0.01, 0.02]}
 
 
-def make_fields():
-    """What all share, and of each specialist its rows and labels `[M, ...]`."""
-    random = np.random.default_rng(2)
-    drawn = random.choice(C, N - C, p=np.arange(1, C + 1) / 45)
-    labels = np.append(np.arange(C), drawn).astype(np.int32)
-    shared = {"inputs": tiny.examples(N)["inputs"], "label": labels}
-    own = {
-        **enrichment.stack_rows([enrichment.enriched_rows(labels, s, C) for s in SETS]),
-        "targets": np.stack([enrichment.dustbin_labels(jnp.asarray(s), C) for s in SETS]),
-    }
-    return {**shared, **own}, {**dict.fromkeys(shared, False), **dict.fromkeys(own, True)}
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # for optax's schedules
+        yield
 
 
-FIELDS, PER_MEMBER = make_fields()
-
-
-def of_member(m):
-    return {
-        name: jnp.asarray(field[m] if PER_MEMBER[name] else field) for name, field in FIELDS.items()
-    }
-
-
-def size(fields):
-    """As in the study: twice the special half, of the specialist that has most."""
-    return 2 * fields["special"].shape[-1]
-
-
-STEPS = size(FIELDS) // BATCH
-
-
-def gather(fields, rows):
-    batch = {name: fields[name][rows] for name in ("inputs", "label")}
-    return {**enrichment.to_dustbin(batch, fields["targets"]), "row": rows}
-
-
-def make(step, batch_size=BATCH, passes=1, shard_batch=lambda batch: batch):
-    return make_epoch(
-        step,
-        batch_size,
-        passes=passes,
-        shard_batch=shard_batch,
-        gather=gather,
-        draw=enrichment.draw_enriched,
-        size=size,
+def train(directory, recipe=RECIPE, keys=KEYS, hyper=HYPER, **options):
+    return trainer.train(
+        directory,
+        options.pop("model", MODEL),
+        options.pop("examples", tiny.examples(N)),
+        options.pop("loss", train_step.label_loss),
+        recipe,
+        keys=keys,
+        hyper=hyper,
+        **{"config": {"hidden": (8,)}, **options},
     )
 
 
-def seen_step(state, batch, key, hyper, constants):
-    """Trains nothing; its metrics are what it was handed."""
-    return state._replace(step=state.step + 1), {"row": batch["row"], "label": batch["label"]}
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    with jax.numpy_dtype_promotion("standard"):
+        folder = tmp_path_factory.mktemp("trained")
+        return folder, train(folder, evaluation={"test_errors": tiny.examples(12, seed=5)})
 
 
-SEEN = {passes: jax.jit(make(seen_step, passes=passes)) for passes in (1, 2)}
+def test_a_finished_training_is_read_and_not_repeated(trained, monkeypatch):
+    folder, net = trained
+    monkeypatch.setattr(trainer.loop, "fit", None)
+    again = train(folder, evaluation={"test_errors": tiny.examples(12, seed=5)})
+    tiny.assert_equal(again.params, net.params)
+    assert again.history == net.history and again.seconds == net.seconds
+    assert again.model is MODEL and again.members == 2
+    assert [record["epoch"] for record in net.history] == [1, 2, 3, 4]
+    assert np.shape(net.history[-1]["test_errors"]) == (2,)
 
 
-def look(key, member, first_step=0, passes=1):
-    """The state, and the rows and labels `[passes * STEPS, BATCH]` of a specialist's batches."""
-    state = TrainState(jnp.int32(first_step), {}, ())
-    state, seen = SEEN[passes](state, of_member(member), key, {})
-    return state, {name: np.asarray(field).reshape(-1, BATCH) for name, field in seen.items()}
+def test_another_training_in_its_folder_is_refused(trained):
+    folder, _ = trained
+    with pytest.raises(UserError, match=r"hidden is \[8\] there and \[9\] now"):
+        train(folder, config={"hidden": (9,)})
+    with pytest.raises(UserError, match="members is 2 there and 1 now"):
+        train(folder, keys=KEYS[:1], hyper={"learning_rate": 0.01})
 
 
-def test_an_epoch_is_as_long_as_its_size_says(key):
-    longest = 2 * max(FIELDS["special_count"])
-    assert min(FIELDS["special_count"]) < longest // 2 and longest % BATCH
-    for member in range(MEMBERS):
-        state, seen = look(key, member)
-        assert state.step == longest // BATCH == len(seen["row"])
+def test_a_member_is_the_net_that_is_trained_alone(trained, tmp_path):
+    _, net = trained
+    for m in range(2):
+        alone = train(
+            tmp_path / str(m),
+            keys=KEYS[m : m + 1],
+            hyper={"learning_rate": HYPER["learning_rate"][m]},
+        )
+        tiny.assert_close(alone.member(0).params, net.member(m).params, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("member", range(MEMBERS))
-def test_every_batch_and_every_even_part_of_it_is_half_special(key, member):
-    _, seen = look(key, member, passes=2)
-    inside = np.isin(FIELDS["label"][seen["row"]], SETS[member])
-    for part in np.split(inside, 4, axis=1):  # as four devices have it
-        assert (part.sum(axis=1) == 1).all()
-    targets = FIELDS["targets"][member][FIELDS["label"][seen["row"]]]
-    np.testing.assert_array_equal(seen["label"], targets)
-    assert ((targets < SETS.shape[1]) == inside).all()
+def test_a_stopped_training_continues_to_the_same_nets(trained, tmp_path, monkeypatch):
+    _, net = trained
+
+    class Stop(Exception):
+        pass
+
+    def stop(record):
+        if record["unit"] == 3:
+            raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_recorders", lambda *_: [stop])
+        with pytest.raises(Stop):
+            train(tmp_path)
+    assert not nets.exists(tmp_path)
+    resumed = train(tmp_path)
+    tiny.assert_equal(resumed.params, net.params)
+    assert [record["unit"] for record in resumed.history] == [1, 2, 3, 4]
 
 
-def test_rows_are_a_function_of_key_and_epoch(key):
-    state, both = look(key, 0, passes=2)
-    assert state.step == 2 * STEPS
-    _, first = look(key, 0)
-    _, second = look(key, 0, first_step=STEPS)  # as after a resumption
-    tiny.assert_equal(both["row"], np.concatenate([first["row"], second["row"]]))
-    assert np.any(first["row"] != second["row"])
-    assert np.any(first["row"] != look(jax.random.key(1), 0)[1]["row"])
+def test_members_have_examples_and_constants_of_their_own(tmp_path):
+    """A loss that is a constant times the first logit: its sign says which way the members go."""
 
+    def loss(logits, batch, hyper, constants):
+        return constants["sign"] * logits[:, 0] + jnp.sum(constants["shared"])
 
-def test_a_batch_larger_than_the_size_is_named(key):
-    count = size(FIELDS)
-    assert count != N  # it is the size that counts
-    with pytest.raises(
-        UserError, match=f"batch_size {count + 2} is more than the {count} examples"
-    ):
-        make(seen_step, count + 2)(TrainState(jnp.int32(0), {}, ()), of_member(0), key, {})
-
-
-def keys():
-    return jax.random.split(jax.random.key(5), MEMBERS)
-
-
-@jax.jit
-def init(key):
-    return train_step.init_state(MODEL, OPTIMIZER, key, jnp.zeros((1, 4, 4), jnp.uint8))
-
-
-STEP = train_step.make_train_step(MODEL, OPTIMIZER, train_step.label_loss)
-ALONE = jax.jit(make(STEP))
-
-
-@functools.cache
-def train_alone(member):
-    """Two epochs: the state after each, and its metrics."""
-    key = keys()[member]
-    state, history = init(key), []
-    for _ in range(2):
-        hyper = {"learning_rate": LEARNING_RATES[member]}
-        state, metrics = ALONE(state, of_member(member), key, hyper)
-        history.append(jax.device_get((state, metrics)))
-    return history
-
-
-def compiled(mesh):
-    run_epoch = make(STEP, shard_batch=sharding.shard_batch(mesh, BATCH))
-    return sharding.compile_epoch(run_epoch, mesh, PER_MEMBER)
-
-
-def mesh_of(member, data):
-    devices = np.array(jax.devices()[: member * data]).reshape(member, data, 1)
-    return Mesh(devices, sharding.AXES)
-
-
-@pytest.mark.parametrize("sizes", [(1, 1), (2, 2), (2, 4), (4, 2)], ids=str)
-def test_a_specialist_is_the_one_trained_alone(sizes):
-    mesh = mesh_of(*sizes)
-    run_epoch, states = compiled(mesh), sharding.init_members(init, keys(), mesh)
-    examples = sharding.put_examples(FIELDS, mesh, PER_MEMBER)
-    rows = examples["special"]
-    assert rows.sharding.shard_shape(rows.shape)[0] == MEMBERS // sizes[0]
-    assert examples["inputs"].sharding.is_fully_replicated
-    for epoch in range(2):
-        states, metrics = run_epoch(states, examples, keys(), {"learning_rate": LEARNING_RATES}, {})
-        assert metrics["loss"].shape == (MEMBERS, STEPS)
-        for member in range(MEMBERS):
-            found = jax.tree.map(lambda leaf, m=member: np.asarray(leaf)[m], (states, metrics))
-            state, sums = train_alone(member)[epoch]
-            tiny.assert_close(found[0].params, state.params, rtol=0, atol=1e-6)
-            tiny.assert_close(found[1], sums)
-            assert found[0].step == state.step == (epoch + 1) * STEPS
-
-
-def test_a_resumed_run_is_the_uninterrupted_one():
-    mesh = mesh_of(2, 2)
-    run_epoch = compiled(mesh)
-    examples = sharding.put_examples(FIELDS, mesh, PER_MEMBER)
-
-    def go_on(states, epochs):
-        for _ in range(epochs):
-            states, _ = run_epoch(states, examples, keys(), {"learning_rate": LEARNING_RATES}, {})
-        return jax.device_get(states)
-
-    whole = go_on(sharding.init_members(init, keys(), mesh), 3)
-    saved = go_on(sharding.init_members(init, keys(), mesh), 1)
-    tiny.assert_equal(go_on(jax.device_put(saved), 2), whole)
-    assert np.any(saved.params["output"]["kernel"] != whole.params["output"]["kernel"])
-
-
-def test_one_specialist_by_itself_is_a_member_too():
-    """One member isn't vmapped; its fields have a leading axis all the same."""
-    mesh = mesh_of(1, 1)
-    own = {name: field[2:3] if PER_MEMBER[name] else field for name, field in FIELDS.items()}
-    states, _ = compiled(mesh)(
-        sharding.init_members(init, keys()[2:3], mesh),
-        sharding.put_examples(own, mesh, PER_MEMBER),
-        keys()[2:3],
-        {"learning_rate": LEARNING_RATES[2:3]},
-        {},
+    shared = np.ones(2, np.float32)
+    net = train(
+        tmp_path,
+        examples=[tiny.examples(N, seed) for seed in (0, 1)],
+        loss=loss,
+        constants=[{"sign": np.float32(sign), "shared": shared} for sign in (1, -1)],
     )
-    found = jax.tree.map(lambda leaf: np.asarray(leaf)[0], states.params)
-    tiny.assert_close(found, train_alone(2)[0][0].params, rtol=0, atol=1e-6)
+    first = net.logits(tiny.examples(20, seed=7)["inputs"])[..., 0].mean(axis=-1)
+    start = MODEL.init(KEYS[0], jnp.zeros((1, 4, 4), jnp.uint8))
+    assert first[0] < first[1] and jax.tree.structure(start) == jax.tree.structure(net.params)
 
 
-def test_micro_batches_of_enriched_batches_train_the_same():
-    """Without dropout, whose masks would be others."""
-    plain = models.mlp([8], SETS.shape[1] + 1)
-    state = init(jax.random.key(1))
-    hyper = {"learning_rate": jnp.float32(0.1)}
-    found = [
-        jax.jit(
-            make(
-                train_step.make_train_step(plain, OPTIMIZER, train_step.label_loss, micro_batches=m)
-            )
-        )(state, of_member(1), jax.random.key(0), hyper)
-        for m in (1, 2)
-    ]
-    tiny.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+def test_nets_of_the_best_checkpoint_by_validation(tmp_path):
+    held_out = tiny.examples(12, seed=5)
+    net = train(tmp_path, selection="validation", evaluation={"validation_errors": held_out})
+    history = nets.read_meta(tmp_path)["history"]
+    wrong = net.logits(held_out["inputs"]).argmax(axis=-1) != held_out["label"]
+    assert history[-1]["validation_errors"] == wrong.sum(axis=-1).tolist()
+    with pytest.raises(UserError, match="no validation set is held out"):
+        train(tmp_path / "none", selection="validation")
+
+
+def test_parameters_to_start_from(trained, tmp_path):
+    _, net = trained
+    moved = train(tmp_path, start=net.params, hyper={"learning_rate": 0.0})
+    tiny.assert_equal(moved.params, net.params)
+
+
+def test_sizes_that_do_not_fit(tmp_path):
+    with pytest.raises(UserError, match="epochs 4 is not a multiple of report_every 3"):
+        train(tmp_path, recipe=trainer.Recipe(epochs=4, batch_size=8, report_every=3))
+    with pytest.raises(UserError, match="batch_size 31 is more than the 30 examples"):
+        train(tmp_path, recipe=trainer.Recipe(epochs=4, batch_size=31))
+    with pytest.raises(UserError, match="3 sets of examples for 2 keys"):
+        train(tmp_path, examples=[tiny.examples(N)] * 3)
