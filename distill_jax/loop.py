@@ -1,8 +1,8 @@
 """The training loop: the only one, and the only impure part of training.
 
-It runs units. A unit is one dispatch: a whole scanned epoch of a resident data set, or one step on a
-streamed batch. In go a function that runs a unit, and a state; out come checkpoints, records and
-progress.
+It runs units. A unit is one dispatch: scanned epochs of a resident data set, or a block of a streamed
+one. The loop takes a function that runs a unit, and a state. It writes checkpoints, keeps records and
+prints progress.
 """
 
 import os
@@ -22,7 +22,7 @@ from distill_jax.errors import Stopped, UserError
 from distill_jax.train_step import TrainState
 
 Record = dict[str, Any]
-"""What is known after a unit: "unit" (how many are done), "seconds" of training so far (with those
+"""What is recorded after a unit: "unit" (how many are done), "seconds" of training so far (with those
 before a resumption), "step", "train_loss" and "train_errors" (share of the unit's examples) per
 member, and what `evaluate` measured."""
 
@@ -36,17 +36,18 @@ def fit(
     advance: Advance,
     state: TrainState,
     units: int,
+    *,
     evaluate: Callable[[TrainState], dict[str, Array]] | None = None,
     manager: ocp.CheckpointManager | None = None,
     save_every: int = 1,
     best_metric: str | None = None,
     on_record: Sequence[Callable[[Record], None]] = (),
 ) -> tuple[TrainState, list[Record]]:
-    """Trains until `units` are done, going on from the newest good checkpoint.
+    """Trains until `units` are done, resuming from the newest good checkpoint.
 
-    A unit's metrics are fetched after the next one was dispatched, so that logging never makes the
-    device wait. So is the word of all processes on whether one was asked to stop (SIGTERM): then the
-    unit that was dispatched last is finished and saved, on all of them together.
+    A unit's metrics are fetched after the next unit is dispatched, so that logging never makes the
+    device wait. The same holds for the processes' agreement on whether one was asked to stop (SIGTERM):
+    then the unit that was dispatched last is finished and saved, on all of them together.
 
     Args:
         advance: runs one unit; a function of the state and the unit's number alone, so that a resumed

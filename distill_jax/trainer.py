@@ -175,7 +175,7 @@ def train(
     init_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     states = _start(model, optimizer, mesh, init_keys if start is None else start, sample)
     shared = (train_keys, _numbers(hyper, len(keys)), _stack(constants))
-    advance = _advance(recipe, step, mesh, sets, reader, shared)
+    advance = _advance(recipe, step, mesh, sets, reader=reader, shared=shared)
     best = BEST if BEST in evaluation else None
     if selection == "validation" and best is None:
         raise UserError("selection is 'validation', but no validation set is held out")
@@ -289,6 +289,7 @@ def _advance(
     step: steps_of.TrainStep,
     mesh: Any,
     examples: Sequence[Examples] | Stream,
+    *,
     reader: Reader,
     shared: tuple[Array, dict[str, Array], tuple[dict[str, Any], dict[str, bool]]],
 ) -> loop.Advance:

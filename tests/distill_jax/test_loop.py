@@ -57,9 +57,9 @@ def advance(state, unit):
 def fit(units, directory=None, advance=advance, **kwargs):
     state = fresh(jax.random.key(0))
     if directory is None:
-        return loop.fit(advance, state, units, evaluate, **kwargs)
+        return loop.fit(advance, state, units, evaluate=evaluate, **kwargs)
     with checkpoints.open_dir(directory, kwargs.get("best_metric")) as manager:
-        return loop.fit(advance, state, units, evaluate, manager, **kwargs)
+        return loop.fit(advance, state, units, evaluate=evaluate, manager=manager, **kwargs)
 
 
 def timeless(history):
@@ -145,7 +145,9 @@ def test_saves_every_so_often_and_at_the_end(tmp_path):
             saved.append(manager.latest_step())
             return advance(state, unit)
 
-        loop.fit(noted, fresh(jax.random.key(0)), 5, evaluate, manager, save_every=2)
+        loop.fit(
+            noted, fresh(jax.random.key(0)), 5, evaluate=evaluate, manager=manager, save_every=2
+        )
     assert saved == [None, None, 2, 2, 4]
     assert steps_in(tmp_path) == [4, 5]
 
@@ -159,7 +161,7 @@ def test_the_best_is_kept(tmp_path):
 
     with checkpoints.open_dir(tmp_path, "error") as manager:
         state = fresh(jax.random.key(0))
-        loop.fit(advance, state, 5, worsen, manager, best_metric="error")
+        loop.fit(advance, state, 5, evaluate=worsen, manager=manager, best_metric="error")
         best = checkpoints.restore_best(manager, fresh(jax.random.key(0)), "error")
     assert steps_in(tmp_path) == [2, 4, 5]
     assert best.step == 2 and best.history[-1]["error"] == [0.0, 2.0]
@@ -213,7 +215,7 @@ def test_members_are_recorded_one_by_one_and_a_bad_one_is_named():
                 states.params["output"]["kernel"] = kernel
             return ADVANCE_MEMBERS(states, make_examples(), keys, tiny.hyper())
 
-        return loop.fit(advance, fresh_members(keys), 2, evaluate_members)
+        return loop.fit(advance, fresh_members(keys), 2, evaluate=evaluate_members)
 
     _, history = train()
     for name in ("step", "train_loss", "train_errors", "test_errors"):
