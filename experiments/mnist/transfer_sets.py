@@ -1,67 +1,169 @@
-"""Transfer sets that lack whole classes, and biases put right afterwards (section 3)."""
+"""Transfer sets that lack classes, most examples or labels; biases put right afterwards (section 3)."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import train_step
+from distill_jax import soft_targets, train_step
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
+from distill_jax.nets import Net
 from experiments.common.study import Context, Row, make_row
 from experiments.mnist import bias
-from experiments.mnist.nets import load_data, train, with_soft_targets
+from experiments.mnist.data import load_data, with_soft_targets
+from experiments.mnist.nets import changed, error_row, errors_by_variant, train
 
-Published = dict[str, tuple[float | None, float | None]]
-"""The paper's value of a metric as learned, and with the bias that is best on the test set."""
+
+class Omission(NamedTuple):
+    """A transfer set without some classes, or without all others.
+
+    table, row, shifted: the table, its row, and what the row of shifted biases adds. classes: those
+    whose biases are shifted. shifts: that are tried. published: the paper's value of each metric as
+    learned, and with the bias that is best on the test set.
+    """
+
+    table: str
+    row: str
+    shifted: str
+    classes: tuple[int, ...]
+    shifts: np.ndarray
+    published: dict[str, tuple[float | None, float | None]]
+
+
+WITHOUT_3 = Omission(
+    "mnist_without_3",
+    "without 3s",
+    "bias of 3 shifted",
+    (3,),
+    bias.SHIFTS,
+    {"test_errors": (206, 109), "errors_on_3": (133, 14), "bias_shift": (None, 3.5)},
+)
+ONLY_7_8 = Omission(
+    "mnist_only_7_8",
+    "only 7s and 8s",
+    "biases of 7 and 8 shifted",
+    (7, 8),
+    -bias.SHIFTS,
+    {"test_error_percent": (47.3, 13.2), "bias_shift": (None, -7.6)},
+)
 
 
 def without_3(context: Context) -> list[Row]:
     """Distilled without any 3, then with the bias of 3 raised."""
-    return _omission(
-        context,
-        context.config.omissions.epochs,
-        ("mnist_without_3", "without 3s", "bias of 3 shifted"),
-        [3],
-        lambda examples: transfer.without_classes(examples, [3]),
-        bias.SHIFTS,
-        {"test_errors": (206, 109), "errors_on_3": (133, 14), "bias_shift": (None, 3.5)},
-    )
+    nets = _train_on_some(context, WITHOUT_3, transfer.without_classes, context.config.omissions)
+    return _omission_rows(context, WITHOUT_3, nets)
 
 
 def only_7_8(context: Context) -> list[Row]:
     """Distilled from 7s and 8s alone, then with both biases lowered."""
-    return _omission(
+    net = context.config.omissions
+    net = changed(net, epochs=net.only_7_8_epochs)
+    nets = _train_on_some(context, ONLY_7_8, transfer.only_classes, net)
+    return _omission_rows(context, ONLY_7_8, nets)
+
+
+def fractions(context: Context) -> list[Row]:
+    """Hard against soft targets on ever less data, for as many steps."""
+    config = context.config
+    net = config.fractions
+    full = with_soft_targets(context, load_data(config).train, net.temperature)
+    rows = []
+    for percent in net.percentages:
+        examples = [
+            transfer.fraction(fields, percent / 100, config.data.seed + s)
+            for s, fields in enumerate(full)
+        ]
+        size = len(examples[0]["id"])
+        nets = train(
+            context,
+            f"percent_{percent:g}",
+            changed(net, batch_size=min(net.batch_size, size)),
+            examples,
+            train_step.distillation_loss,
+            variants=[{"temperature": net.temperature, "hard_weight": hard} for hard in (1.0, 0.0)],
+            passes=max(1, round(len(full[0]["id"]) / size)),
+        )
+        for targets, errors in zip(("hard", "soft"), errors_by_variant(nets, 2), strict=True):
+            rows.append(
+                make_row(
+                    config,
+                    "mnist_fraction",
+                    f"{targets} targets, {percent:g} % of the training set",
+                    "test_errors",
+                    errors,
+                    nets.seconds / 2,
+                    fraction=percent,
+                    targets=targets,
+                )
+            )
+    return rows
+
+
+def unlabelled(context: Context) -> list[Row]:
+    """A teacher of one half with labels; students of the other half without."""
+    config, data = context.config, load_data(context.config)
+    net = config.unlabelled
+    half = len(data.train["id"]) // 2
+    theirs, ours = transfer.hold_out(data.train, half, config.data.seed)
+    teachers = train(
         context,
-        context.config.omissions.only_7_8_epochs,
-        ("mnist_only_7_8", "only 7s and 8s", "biases of 7 and 8 shifted"),
-        [7, 8],
-        lambda examples: transfer.only_classes(examples, [7, 8]),
-        -bias.SHIFTS,
-        {"test_error_percent": (47.3, 13.2), "bias_shift": (None, -7.6)},
+        "teacher_half",
+        changed(config.teacher, epochs=net.teacher_epochs),
+        [theirs] * len(config.seeds),
+        train_step.label_loss,
+    )
+    rows = [error_row(context, "mnist_unlabelled", "teacher, labels of one half", teachers)]
+    targets = [
+        soft_targets.make(
+            teachers.member(s).logits(ours["inputs"]), ours, f"half teacher, seed {seed}"
+        )
+        for s, seed in enumerate(config.seeds)
+    ]
+    for share in (0.0, net.labels_known):
+        partly = transfer.labels_known(ours, share, config.data.seed)
+        nets = train(
+            context,
+            f"known_{share:g}",
+            net,
+            [soft_targets.attach(partly, own, net.temperature) for own in targets],
+            train_step.distillation_loss,
+            variants=[
+                {"temperature": net.temperature, "hard_weight": net.hard_weight if share else 0.0}
+            ],
+        )
+        known = f"{share:.0%} of the labels" if share else "no labels"
+        row = f"distilled, other half, {known}"
+        rows.append(error_row(context, "mnist_unlabelled", row, nets))
+    return rows
+
+
+def _train_on_some(
+    context: Context,
+    what: Omission,
+    select: Callable[[Examples, Sequence[int]], Examples],
+    net: ConfigDict,
+) -> Net:
+    examples = with_soft_targets(context, load_data(context.config).train, net.temperature)
+    return train(
+        context,
+        "student",
+        net,
+        [select(e, what.classes) for e in examples],
+        train_step.distillation_loss,
+        variants=[{"temperature": net.temperature, "hard_weight": net.hard_weight}],
     )
 
 
-def _omission(
-    context: Context,
-    epochs: int,
-    names: tuple[str, str, str],
-    classes: Sequence[int],
-    select: Callable[[Examples], Examples],
-    shifts: np.ndarray,
-    published: Published,
-) -> list[Row]:
+def _omission_rows(context: Context, what: Omission, nets: Net) -> list[Row]:
     """Rows as learned, and with the classes' biases shifted three ways.
 
     By what is best on the test set, as in the paper; and, ours, from the classes' prior, without a
     label; and by what is best on validation data, where some are held out.
     """
     config, data = context.config, load_data(context.config)
-    table, label, shifted = names
-    net = ConfigDict({**config.omissions.to_dict(), "epochs": epochs})
-    examples = [select(e) for e in with_soft_targets(context, data.train, net.temperature)]
-    variant = {"temperature": net.temperature, "hard_weight": net.hard_weight}
-    nets = train(context, "student", net, examples, train_step.distillation_loss, [variant])
+    classes, shifts = what.classes, what.shifts
     prior = float(np.isin(data.train["label"], classes).mean())
 
     def by_validation(seed: int) -> float:
@@ -70,20 +172,20 @@ def _omission(
 
     on_test = [nets.member(s).logits(data.test["inputs"]) for s in range(len(config.seeds))]
     ways: list[tuple[str, str | None, Callable[[int], float]]] = [
-        (label, None, lambda s: 0.0),
+        (what.row, None, lambda s: 0.0),
         (
-            f"{label}, {shifted} (best on test)",
+            f"{what.row}, {what.shifted} (best on test)",
             "test",
             lambda s: bias.best_shift(on_test[s], data.test["label"], classes, shifts),
         ),
         (
-            f"{label}, {shifted} (class prior)",
+            f"{what.row}, {what.shifted} (class prior)",
             None,
             lambda s: bias.prior_shift(nets.member(s).logits(data.train["inputs"]), classes, prior),
         ),
     ]
     if len(data.validation["id"]):
-        ways.append((f"{label}, {shifted} (validation)", "validation", by_validation))
+        ways.append((f"{what.row}, {what.shifted} (validation)", "validation", by_validation))
     rows = []
     for place, (row, selection, find_shift) in enumerate(ways):
         chosen = [find_shift(s) for s in range(len(config.seeds))]
@@ -91,13 +193,13 @@ def _omission(
             _measure(logits, data.test["label"], classes, shift)
             for logits, shift in zip(on_test, chosen, strict=True)
         ]
-        for metric, paper in published.items():
+        for metric, paper in what.published.items():
             if place == 0 and metric == "bias_shift":
                 continue
             values = [numbers[metric] for numbers in measured]
             value = paper[place] if place < 2 else None
             rows.append(
-                make_row(config, table, row, metric, values, nets.seconds, value, selection)
+                make_row(config, what.table, row, metric, values, nets.seconds, value, selection)
             )
     return rows
 

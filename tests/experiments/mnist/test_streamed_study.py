@@ -17,8 +17,9 @@ from distill_jax.errors import UserError
 from distill_jax.nets import read_meta
 from experiments.common.members import curve
 from experiments.common.study import read_json
-from experiments.mnist import nets, study
+from experiments.mnist import study
 from experiments.mnist.config import get_config
+from experiments.mnist.data import load_data, open_data
 
 
 def config_of(data_dir, block_examples=70):
@@ -76,9 +77,9 @@ def test_the_study_streams(data_dir, streamed):
         assert own["epoch"] == pytest.approx(np.arange(1, 7) / 3)
         assert np.mean(own["train_loss"][-1]) < np.mean(own["train_loss"][0])
         assert np.shape(own["validation_errors"]) == (len(own["epoch"]), 2)
-    data = nets.open_data(config_of(data_dir))
+    data = open_data(config_of(data_dir))
     assert data.train == {} and data.streamed.size == 170
-    whole = nets.load_data(config_of(data_dir, block_examples=0))
+    whole = load_data(config_of(data_dir, block_examples=0))
     tiny.assert_equal(data.streamed.read(np.arange(170)), whole.train)
     tiny.assert_equal(data.validation, whole.validation)
     for seed in (0, 1):
@@ -88,11 +89,11 @@ def test_the_study_streams(data_dir, streamed):
 
 
 class Killed(BaseException):
-    """No stage can go on after it."""
+    """No stage can continue after it."""
 
 
-def test_a_killed_study_goes_on_to_the_same_numbers(data_dir, streamed, tmp_path, monkeypatch):
-    """Killed in the second epoch of the last stage, which goes on from its last checkpoint."""
+def test_a_killed_study_resumes_to_the_same_numbers(data_dir, streamed, tmp_path, monkeypatch):
+    """Killed in the second epoch of the last stage, which resumes from its last checkpoint."""
     finished, expected = streamed
     workdir = tmp_path / "work"
     shutil.copytree(finished, workdir)
@@ -119,7 +120,7 @@ def test_a_killed_study_goes_on_to_the_same_numbers(data_dir, streamed, tmp_path
 
 
 def test_stages_that_cut_the_set_up_hold_it_in_memory(data_dir):
-    data = nets.load_data(config_of(data_dir))
+    data = load_data(config_of(data_dir))
     assert data.streamed is None and len(data.train["id"]) == 170
 
 
@@ -127,4 +128,4 @@ def test_the_embedded_set_is_not_streamed():
     config = get_config("smoke")
     config.data.block_examples = 1000
     with pytest.raises(UserError, match=r"block_examples is 1000, but only tfds: .* embedded"):
-        nets.open_data(config)
+        open_data(config)

@@ -1,0 +1,153 @@
+"""The teacher, its soft targets, and nets that are trained with and without them (section 3)."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from distill_jax import losses, soft_targets, train_step
+from distill_jax.data.images import Examples
+from distill_jax.nets import Net, load
+from experiments.common.study import Context, Row, make_row, write_json
+from experiments.mnist.data import (
+    load_data,
+    training_parts,
+    training_set,
+    training_set_with_targets,
+    with_soft_targets,
+)
+from experiments.mnist.nets import changed, error_row, errors_by_variant, train
+
+
+def teacher(context: Context) -> list[Row]:
+    """The large net: two layers of 1200, dropout, weight constraints and jitter (67 errors)."""
+    return _train_on_labels(context, "teacher", 67)
+
+
+def baseline(context: Context) -> list[Row]:
+    """The small net with no regularisation (146 errors)."""
+    return _train_on_labels(context, "baseline", 146)
+
+
+def _train_on_labels(context: Context, name: str, paper: float) -> list[Row]:
+    net = context.config[name]
+    examples = training_set(context.config, net)
+    nets = train(context, name, net, examples, train_step.label_loss)
+    return [error_row(context, "mnist", f"{name} 2x{net.hidden[0]}", nets, paper)]
+
+
+def make_soft_targets(context: Context) -> list[Row]:
+    """Every seed's teacher's logits over the training set, kept by example id."""
+    config = context.config
+    nets = load(context.inputs["teacher"] / "teacher")
+    for s, seed in enumerate(config.seeds):
+        net = nets.member(s)
+        parts: list[soft_targets.SoftTargets] = []
+        for examples in training_parts(config):
+            logits = net.logits(examples["inputs"])
+            if s == 0 and not parts:
+                write_json(context.directory / "digits.json", _telling_digits(examples, logits))
+            parts.append(soft_targets.make(logits, examples, net.fingerprint))
+        soft_targets.save(context.directory / f"seed_{seed}", _joined(parts))
+    return []
+
+
+def _joined(parts: list[soft_targets.SoftTargets]) -> soft_targets.SoftTargets:
+    """One teacher's soft targets of all parts of a set."""
+    return soft_targets.SoftTargets(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.digests for part in parts]),
+        np.concatenate([part.logits for part in parts]),
+        parts[0].meta,
+    )
+
+
+def distilled(context: Context) -> list[Row]:
+    """The small net regularised solely by soft targets (74 errors)."""
+    net = context.config.distilled
+    nets = _distil(context, "distilled", train_step.distillation_loss, net.hard_weight)
+    row = f"distilled 2x{net.hidden[0]}, T={net.temperature:g}"
+    return [error_row(context, "mnist", row, nets, 74)]
+
+
+def alternatives(context: Context) -> list[Row]:
+    """The same net without labels, with label-modified soft targets, and by matching logits."""
+    net = context.config.distilled
+    at = f"T={net.temperature:g}"
+    ways = (
+        ("soft_only", f"soft targets only, {at}", train_step.distillation_loss, 0.0),
+        (
+            "label_modified",
+            f"label-modified soft targets, {at}",
+            train_step.label_modified_loss,
+            net.hard_weight,
+        ),
+        ("logit_matching", "logit matching", train_step.logit_matching_loss, 0.0),
+    )
+    return [
+        error_row(context, "mnist", row, _distil(context, name, loss, hard_weight))
+        for name, row, loss, hard_weight in ways
+    ]
+
+
+def _distil(context: Context, name: str, loss: train_step.Loss, hard_weight: float) -> Net:
+    net = context.config.distilled
+    examples = training_set_with_targets(context, net)
+    variant = {"temperature": net.temperature, "hard_weight": hard_weight}
+    return train(context, name, net, examples, loss, variants=[variant])
+
+
+def sweep(context: Context) -> list[Row]:
+    """Widths times temperatures; all temperatures and seeds of a width are one vmapped program."""
+    config = context.config
+    net = config.sweep
+    examples = with_soft_targets(context, load_data(config).train, None)
+    variants = [{"temperature": t, "hard_weight": net.hard_weight} for t in net.temperatures]
+    rows = []
+    for width in net.widths:
+        nets = train(
+            context,
+            f"width_{width}",
+            changed(net, hidden=(width, width)),
+            examples,
+            train_step.distillation_loss,
+            variants=variants,
+        )
+        for temperature, errors in zip(
+            net.temperatures, errors_by_variant(nets, len(variants)), strict=True
+        ):
+            rows.append(
+                make_row(
+                    config,
+                    "mnist_temperature",
+                    f"2x{width}, T={temperature:g}",
+                    "test_errors",
+                    errors,
+                    nets.seconds / len(variants),
+                    width=width,
+                    temperature=temperature,
+                )
+            )
+    return rows
+
+
+def _telling_digits(examples: Examples, logits: np.ndarray) -> list[dict[str, Any]]:
+    """The 2s that the teacher thinks most like a 3 and most like a 7 (section 1), and others' like."""
+    labels = examples["label"]
+    right = logits.argmax(axis=-1) == labels
+    rows = []
+    for label, other in ((2, 3), (2, 7), (4, 9), (8, 5)):
+        candidates = np.flatnonzero(right & (labels == label))
+        if len(candidates):
+            rows.append(int(candidates[logits[candidates, other].argmax()]))
+    return [
+        {
+            "inputs": examples["inputs"][row].tolist(),
+            "label": int(labels[row]),
+            "soft_targets": {
+                str(t): np.asarray(losses.softmax(jax.numpy.asarray(logits[row]), t)).tolist()
+                for t in (1, 20)
+            },
+        }
+        for row in rows
+    ]
