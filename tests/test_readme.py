@@ -14,7 +14,7 @@ PRINTED = (
     r"loss \d+\.\d+\n",
     r"\d+ bytes an example, not 20000\n",
     r"loss \d+\.\d+, gradient \(64, 14000\)\n",
-    r"\(500, 30\) \d+\n",
+    r"(net: \d/2.*\n)+\(3000, 30\) \d\d % to \d\d %\n",
 )
 
 

@@ -220,6 +220,16 @@ def random_sets(num_classes: int, k: int, size: int, key: Array) -> Array:
     return jnp.sort(orders[:, :size].astype(jnp.int32), axis=1)
 
 
+def check_class_sets(class_sets: np.ndarray, num_classes: int) -> None:
+    """Raises a UserError unless all classes are in 0..C, C being padding."""
+    wrong = class_sets[(class_sets < 0) | (class_sets > num_classes)]
+    if len(wrong):
+        raise UserError(
+            f"class_sets name class {wrong[0]}; there are {num_classes}, so expected 0 to "
+            f"{num_classes - 1}, or {num_classes} for padding"
+        )
+
+
 def check_disjoint(sets: ArrayLike, num_classes: int) -> None:
     """Makes sure that no class is in two of the sets `[K, S]`.
 

@@ -1,13 +1,8 @@
-r"""What a specialist is trained on, and what its outputs then mean: sections 5.2 and 6.1 of the paper.
+r"""The examples that a specialist is trained on, and the correction for them (section 5.2 of the paper).
 
-A specialist of S classes tells them apart and puts all others in a dustbin, its class S. It starts as
-the generalist and sees batches of which half are examples of its classes. For K specialists at a time
-every function here is vmapped over sets int32 `[K, S]`; a smaller set is padded with C at its end.
-
-The dustbin has two forms. It is a unit of its own, which `reduce_output` starts; the paper's "one
-logit". Or the generalist's output layer is kept whole, and the dustbin's logit is the log-sum-exp of
-all logits that it stands for (`collapse`, `collapsed_loss`). Such a specialist starts as exactly the
-generalist; one unit can't be the log-sum-exp of many, least of all above few hidden units.
+Half of each batch are examples of the specialist's special classes, the other half are drawn from the
+rest of the training set. For K specialists every function here is vmapped over sets int32 `[K, S]`; a
+smaller set is padded with C at its end.
 
 The correction. Let pi be the share of special examples in the training set. Batches have the priors
 1/2 and 1/2 in place of pi and 1 - pi, and inside either half the classes keep their proportions. By
@@ -21,6 +16,7 @@ oversampled" (section 5.2), which is `(1/2 / pi) / (1/2 / (1 - pi))`.
 """
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,38 +24,75 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses
+from distill_jax import trainer
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists.clustering import pad_sets
-from distill_jax.train_step import Batch, Constants, Hyper
+from distill_jax.specialists.heads import Head
 
 
-def dustbin_labels(class_set: Array, num_classes: int) -> Array:
-    """The specialist's label for each of the generalist's classes.
+class Enriched(NamedTuple):
+    """What K specialists of a generalist are trained on, for `trainer.train`.
+
+    examples: of each, "inputs" `[N, ...]` and "label" `[N]` with its own rows (`draw_enriched`).
+    constants: of each, for the losses of heads. corrections: float32 `[K]`, of their dustbins.
+    """
+
+    examples: list[dict[str, Any]]
+    constants: list[dict[str, Any]]
+    corrections: np.ndarray
+
+
+def enrich(
+    examples: Mapping[str, np.ndarray],
+    class_sets: np.ndarray,
+    num_classes: int,
+    *,
+    head: Head,
+    generalist: Params,
+) -> Enriched:
+    """What the specialists of some class sets are trained on, with `READER`.
 
     Args:
-        class_set: int32 `[S]`, padded with C.
+        examples: the training set, "inputs" `[N, ...]` and "label" int `[N]`, -1 where unknown.
+        class_sets: int32 `[K, S]`, padded with C.
         num_classes: C.
+        head: of all specialists.
+        generalist: its parameters, for a head that has it as teacher.
 
-    Returns:
-        int32 `[C]`: a class's place in the set, or S, the dustbin, if it is not there.
+    Raises:
+        UserError: as `enriched_rows`.
+
+    Examples:
+        >>> import numpy as np
+        >>> from distill_jax.specialists import heads
+        >>> examples = {"inputs": np.zeros((4, 8)), "label": np.array([0, 1, 2, 1])}
+        >>> sets = np.array([[0], [1]], np.int32)
+        >>> found = enrich(examples, sets, 3, head=heads.UNIT, generalist={})
+        >>> found.examples[1]["label"].tolist(), found.corrections.round(2).tolist()
+        ([1, 0, 1, 0], [1.100000023841858, 0.0])
     """
-    size = len(class_set)
-    labels = jnp.full(num_classes, size, jnp.int32)
-    return labels.at[class_set].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
-
-
-def to_dustbin(batch: Batch, targets: Array) -> Batch:
-    """A batch with the specialist's labels: `targets` `[C]` from `dustbin_labels`; -1 stays -1."""
-    label = batch["label"]
-    return {**batch, "label": jnp.where(label >= 0, targets[label], label)}
+    labels = examples["label"]
+    fields = stack_rows([enriched_rows(labels, one, num_classes) for one in class_sets])
+    own = [
+        {
+            "inputs": examples["inputs"],
+            "label": np.asarray(
+                head.labels(jnp.asarray(labels), jnp.asarray(class_set), num_classes)
+            ),
+            **{name: field[k] for name, field in fields.items()},
+        }
+        for k, class_set in enumerate(class_sets)
+    ]
+    constants = [{"class_set": class_set, "teacher": generalist} for class_set in class_sets]
+    corrections = dustbin_correction(fields["special_count"], fields["other_count"])
+    return Enriched(own, constants, np.asarray(corrections))
 
 
 def enriched_rows(
     labels: np.ndarray, class_set: ArrayLike, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the two halves of a specialist's batches are drawn from.
+    """The rows that the two halves of a specialist's batches are drawn from.
 
     Args:
         labels: int `[N]`; a row of label -1, unknown, is in neither half.
@@ -72,6 +105,12 @@ def enriched_rows(
     Raises:
         UserError: naming a class of the set without any example, or if no example is left for the
             dustbin.
+
+    Examples:
+        >>> import numpy as np
+        >>> special, other = enriched_rows(np.array([0, 1, 2, 1, -1]), [1, 2], num_classes=3)
+        >>> special.tolist(), other.tolist()
+        ([1, 2, 3], [0])
     """
     labels, class_set = np.asarray(labels), np.asarray(class_set)
     missing = np.setdiff1d(class_set[class_set < num_classes], labels)
@@ -96,6 +135,13 @@ def stack_rows(rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarra
     Returns:
         "special" int32 `[K, n]` and "other" int32 `[K, m]`, padded with -1 at their end, and the real
         numbers of rows "special_count" and "other_count", int32 `[K]`.
+
+    Examples:
+        >>> import numpy as np
+        >>> labels = np.array([0, 1, 2, 1])
+        >>> fields = stack_rows([enriched_rows(labels, [c], 3) for c in (0, 1)])
+        >>> fields["special"].tolist(), fields["special_count"].tolist()
+        ([[0, -1], [1, 3]], [1, 2])
     """
     stacked = {}
     for name, parts in zip(("special", "other"), zip(*rows, strict=True), strict=True):
@@ -121,6 +167,13 @@ def draw_enriched(examples: Mapping[str, Array], key: Array, steps: int, batch_s
 
     Raises:
         UserError: for an odd batch size.
+
+    Examples:
+        >>> import jax, numpy as np
+        >>> fields = stack_rows([enriched_rows(np.array([0, 1, 2, 1]), [1], 3)])
+        >>> one = jax.tree.map(lambda field: jax.numpy.asarray(field[0]), fields)
+        >>> draw_enriched(one, jax.random.key(0), steps=3, batch_size=4).shape
+        (3, 4)
     """
     if batch_size % 2:
         raise UserError(f"batch_size of a specialist must be even to halve it, not {batch_size}")
@@ -135,7 +188,7 @@ def draw_enriched(examples: Mapping[str, Array], key: Array, steps: int, batch_s
 
 
 def dustbin_correction(num_special: ArrayLike, num_other: ArrayLike) -> Array:
-    """What the dustbin's logit is incremented by after training: `log((1 - pi) / pi)`, see above.
+    """What is added to the dustbin's logit after training: `log((1 - pi) / pi)`, see above.
 
     Args:
         num_special: examples of the special classes in the training set, above 0; `[]` or `[K]`.
@@ -143,160 +196,19 @@ def dustbin_correction(num_special: ArrayLike, num_other: ArrayLike) -> Array:
 
     Returns:
         float32 of that shape, in nats; negative where special examples are the majority.
+
+    Examples:
+        >>> float(dustbin_correction(50, 50))
+        0.0
     """
     return jnp.log(jnp.asarray(num_other, jnp.float32) / jnp.asarray(num_special, jnp.float32))
 
 
-def correct_dustbin(logits: Array, correction: ArrayLike) -> Array:
-    """Logits `[..., S + 1]` of a specialist with the dustbin's, the last, corrected: float32."""
-    return logits.astype(jnp.float32).at[..., -1].add(correction)
+def _take_rows(examples: Mapping[str, Array], rows: Array) -> dict[str, Array]:
+    return {name: examples[name][rows] for name in ("inputs", "label")}
 
 
-def correct_others(logits: Array, class_set: Array, correction: ArrayLike) -> Array:
-    """The same for a specialist with a full softmax (section 6.1): all other classes are corrected.
-
-    Args:
-        logits: `[..., C]`.
-        class_set: int32 `[S]`, padded with C.
-        correction: scalar, from `dustbin_correction`.
-
-    Returns:
-        float32 `[..., C]`.
-    """
-    outside = jnp.broadcast_to(_outside(class_set, logits.shape[-1]), logits.shape)
-    return logits.astype(jnp.float32) + jnp.where(outside, correction, 0.0)
-
-
-def reduce_output(params: Params, class_set: Array, num_classes: int) -> Params:
-    """The generalist's parameters with its output layer cut down to S classes and a dustbin.
-
-    The special classes keep their logits. The dustbin's should be the log-sum-exp of the n logits that
-    it stands for, which is no linear layer; it starts as their mean plus log n. That is the
-    log-sum-exp's first-order expansion about equal logits: exact there, and nowhere more.
-
-    The place of a padded class has a bias of -inf, so never any probability nor gradient. Such biases
-    can't be decayed.
-
-    Args:
-        params: of a network with {"output": {"kernel": `[D, C]`, "bias": `[C]`}}; all else is kept.
-        class_set: int32 `[S]`, padded with C. Without any class outside it the dustbin is -inf too.
-        num_classes: C.
-
-    Returns:
-        Parameters with {"output": {"kernel": `[D, S + 1]`, "bias": `[S + 1]`}}.
-
-    Raises:
-        UserError: if the output layer has another number of classes.
-    """
-    kernel, bias = params["output"]["kernel"], params["output"]["bias"]
-    if kernel.shape[-1:] != (num_classes,) or bias.shape != (num_classes,):
-        raise UserError(
-            f"the generalist's output has kernel {kernel.shape} and bias {bias.shape}; expected "
-            f"[D, {num_classes}] and [{num_classes}]"
-        )
-    outside = _outside(class_set, num_classes)
-    count = jnp.sum(outside, dtype=bias.dtype)
-    shares = outside.astype(bias.dtype) / jnp.maximum(count, 1)
-    dustbin_kernel = jnp.matmul(kernel, shares, precision="highest")
-    dustbin_bias = jnp.dot(bias, shares, precision="highest") + jnp.log(count)
-    special_kernel = jnp.take(kernel, class_set, axis=1, mode="fill", fill_value=0.0)
-    special_bias = jnp.take(bias, class_set, mode="fill", fill_value=-jnp.inf)
-    output = {
-        "kernel": jnp.concatenate([special_kernel, dustbin_kernel[:, None]], axis=1),
-        "bias": jnp.append(special_bias, dustbin_bias),
-    }
-    return {**params, "output": output}
-
-
-def collapse(logits: Array, class_set: Array) -> Array:
-    """Logits of all classes as those of a set and a dustbin: probabilities outside are summed.
-
-    Args:
-        logits: `[..., C]`.
-        class_set: int32 `[S]`, padded with C.
-
-    Returns:
-        float32 `[..., S + 1]`: the set's, in its order (-inf where padded), and last the log-sum-exp
-        of all others (-inf if there are none).
-    """
-    logits = logits.astype(jnp.float32)
-    special = jnp.take(logits, class_set, axis=-1, mode="fill", fill_value=-jnp.inf)
-    outside = jnp.broadcast_to(_outside(class_set, logits.shape[-1]), logits.shape)
-    # Masked before the sum, and also where it is -inf, so that no gradient is NaN if all of it is.
-    others = jnp.where(outside & (logits > -jnp.inf), logits, -jnp.inf)
-    dustbin = jax.nn.logsumexp(others, axis=-1)
-    return jnp.concatenate([special, dustbin[..., None]], axis=-1)
-
-
-def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
-    """Cross-entropy of collapsed logits with the specialist's label (`dustbin_labels`).
-
-    With lse the log-sum-exp, `lse(z) - z_y` for an example of a special class y, and
-    `lse(z) - lse(z outside the set)` for any other.
-
-    Args:
-        logits: `[B, C]` of the specialist.
-        batch: with "label" int32 `[B]`, of the generalist's classes, all known, and "class_set" int32
-            `[B, S]`, padded with C, the same for every example (rows, so that a batch can be cut).
-        hyper: not read.
-
-    Returns:
-        `[B]` float32, in nats.
-
-    Raises:
-        UserError: naming fields that the batch lacks.
-    """
-    _check_fields(
-        batch,
-        ("label", "class_set"),
-        "a collapsed specialist needs the generalist's labels, and the set of its own classes",
-    )
-    class_set = batch["class_set"][0]
-    targets = dustbin_labels(class_set, logits.shape[-1])
-    collapsed = collapse(logits, class_set)
-    return losses.hard_cross_entropy(collapsed, targets[batch["label"]])
-
-
-def full_softmax_loss(
-    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
-) -> Array:
-    """Hard targets for special classes, the generalist's soft targets for all others (section 6.1).
-
-    For specialists with a full softmax, which so keep what the generalist knows of the other classes.
-    The soft targets are at `hyper["temperature"]`, and their cross-entropy is times its square.
-
-    Args:
-        logits: `[B, C]` of the specialist.
-        batch: with "label" int32 `[B]`, "is_special" bool `[B]` and "teacher_logits" `[B, C]`, the
-            generalist's.
-        hyper: with "temperature".
-
-    Returns:
-        `[B]` float32, in nats.
-
-    Raises:
-        UserError: naming fields that the batch lacks.
-    """
-    _check_fields(
-        batch,
-        ("is_special", "teacher_logits"),
-        "a specialist with a full softmax needs to know which examples are special, and the "
-        "generalist's logits",
-    )
-    special, temperature = batch["is_special"], hyper["temperature"]
-    hard = losses.hard_cross_entropy(logits, jnp.where(special, batch["label"], 0))
-    targets = losses.softmax(batch["teacher_logits"], temperature)
-    return jnp.where(special, hard, losses.soft_cross_entropy(logits, targets, temperature))
-
-
-def _outside(class_set: Array, num_classes: int) -> Array:
-    """The classes that are not in a set: bool `[C]`."""
-    return jnp.ones(num_classes, bool).at[class_set].set(False, mode="drop")
-
-
-def _check_fields(batch: Batch, names: tuple[str, ...], reason: str) -> None:
-    missing = [name for name in names if name not in batch]
-    if missing:
-        raise UserError(
-            f"the batch has no {' and no '.join(missing)}, only {sorted(batch)}: {reason}"
-        )
+READER = trainer.PLAIN._replace(
+    gather=_take_rows, draw=draw_enriched, size=lambda fields: 2 * fields["special"].shape[-1]
+)
+"""How `trainer.train` reads `Enriched.examples`; an epoch is one pass over the special ones."""

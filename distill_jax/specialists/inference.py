@@ -9,8 +9,8 @@ the order of the set (-inf where padded), and the dustbin's last.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,10 @@ from jax.typing import ArrayLike
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists import eq5
+from distill_jax.specialists.clustering import check_class_sets
+from distill_jax.specialists.store import Specialists
+
+_ROWS = 4096  # examples whose specialists' logits are in memory at a time
 
 
 class Evidence(NamedTuple):
@@ -92,56 +96,105 @@ def gather_active(
 
 
 def run_active(
-    apply: Callable[[Params, Array], Array],
-    params: Params,
-    class_sets: np.ndarray,
+    specialists: Specialists,
     generalist_logits: np.ndarray,
     inputs: np.ndarray,
-    batch_size: int = 256,
+    *,
     n: int = 1,
-    outputs: np.ndarray | None = None,
+    batch_size: int = 256,
 ) -> Evidence:
     """Runs each specialist on the examples that it is active on, and on no others.
 
     In batches of one size, filled up with rows of their own, so that one compiled program serves.
 
     Args:
-        apply: `(params of one, inputs [batch_size, ...]) -> logits [batch_size, S + 1]`.
-        params: of all specialists, each leaf `[K, ...]`.
-        class_sets: int32 `[K, S]`, padded with C; who is active goes by these.
+        specialists: trained; their heads are read with their corrections.
         generalist_logits: `[N, C]`.
-        inputs: `[N, ...]`.
-        batch_size: rows given to `apply` at a time.
+        inputs: `[N, ...]`, what the specialists' model takes.
         n: as for `active_specialists`.
-        outputs: int32 `[K, S']`, padded with C, the classes that the logits `[batch_size, S' + 1]` name
-            where these are not the sets'. A full softmax (section 6.1) names all C, and has a dustbin
-            of -inf.
+        batch_size: rows that a specialist is run on at a time.
 
     Returns:
-        On the host, for all N, with A the most that are active for an example; its class sets are
-        `outputs` where given.
+        On the host, for all N, with A the most that are active for an example. A full softmax (section
+        6.1) names all C classes: then S is C, and the dustbin's logit -inf.
 
     Raises:
-        UserError: for a class that doesn't exist, or counts or shapes that don't fit, naming them.
+        UserError: for a class that doesn't exist, n beyond C, or counts or shapes that don't fit, naming
+            them.
     """
-    outputs = class_sets if outputs is None else outputs
-    num_specialists, size = outputs.shape
-    _check_run(params, class_sets, outputs, generalist_logits, inputs)
+    class_sets = np.asarray(specialists.class_sets)
+    num_specialists, num_classes = len(class_sets), generalist_logits.shape[1]
+    _check_run(specialists, generalist_logits, inputs, n)
+    named = class_sets
+    if not specialists.head.has_dustbin:
+        named = np.tile(np.arange(num_classes, dtype=np.int32), (num_specialists, 1))
     ids, active = _active_of_all(generalist_logits, class_sets, batch_size, n)
-    run = jax.jit(apply)
-    specialists = np.zeros((*ids.shape, size + 1), np.float32)
+    logits = np.zeros((*ids.shape, named.shape[1] + 1), np.float32)
+    model, head = specialists.net.model, specialists.head
     for k in range(num_specialists):
         rows, places = np.nonzero(active & (ids == k))
-        own = jax.tree.map(lambda leaf, k=k: leaf[k], params)
+        one = jax.tree.map(
+            lambda leaf, k=k: leaf[k],
+            (specialists.net.params, class_sets, np.asarray(specialists.corrections)),
+        )
         for at, filled in _batches(len(rows), batch_size):
-            logits = run(own, inputs[rows[filled]])
-            if logits.shape != (batch_size, size + 1):
+            found = _read(model.apply, head.read, one, inputs[rows[filled]])
+            if found.shape != (batch_size, logits.shape[-1]):
                 raise UserError(
-                    f"a specialist gave logits {logits.shape} for {batch_size} inputs and a set of "
-                    f"{size} classes; expected {(batch_size, size + 1)}"
+                    f"a specialist with the head {head.name!r} gave logits {found.shape} for "
+                    f"{batch_size} inputs; expected {(batch_size, logits.shape[-1])}"
                 )
-            specialists[rows[at], places[at]] = logits[: len(at)]
-    return Evidence(generalist_logits, specialists, outputs[ids], active)
+            logits[rows[at], places[at]] = found[: len(at)]
+    return Evidence(generalist_logits, logits, named[ids], active)
+
+
+def predict(
+    specialists: Specialists,
+    generalist_logits: np.ndarray,
+    inputs: np.ndarray,
+    *,
+    n: int = 1,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """The distribution q of Eq. 5, of a generalist and its specialists: section 5.4 as a whole.
+
+    Args:
+        specialists: from training, or `store.load`.
+        generalist_logits: `[N, C]`.
+        inputs: `[N, ...]`, what the specialists' model takes.
+        n: how many of the generalist's most probable classes make a specialist active; 1 in the paper.
+        batch_size: examples at a time, of a specialist and of Eq. 5.
+
+    Returns:
+        q float32 `[N, C]`, with sums 1.
+
+    Raises:
+        UserError: as `run_active`.
+
+    Examples:
+        >>> import jax, numpy as np
+        >>> from distill_jax import models, nets
+        >>> from distill_jax.specialists import heads, store
+        >>> model = models.mlp([8], 6)  # a specialist with this head has an output for each class
+        >>> init = lambda key: model.init(key, np.zeros((1, 4), np.float32))
+        >>> params = jax.vmap(init)(jax.random.split(jax.random.key(0), 2))
+        >>> sets, corrections = np.array([[0, 1], [3, 5]], np.int32), np.zeros(2, np.float32)
+        >>> net = nets.Net(model, params, history=[], seconds=0.0, members=2, about={})
+        >>> two = store.Specialists(net, heads.LOG_SUM_EXP, sets, corrections, num_classes=6)
+        >>> random = np.random.default_rng(0)
+        >>> logits, inputs = random.normal(size=(10, 6)), random.normal(size=(10, 4))
+        >>> q = predict(two, logits.astype(np.float32), inputs.astype(np.float32))
+        >>> q.shape, bool(np.allclose(q.sum(axis=1), 1))
+        ((10, 6), True)
+    """
+    parts = []
+    for start in range(0, len(inputs), _ROWS):
+        rows = slice(start, start + _ROWS)
+        evidence = run_active(
+            specialists, generalist_logits[rows], inputs[rows], n=n, batch_size=batch_size
+        )
+        parts.append(np.asarray(combine(evidence, batch_size=batch_size)[0]))
+    return np.concatenate(parts)
 
 
 def combine(
@@ -170,6 +223,13 @@ def combine(
     """
     _check_shapes(evidence)
     return _combine(evidence, tolerance, max_passes, method or eq5.newton(), batch_size)
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "read"))
+def _read(apply: Any, read: Any, one: tuple[Params, Array, Array], inputs: Array) -> Array:
+    """One specialist's corrected logits."""
+    params, class_set, correction = one
+    return read(apply(params, inputs), class_set, correction)
 
 
 _choose = jax.jit(active_specialists, static_argnames=("max_active", "n"))
@@ -209,34 +269,18 @@ def _combine(
     return jax.lax.map(one, tuple(evidence), batch_size=batch_size)
 
 
-def check_class_sets(class_sets: np.ndarray, num_classes: int, name: str = "class_sets") -> None:
-    """Raises UserError with that name unless all classes are in 0..C, C being padding."""
-    wrong = class_sets[(class_sets < 0) | (class_sets > num_classes)]
-    if len(wrong):
-        raise UserError(
-            f"{name} name class {wrong[0]}; there are {num_classes}, so expected 0 to "
-            f"{num_classes - 1}, or {num_classes} for padding"
-        )
-
-
 def _check_run(
-    params: Params,
-    class_sets: np.ndarray,
-    outputs: np.ndarray,
-    generalist_logits: np.ndarray,
-    inputs: np.ndarray,
+    specialists: Specialists, generalist_logits: np.ndarray, inputs: np.ndarray, n: int
 ) -> None:
-    check_class_sets(class_sets, generalist_logits.shape[1])
-    check_class_sets(outputs, generalist_logits.shape[1], "outputs")
-    if len(outputs) != len(class_sets):
+    num_classes, count = generalist_logits.shape[1], len(specialists.class_sets)
+    check_class_sets(np.asarray(specialists.class_sets), num_classes)
+    if not 0 < n <= num_classes:
+        raise UserError(f"n is {n}; expected 1 to {num_classes} classes")
+    leading = {leaf.shape[0] for leaf in jax.tree.leaves(specialists.net.params)}
+    if leading != {count}:
         raise UserError(
-            f"outputs are of {len(outputs)} specialists, class_sets of {len(class_sets)}"
-        )
-    leading = {leaf.shape[0] for leaf in jax.tree.leaves(params)}
-    if leading != {len(class_sets)}:
-        raise UserError(
-            f"params have leading axes {sorted(leading)} for {len(class_sets)} class sets; expected "
-            f"{len(class_sets)} specialists in every leaf"
+            f"params have leading axes {sorted(leading)} for {count} class sets; expected {count} "
+            "specialists in every leaf"
         )
     if not len(inputs) or len(inputs) != len(generalist_logits):
         raise UserError(f"{len(inputs)} inputs for {len(generalist_logits)} rows of logits")

@@ -21,7 +21,7 @@ from distill_jax.errors import UserError
 from distill_jax.specialists import eq5, inference
 from distill_jax.specialists.inference import Evidence
 from experiments.benchmarks import command
-from experiments.specialists.solver_comparison import compare
+from experiments.specialists.eq5_solvers import compare
 
 _SIZES = flags.DEFINE_list(
     "sizes",

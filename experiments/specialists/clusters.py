@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from distill_jax.errors import UserError
 from distill_jax.specialists import clustering
 from experiments.common.study import Context, Row, make_row, write_arrays, write_json
-from experiments.specialists import nets
+from experiments.specialists import generalists
 from experiments.specialists.data import Data, load_data
 
 _BATCH = 2000
@@ -27,12 +27,13 @@ def cluster(context: Context) -> list[Row]:
     config, data = context.config, load_data(context.config)
     found: dict[str, list[dict[str, float]]] = {}
     for s, seed in enumerate(config.seeds):
-        base = nets.load_bases(context)[s]
-        part = nets.specialist_part(config)
+        generalist = generalists.load(context, s)
+        part = generalists.specialist_part(config)
         rows = _sample(config, len(part["id"]))
-        inputs = nets.training_inputs(context, s)[rows]
-        logits, labels = base.logits(inputs), part["label"][rows]
-        held_out = base.logits(base.inputs(data.validation["inputs"])).argmax(axis=-1)
+        inputs = generalists.training_inputs(context, s)[0][rows]
+        logits, labels = generalist.net.logits(inputs), part["label"][rows]
+        held_out = generalist.inputs(data.validation["inputs"])
+        predicted = generalist.net.logits(held_out).argmax(axis=-1)
         matrices = {
             "covariance": clustering.prediction_covariance(
                 _batches(logits), config.clusters.temperature
@@ -50,12 +51,12 @@ def cluster(context: Context) -> list[Row]:
             sets[name] = _class_sets(config, points, centroids, data.num_classes)
             if name == "covariance":
                 path = context.directory / f"seed_{seed}.npz"
-                _keep(path, sets[name], matrix, points, centroids, data)
+                _keep(path, data, matrix, (points, centroids), sets[name])
         sets["random"] = random_sets(config, seed, data.num_classes)
         for name, chosen in sets.items():
             statistics = clustering.coverage_statistics(chosen, data.num_classes)
             share = clustering.mistakes_covered(
-                chosen, data.num_classes, data.validation["label"], held_out
+                chosen, data.num_classes, data.validation["label"], predicted
             )
             found.setdefault(name, []).append(
                 {
@@ -127,13 +128,13 @@ def _class_sets(
 
 def _keep(
     path: Path,
-    sets: np.ndarray,
-    matrix: jax.Array,
-    points: jax.Array,
-    centroids: jax.Array,
     data: Data,
+    matrix: jax.Array,
+    clusters: tuple[jax.Array, jax.Array],
+    sets: np.ndarray,
 ) -> None:
-    """What the other stages and the report need of a seed's clusters."""
+    """What the other stages and the report need of a seed's clusters: their points and centroids."""
+    points, centroids = clusters
     distances = jnp.sum(jnp.square(points[:, None] - centroids[None]), axis=-1)
     central = np.asarray(jnp.argsort(distances, axis=0)[: sets.shape[1]].T, np.int32)
     names = [[data.class_names[c] for c in row[:_NAMED]] for row in central]

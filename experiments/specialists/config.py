@@ -60,7 +60,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "epochs": 15,  # of K-means
     }
     config.specialists = {
-        "kind": "logsumexp",  # form of the output: see kinds.py
+        "kind": "logsumexp",  # head: see distill_jax.specialists.heads
         "examples": 0,  # of the training set, at random; 0: all
         "frozen_trunk": True,  # the convolutions stay the generalist's, and run once for all
         "active_by": 2,  # of the generalist's most probable classes (n, in the paper 1)

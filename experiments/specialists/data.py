@@ -43,11 +43,12 @@ def load_data(config: ConfigDict) -> Data:
     """The config's data, made once per process."""
     data = config.data
     names = ("source", "data_dir", "side", "classes", "views", "difficulty", "validation", "seed")
-    return _load(*(data[name] for name in names))
+    return _load(**{name: data[name] for name in names})
 
 
 @functools.cache
 def _load(
+    *,
     source: str,
     data_dir: str,
     side: int,

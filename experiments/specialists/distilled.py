@@ -1,19 +1,19 @@
 """Section 8's open question: the specialists' knowledge distilled back into a single net."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, soft_targets, train_step
+from distill_jax import compressed_targets, nets, soft_targets, train_step
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.models import Params
-from experiments.common import members
+from distill_jax.nets import Net
 from experiments.common.study import Context, Row, make_row
-from experiments.specialists import nets, table3
-from experiments.specialists import training as specialist_training
+from experiments.specialists import generalists, training
 from experiments.specialists.data import load_data
 
 
@@ -23,12 +23,12 @@ def make_soft_targets(context: Context) -> list[Row]:
     examples, rows = transfer_set(config)
     digests = soft_targets.digests(examples["inputs"])
     for s, seed in enumerate(config.seeds):
-        base = nets.load_bases(context)[s]
-        found = specialist_training.load_stage(context, s)
-        inputs = nets.training_inputs(context, s)[rows]
+        generalist, found = generalists.load(context, s), training.load_stage(context, s)
+        inputs = generalists.training_inputs(context, s)[0][rows]
+        q_of = functools.partial(training.predict, config, generalist, found)
 
-        def targets_of(wanted: np.ndarray, base=base, found=found, inputs=inputs) -> np.ndarray:
-            return specialist_training.combined(config, base, found, inputs[wanted])
+        def targets_of(wanted: np.ndarray, q_of=q_of, inputs=inputs) -> np.ndarray:
+            return q_of(inputs[wanted])
 
         directory = context.directory / f"seed_{seed}"
         compressed_targets.write(
@@ -39,7 +39,7 @@ def make_soft_targets(context: Context) -> list[Row]:
             k=min(config.distilled.k, data.num_classes),
             temperature=1.0,
             mean=None,
-            teacher=f"{base.fingerprint} and specialists",
+            teacher=f"{generalist.fingerprint} and specialists",
             data={"examples": data.fingerprint},
             batch_size=4096,
             progress=_progress(seed),
@@ -62,30 +62,31 @@ def distilled(context: Context) -> list[Row]:
             num_classes=data.num_classes,
         )
         taught.append(compressed_targets.attach(examples, stored, digests, 1.0))
-    generalists = nets.load_generalists(context)
-    before, after = _teachers(context)
-    rows = _rows(config, "generalist", before, before, after, 0.0)
-    rows += _rows(
-        config, f"generalist + {config.clusters.count} specialists", after, before, after, 0.0
-    )
+    before, after = teachers = _teachers(context)
+    rows = _rows(config, "generalist", before, teachers)
+    rows += _rows(config, f"generalist + {config.clusters.count} specialists", after, teachers)
     trained = {
         "distilled, from the generalist": _train(
-            context, "from_generalist", generalists, config.controls.epochs, taught
+            context,
+            "from_generalist",
+            config.controls.epochs,
+            taught,
+            start=generalists.load_all(context).params,
         ),
         "distilled, from scratch": _train(
-            context, "from_scratch", None, config.distilled.scratch_epochs, taught
+            context, "from_scratch", config.distilled.scratch_epochs, taught
         ),
-        "trained as long on labels": table3.train_longer(context, context.inputs["longer"]),
+        "trained as long on labels": nets.load(context.inputs["longer"] / "longer"),
     }
     for name, net in trained.items():
-        values = list(nets.accuracies(net, data)["test"])
-        rows += _rows(config, name, values, before, after, net.seconds)
+        values = list(generalists.accuracies(net, data)["test"])
+        rows += _rows(config, name, values, teachers, net.seconds)
     return rows
 
 
 def transfer_set(config: ConfigDict) -> tuple[Examples, np.ndarray]:
     """Some of the examples that specialists are trained on, with ids 0..n-1, and their rows there."""
-    whole, size = nets.specialist_part(config), config.distilled.examples
+    whole, size = generalists.specialist_part(config), config.distilled.examples
     random = np.random.default_rng(config.data.seed)
     rows = np.sort(random.permutation(len(whole["id"]))[: size or None])
     part = transfer.select(whole, rows)
@@ -95,19 +96,20 @@ def transfer_set(config: ConfigDict) -> tuple[Examples, np.ndarray]:
 def _train(
     context: Context,
     name: str,
-    start: Params | None,
     epochs: int,
     examples: Sequence[Examples],
-) -> members.Net:
+    *,
+    start: Params | None = None,
+) -> Net:
     config = context.config
     recipe = {**config.generalist.to_dict(), **config.distilled.to_dict(), "epochs": epochs}
-    return nets.train(
+    return generalists.train(
         context,
         name,
         ConfigDict(recipe),
         examples,
-        train_step.top_k_distillation_loss(),
-        {"temperature": 1.0, "hard_weight": config.distilled.hard_weight},
+        loss=train_step.top_k_distillation_loss(),
+        variant={"temperature": 1.0, "hard_weight": config.distilled.hard_weight},
         start=start,
     )
 
@@ -117,11 +119,11 @@ def _teachers(context: Context) -> tuple[list[float], list[float]]:
     config, data = context.config, load_data(context.config)
     before: list[float] = []
     after: list[float] = []
-    for s, base in enumerate(nets.load_bases(context)):
-        found = specialist_training.load_stage(context, s)
-        inputs, label = base.inputs(data.test["inputs"]), data.test["label"]
-        q = specialist_training.combined(config, base, found, inputs)
-        for values, predicted in ((before, base.logits(inputs)), (after, q)):
+    for s in range(len(config.seeds)):
+        generalist, found = generalists.load(context, s), training.load_stage(context, s)
+        inputs, label = generalist.inputs(data.test["inputs"]), data.test["label"]
+        q = training.predict(config, generalist, found, inputs)
+        for values, predicted in ((before, generalist.net.logits(inputs)), (after, q)):
             values.append(100.0 * float((predicted.argmax(axis=-1) == label).mean()))
     return before, after
 
@@ -130,11 +132,10 @@ def _rows(
     config: ConfigDict,
     name: str,
     values: Sequence[float],
-    before: Sequence[float],
-    after: Sequence[float],
-    seconds: float,
+    teachers: tuple[Sequence[float], Sequence[float]],
+    seconds: float = 0.0,
 ) -> list[Row]:
-    table = "specialists_distilled"
+    table, (before, after) = "specialists_distilled", teachers
     rows = [make_row(config, table, name, "test_accuracy", values, seconds)]
     gain = np.array(after) - before  # of nothing there is no share
     if name != "generalist" and gain.all():

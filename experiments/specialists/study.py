@@ -6,29 +6,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax.specialists import inference
-from experiments.common.study import (
-    Context,
-    Row,
-    Stage,
-    draw_report,
-    finished_rows,
-    make_row,
-    read_json,
-    run_study,
-    write_arrays,
-)
-from experiments.specialists import (
-    clusters,
-    distilled,
-    figures,
-    nets,
-    soft,
-    solver_comparison,
-    table3,
-)
-from experiments.specialists import training as specialist_training
-from experiments.specialists.data import load_data
+from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json, run_study
+from experiments.specialists import clusters, distilled, eq5_solvers, figures, full_softmax, table3
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 5, 6.1 and 8: specialists"
 CAPTIONS = {
@@ -60,38 +39,6 @@ CAPTIONS = {
 def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[Path]) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
     run_study(config, workdir, STAGES, write_report, only, reuse)
-
-
-def compare_solvers(context: Context) -> list[Row]:
-    """Passes, rate and agreement of the ways to solve Eq. 5, on real predictions of the test set."""
-    config, data = context.config, load_data(context.config)
-    base = nets.load_bases(context)[0]
-    chosen = specialist_training.load_stage(context, 0)
-    random = np.random.default_rng(config.data.seed)
-    rows = random.permutation(len(data.test["id"]))[: 4 * config.inference.examples]
-    inputs = base.inputs(data.test["inputs"][np.sort(rows)])
-    evidence = specialist_training.gather_evidence(
-        config, base, chosen, inputs, base.logits(inputs), config.specialists.active_by
-    )
-    active = np.flatnonzero(evidence.active.any(axis=1))[: config.inference.examples]
-    evidence = inference.Evidence(*(np.asarray(field)[active] for field in evidence))
-    write_arrays(context.directory / "predictions.npz", **evidence._asdict())
-    found = solver_comparison.compare(evidence, config.inference.max_passes)
-    for name, numbers in found.items():
-        for other in ("adam", "gradient_descent"):
-            if name in ("newton", "fixed_point"):
-                for metric, more in (
-                    ("passes_median", lambda a, b: b / a),
-                    ("passes_p99", lambda a, b: b / a),
-                    ("examples_per_second", lambda a, b: a / b),
-                ):
-                    ratio = more(numbers[metric], found[other][metric])
-                    numbers[f"{metric}_against_{other}"] = ratio
-    return [
-        make_row(config, "specialists_inference", name.replace("_", " "), metric, [value], 0.0)
-        for name, numbers in found.items()
-        for metric, value in numbers.items()
-    ]
 
 
 def write_report(workdir: Path) -> None:
@@ -146,10 +93,10 @@ STAGES = (
     ),
     Stage("longer", table3.longer, ("generalist",), ("controls",)),
     Stage("ensemble", table3.ensemble, ("generalist",), ("controls", "specialists")),
-    Stage("soft", soft.soft, ("generalist", "clusters"), ("specialists", "soft")),
+    Stage("soft", full_softmax.soft, ("generalist", "clusters"), ("specialists", "soft")),
     Stage("soft_targets", distilled.make_soft_targets, _SPECIALISTS, ("distilled",)),
     Stage(
         "distilled", distilled.distilled, (*_SPECIALISTS, "soft_targets", "longer"), ("distilled",)
     ),
-    Stage("inference", compare_solvers, _SPECIALISTS, ("inference",)),
+    Stage("inference", eq5_solvers.compare_solvers, _SPECIALISTS, ("inference",)),
 )

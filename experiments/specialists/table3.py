@@ -2,18 +2,17 @@
 
 import types
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import losses, soft_targets, train_step
-from distill_jax.specialists import clustering
-from experiments.common import members
+from distill_jax import losses, soft_targets
+from distill_jax.models import Params
+from distill_jax.nets import Net
+from distill_jax.specialists import clustering, inference, store
 from experiments.common.study import Context, Row, make_row, write_arrays
-from experiments.specialists import nets
-from experiments.specialists import training as specialist_training
+from experiments.specialists import generalists, training
 from experiments.specialists.clusters import load_sets, random_sets
 from experiments.specialists.data import Data, load_data
 
@@ -46,8 +45,8 @@ _TOP = 5
 
 def generalist(context: Context) -> list[Row]:
     """The generalists: one net of all classes for each seed."""
-    trained = nets.train_generalists(context)
-    measured = nets.accuracies(trained, load_data(context.config))
+    trained = generalists.train_generalists(context)
+    measured = generalists.accuracies(trained, load_data(context.config))
     return [
         _row(context.config, "generalist", f"{split}_accuracy", values, trained.seconds)
         for split, values in measured.items()
@@ -70,10 +69,8 @@ def specialists(context: Context) -> list[Row]:
     runs = []
     for s in range(len(config.seeds)):
         sets = load_sets(context, s)
-        run = specialist_training.train(
-            context, "specialists", s, sets, config.specialists, config.specialists.kind
-        )
-        runs.append(_measure(context, s, run))
+        found = training.train(context, "specialists", s, sets)
+        runs.append(_measure(context, s, found))
         tables.append(_coverage(data, sets, runs[-1]["correct"]))
         if s == 0:
             _keep_gallery(context, data, runs[-1])
@@ -98,7 +95,7 @@ def specialists(context: Context) -> list[Row]:
     return rows + _coverage_rows(config, tables, sum(run["seconds"] for run in runs))
 
 
-def specialist_groups(context: Context) -> list[Callable[[], members.Net]]:
+def specialist_groups(context: Context) -> list[Callable[[], Net]]:
     """What trains each group of all seeds' specialists."""
     return _groups(context, "specialists", load_sets)
 
@@ -108,31 +105,25 @@ def random_specialists(context: Context) -> list[Row]:
     config = context.config
     runs = []
     for s in range(len(config.seeds)):
-        sets = _random_sets(context, s)
-        run = specialist_training.train(
-            context, "random", s, sets, config.specialists, config.specialists.kind
-        )
-        runs.append(_measure(context, s, run))
+        found = training.train(context, "random", s, _random_sets(context, s))
+        runs.append(_measure(context, s, found))
     return _rows(
         context, f"generalist + {config.clusters.count} specialists of random classes", runs
     )
 
 
-def random_groups(context: Context) -> list[Callable[[], members.Net]]:
+def random_groups(context: Context) -> list[Callable[[], Net]]:
     """What trains each group of all seeds' specialists of random classes."""
     return _groups(context, "random", _random_sets)
 
 
 def _groups(
     context: Context, name: str, sets_of: Callable[[Context, int], np.ndarray]
-) -> list[Callable[[], members.Net]]:
-    net, seeds = context.config.specialists, range(len(context.config.seeds))
+) -> list[Callable[[], Net]]:
     return [
         train
-        for s in seeds
-        for train in specialist_training.groups(
-            context, name, s, sets_of(context, s), net, net.kind
-        )
+        for s in range(len(context.config.seeds))
+        for train in training.groups(context, name, s, sets_of(context, s))
     ]
 
 
@@ -143,38 +134,28 @@ def _random_sets(context: Context, seed: int) -> np.ndarray:
 
 def longer(context: Context) -> list[Row]:
     """The generalist, trained on for as long as its specialists took."""
-    trained = train_longer(context)
-    measured = nets.accuracies(trained, load_data(context.config))
+    start = generalists.load_all(context).params
+    trained = _train_control(context, "longer", start)
+    measured = generalists.accuracies(trained, load_data(context.config))
     return _control_rows(context, "generalist, trained as much longer", measured, trained.seconds)
 
 
-def train_longer(context: Context, directory: Path | None = None) -> members.Net:
-    """The generalists trained on; restored if they are done in `directory`."""
-    config, data = context.config, load_data(context.config)
-    return nets.train(
-        context,
-        "longer",
-        ConfigDict({**config.generalist.to_dict(), **config.controls.to_dict()}),
-        [data.train] * len(config.seeds),
-        train_step.label_loss,
-        start=nets.load_generalists(context),
-        directory=directory,
-    )
+def _train_control(context: Context, name: str, start: Params | None = None) -> Net:
+    config = context.config
+    net = ConfigDict({**config.generalist.to_dict(), **config.controls.to_dict()})
+    examples = [load_data(config).train] * len(config.seeds)
+    return generalists.train(context, name, net, examples, start=start)
 
 
 def ensemble(context: Context) -> list[Row]:
     """The generalist and what second one the specialists' time pays for: their mean prediction."""
-    config, data = context.config, load_data(context.config)
-    net = ConfigDict({**config.generalist.to_dict(), **config.controls.to_dict()})
-    second = nets.train(
-        context, "second", net, [data.train] * len(config.seeds), train_step.label_loss
-    )
+    data, second = load_data(context.config), _train_control(context, "second")
     measured: dict[str, list[float]] = {}
-    for s, base in enumerate(nets.load_bases(context)):
+    for s in range(len(context.config.seeds)):
+        generalist = generalists.load(context, s)
         for split, part in data.evaluation().items():
-            both = np.stack(
-                [base.logits(base.inputs(part["inputs"])), second.member(s).logits(part["inputs"])]
-            )
+            first = generalist.net.logits(generalist.inputs(part["inputs"]))
+            both = np.stack([first, second.member(s).logits(part["inputs"])])
             mean = soft_targets.mean_probs(jnp.asarray(both), 1.0, "arithmetic")
             right = np.asarray(mean).argmax(axis=-1) == part["label"]
             measured.setdefault(split, []).append(100.0 * float(right.mean()))
@@ -183,15 +164,16 @@ def ensemble(context: Context) -> list[Row]:
     )
 
 
-def _measure(context: Context, seed: int, run: specialist_training.Trained) -> dict:
+def _measure(context: Context, seed: int, chosen: store.Specialists) -> dict:
     """What specialists make of a seed's generalist, on all sets."""
     config, data = context.config, load_data(context.config)
-    base, chosen = nets.load_bases(context)[seed], run.specialists
-    found: dict = {"seconds": run.seconds, "before": {}, "after": {}, "one": {}, "conditional": {}}
+    generalist = generalists.load(context, seed)
+    found: dict = {"seconds": chosen.net.seconds, "before": {}, "after": {}, "one": {}}
+    found["conditional"] = {}
     for split, part in data.evaluation().items():
-        inputs = base.inputs(part["inputs"])
-        logits = base.logits(inputs)
-        q = specialist_training.combined(config, base, chosen, inputs)
+        inputs = generalist.inputs(part["inputs"])
+        logits = generalist.net.logits(inputs)
+        q = inference.predict(chosen, logits, inputs, n=config.specialists.active_by)
         before, after = (x.argmax(axis=-1) == part["label"] for x in (logits, q))
         found["before"][split] = 100.0 * float(before.mean())
         found["after"][split] = 100.0 * float(after.mean())
@@ -201,7 +183,7 @@ def _measure(context: Context, seed: int, run: specialist_training.Trained) -> d
         ]
         found["one"][split] = found["after"][split]
         if config.specialists.active_by != 1:
-            alone = specialist_training.combined(config, base, chosen, inputs, active_by=1)
+            alone = inference.predict(chosen, logits, inputs, n=1)
             right = alone.argmax(axis=-1) == part["label"]
             found["one"][split] = 100.0 * float(right.mean())
         if split == "test":
@@ -246,7 +228,7 @@ def _rows(context: Context, name: str, runs: Sequence[dict], paper: bool = False
         values.setdefault("training_seconds", []).append(run["seconds"])
     kind = "specialists" if paper else ""
     return [
-        _row(config, name, metric, numbers, seconds, PAPER.get((kind, metric)))
+        _row(config, name, metric, numbers, seconds, paper=PAPER.get((kind, metric)))
         for metric, numbers in values.items()
     ]
 
@@ -263,7 +245,7 @@ def _control_rows(
     context: Context, name: str, after: Mapping[str, Sequence[float] | np.ndarray], seconds: float
 ) -> list[Row]:
     config, data = context.config, load_data(context.config)
-    before = nets.accuracies(nets.train_generalists(context, context.inputs["generalist"]), data)
+    before = generalists.accuracies(generalists.load_all(context), data)
     values = {
         f"{split}_accuracy": list(numbers)
         for split, numbers in after.items()
@@ -359,6 +341,7 @@ def _row(
     metric: str,
     values: Sequence[float] | np.ndarray,
     seconds: float,
+    *,
     paper: float | None = None,
 ) -> Row:
     if row == "generalist":

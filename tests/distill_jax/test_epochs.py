@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from distill_jax import models, optimizers, sharding, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
-from distill_jax.specialists import enrichment
+from distill_jax.specialists import enrichment, heads
 from distill_jax.train_step import TrainState
 
 N, C, BATCH, MEMBERS = 70, 9, 8, 4
@@ -31,7 +31,7 @@ def make_fields():
     shared = {"inputs": tiny.examples(N)["inputs"], "label": labels}
     own = {
         **enrichment.stack_rows([enrichment.enriched_rows(labels, s, C) for s in SETS]),
-        "targets": np.stack([enrichment.dustbin_labels(jnp.asarray(s), C) for s in SETS]),
+        "targets": np.stack([heads.dustbin_labels(jnp.asarray(s), C) for s in SETS]),
     }
     return {**shared, **own}, {**dict.fromkeys(shared, False), **dict.fromkeys(own, True)}
 
@@ -54,8 +54,8 @@ STEPS = size(FIELDS) // BATCH
 
 
 def gather(fields, rows):
-    batch = {name: fields[name][rows] for name in ("inputs", "label")}
-    return {**enrichment.to_dustbin(batch, fields["targets"]), "row": rows}
+    label = fields["targets"][fields["label"][rows]]
+    return {"inputs": fields["inputs"][rows], "label": label, "row": rows}
 
 
 def make(step, batch_size=BATCH, passes=1, shard_batch=lambda batch: batch):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_jax import fused_loss, train_step
-from distill_jax.specialists import enrichment
+from distill_jax.specialists import heads
 
 # Examples, units, classes and rows of a chunk; few enough that compiling takes no time.
 SIZES = st.sampled_from(
@@ -205,14 +205,17 @@ def test_a_dustbin_class_and_classes_left_out():
     hidden, layer, batch = drawn("labels", 11, 6, 40, 0)
     layer["bias"][[3, 17]] = -np.inf
     batch["label"] = np.arange(11, dtype=np.int32) + 18
-    batch["class_set"] = np.tile(np.int32([20, 21, 25, 40]), (11, 1))  # the last one is padding
+    constants = {"class_set": np.int32([20, 21, 25, 40])}  # the last one is padding
+
+    def loss(logits, batch, constants):
+        return heads.collapsed_loss(logits, batch, {}, constants)
 
     def dense(hidden, layer):
         logits = hidden @ layer["kernel"] + layer["bias"][None]
-        return jnp.mean(enrichment.collapsed_loss(logits, batch, {}))
+        return jnp.mean(loss(logits, batch, constants))
 
     def fused(hidden, layer):
-        return fused_loss.mean_loss(enrichment.collapsed_loss, hidden, layer, batch, {}, 4)[0]
+        return fused_loss.mean_loss(loss, hidden, layer, batch, constants, 4)[0]
 
     found = jax.value_and_grad(fused, (0, 1))(hidden, layer)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))

@@ -1,324 +1,191 @@
-"""Enriched batches, the dustbin and its correction: against posteriors that are known exactly."""
-
-import functools
+"""The heads of specialists: how each starts, is trained, and is read."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.special import logsumexp
-from scipy.stats import chisquare, norm
+import tiny
 
-from distill_jax import losses, models
+from distill_jax import losses, models, optimizers, train_step
 from distill_jax.errors import UserError
-from distill_jax.specialists import enrichment
+from distill_jax.specialists import heads
+from distill_jax.specialists.heads import HEADS, head_of
 
-seeds = st.integers(0, 2**31)
-few = settings(deadline=None, max_examples=20)
-C = 9
-SETS = jnp.array([[1, 4, 7], [0, 8, C], [2, C, C]], jnp.int32)
-PRIORS = np.array([0.1, 0.3, 0.6])  # of three Gaussians in one dimension
-MEANS = np.array([-1.0, 0.5, 2.0])
-INPUTS = np.linspace(-5, 6, 45)
-
-
-def softmax64(logits):
-    logits = np.asarray(logits, np.float64)
-    return np.exp(logits - logsumexp(logits, axis=-1, keepdims=True))
+N, B, C, D = 60, 16, 7, 5
+SET = np.array([1, 4, 6], np.int32)
+PADDED = np.array([2, 5, C], np.int32)
+S = len(SET)
+GENERALIST = models.mlp([8], C)
+OPTIMIZER = optimizers.sgd(optax.constant_schedule(1.0))
+HYPER = tiny.hyper(learning_rate=0.05, temperature=2.0)
+every_head = pytest.mark.parametrize("name", list(HEADS))
+both_sets = pytest.mark.parametrize("class_set", [SET, PADDED], ids=["whole", "padded"])
 
 
-def log_joint(priors):
-    """`log P(x, y)` `[N, 3]`, the logits of a Bayes-optimal classifier under some priors."""
-    return norm.logpdf(INPUTS[:, None], MEANS) + np.log(priors)
-
-
-def enriched_priors(special):
-    share = PRIORS[special].sum()
-    return np.where(special, PRIORS / share, PRIORS / (1 - share)) / 2
-
-
-def labels_of(seed, size=400):
-    """Labels of all classes, of unequal numbers."""
+def generalist_params(seed=0):
+    """Weights and biases, large enough for its predictions to be far from uniform."""
     random = np.random.default_rng(seed)
-    labels = random.choice(C, size, p=np.arange(1, C + 1) / 45)
-    labels[:C] = np.arange(C)
-    return labels.astype(np.int32)
+    shapes = jax.eval_shape(GENERALIST.init, jax.random.key(0), jnp.zeros((1, D)))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(random.standard_normal(leaf.shape), jnp.float32), shapes
+    )
 
 
-def generalist(seed, hidden=16, num_classes=C):
-    """Its parameters, with biases too, and features of its last hidden layer."""
-    random = np.random.default_rng(seed)
-    model = models.mlp([hidden], num_classes)
-    params = model.init(jax.random.key(seed % 1000), jnp.zeros((1, 5)))
-    params["output"]["bias"] = jnp.asarray(random.standard_normal(num_classes), jnp.float32)
-    return params, jnp.asarray(3 * random.standard_normal((20, 5)), jnp.float32)
-
-
-def test_dustbin_labels_by_hand():
-    found = enrichment.dustbin_labels(jnp.array([1, 4, 7]), C)
-    assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, [3, 0, 3, 3, 1, 3, 3, 2, 3])
-
-
-def test_dustbin_labels_of_padded_sets():
-    found = jax.vmap(functools.partial(enrichment.dustbin_labels, num_classes=C))(SETS)
-    np.testing.assert_array_equal(found[0], [3, 0, 3, 3, 1, 3, 3, 2, 3])
-    np.testing.assert_array_equal(found[1], [0, 3, 3, 3, 3, 3, 3, 3, 1])
-    np.testing.assert_array_equal(found[2], [3, 3, 0, 3, 3, 3, 3, 3, 3])
-
-
-def test_a_batch_gets_the_specialists_labels():
-    targets = enrichment.dustbin_labels(jnp.array([1, 4, 7]), C)
-    batch = {"id": jnp.arange(5), "label": jnp.array([7, 8, -1, 1, 0], jnp.int32)}
-    found = jax.jit(enrichment.to_dustbin)(batch, targets)
-    np.testing.assert_array_equal(found["label"], [2, 3, -1, 0, 3])
-    np.testing.assert_array_equal(found["id"], batch["id"])
-
-
-@few
-@given(seeds)
-def test_rows_are_cut_in_two(seed):
-    labels = labels_of(seed)
-    labels[C : C + 5] = -1
-    for class_set in np.asarray(SETS):
-        special, other = enrichment.enriched_rows(labels, class_set, C)
-        assert special.dtype == other.dtype == np.int32
-        assert np.isin(labels[special], class_set).all()
-        assert not np.isin(labels[other], class_set).any()
-        both = np.sort(np.concatenate([special, other]))
-        np.testing.assert_array_equal(both, np.flatnonzero(labels >= 0))
-
-
-def test_rows_name_what_is_missing():
-    labels = np.array([0, 1, 1, 2, 4])
-    with pytest.raises(UserError, match=r"class 3 of a .* no example \(2 of 3 classes have none\)"):
-        enrichment.enriched_rows(labels, [0, 3, 5], C)
-    with pytest.raises(UserError, match="a dustbin of no mass: all 5 examples"):
-        enrichment.enriched_rows(labels, [0, 1, 2, 4, C], C)
-    with pytest.raises(UserError, match="a dustbin of no mass"):  # one without a label is no help
-        enrichment.enriched_rows(np.append(labels, -1), [0, 1, 2, 4], C)
-
-
-def stacked(labels):
-    rows = [enrichment.enriched_rows(labels, s, C) for s in np.asarray(SETS)]
-    return rows, enrichment.stack_rows(rows)
-
-
-def test_rows_are_stacked_with_their_counts():
-    rows, fields = stacked(labels_of(0))
-    assert all(field.dtype == np.int32 for field in fields.values())
-    for m, halves in enumerate(rows):
-        for name, half in zip(("special", "other"), halves, strict=True):
-            count = fields[f"{name}_count"][m]
-            np.testing.assert_array_equal(fields[name][m, :count], half)
-            assert (fields[name][m, count:] == -1).all()
-
-
-def test_every_batch_is_half_special_and_each_half_uniform(key):
-    labels = labels_of(0, size=60)
-    rows, fields = stacked(labels)
-    draw = functools.partial(enrichment.draw_enriched, steps=300, batch_size=16)
-    drawn = jax.jit(jax.vmap(draw))(fields, jax.random.split(key, 3))
-    assert drawn.shape == (3, 300, 16) and drawn.dtype == jnp.int32
-    for batches, halves in zip(np.asarray(drawn), rows, strict=True):
-        for place, half in enumerate(halves):
-            found = batches[:, place::2]
-            assert np.isin(found, half).all()  # so exactly 8 of 16, in every batch
-            counts = np.bincount(found.ravel(), minlength=60)[half]
-            assert chisquare(counts).pvalue > 1e-3
-    alone = draw(jax.tree.map(lambda x: x[1], fields), jax.random.split(key, 3)[1])
-    np.testing.assert_array_equal(alone, drawn[1])
-
-
-def test_batches_are_drawn_with_replacement_and_anew_in_every_step(key):
-    fields = {
-        "special": jnp.array([3, -1]),
-        "special_count": jnp.int32(1),
-        "other": jnp.arange(1000),
-        "other_count": jnp.int32(1000),
+def build(name, class_set=SET):
+    """The head, its network, what this starts from, a batch for it, and the step's constants."""
+    head, random = head_of(name), np.random.default_rng(1)
+    constants = {"class_set": jnp.asarray(class_set), "teacher": generalist_params()}
+    model = models.mlp([8], head.outputs(S, C))
+    start = head.start(constants["teacher"], constants["class_set"], C)
+    label = jnp.asarray(np.append(np.arange(C), random.integers(0, C, B - C)), jnp.int32)
+    batch = {
+        "inputs": jnp.asarray(random.standard_normal((B, D)), jnp.float32),
+        "label": head.labels(label, constants["class_set"], C),
     }
-    drawn = np.asarray(enrichment.draw_enriched(fields, key, 50, 8))
-    assert (drawn[:, ::2] == 3).all()
-    assert len(np.unique(drawn[:, 1::2], axis=0)) == 50
+    return head, model, start, batch, constants
 
 
-def test_odd_batches_are_refused(key):
-    _, fields = stacked(labels_of(0))
-    with pytest.raises(UserError, match="must be even to halve it, not 15"):
-        enrichment.draw_enriched(jax.tree.map(lambda x: x[0], fields), key, 2, 15)
+def make_step(name, model, **options):
+    head = head_of(name)
+    transforms = head.transforms(GENERALIST)
+    return train_step.make_train_step(model, OPTIMIZER, head.loss, transforms=transforms, **options)
 
 
-def test_correction_is_the_log_of_the_oversampling():
-    found = enrichment.dustbin_correction(jnp.array([10, 50, 75]), jnp.array([90, 50, 25]))
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, np.log([9, 1, 1 / 3]), atol=1e-6)
-    assert enrichment.dustbin_correction(10, 90).shape == ()
+def generalist_logits(inputs):
+    return GENERALIST.apply(generalist_params(), inputs)
 
 
-@pytest.mark.parametrize("class_set", [[0], [2], [0, 1]], ids=str)
-def test_corrected_dustbin_is_bayes_optimal(class_set):
-    special = np.isin(np.arange(3), class_set)
-    correction = enrichment.dustbin_correction(
-        1000 * PRIORS[special].sum(), 1000 * PRIORS[~special].sum()
+def test_no_other_head():
+    with pytest.raises(UserError, match="of unit, logsumexp, full_hard, full_soft, not 'one'"):
+        head_of("one")
+
+
+@every_head
+def test_the_start_fits_the_network(name):
+    _, model, start, batch, _ = build(name)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch["inputs"])
+    tiny.assert_equal(
+        jax.tree.map(lambda leaf: leaf.shape, start), jax.tree.map(lambda leaf: leaf.shape, shapes)
     )
-
-    def with_dustbin(joint):
-        return np.column_stack([joint[:, special], logsumexp(joint[:, ~special], axis=1)])
-
-    enriched, true = (
-        with_dustbin(log_joint(priors)) for priors in (enriched_priors(special), PRIORS)
-    )
-    found = enrichment.correct_dustbin(jnp.asarray(enriched, jnp.float32), correction)
-    np.testing.assert_allclose(softmax64(found), softmax64(true), atol=1e-6)
-    assert np.abs(softmax64(enriched) - softmax64(true)).max() > 0.05
+    tiny.assert_equal(start["hidden_0"], generalist_params()["hidden_0"])
 
 
-@pytest.mark.parametrize("class_set", [[0, 3], [2, 3], [0, 1]], ids=str)
-def test_corrected_full_softmax_is_bayes_optimal(class_set):
-    special = np.isin(np.arange(3), class_set)
-    correction = enrichment.dustbin_correction(PRIORS[special].sum(), PRIORS[~special].sum())
-    enriched = log_joint(enriched_priors(special))
-    found = jax.jit(enrichment.correct_others)(
-        jnp.asarray(enriched, jnp.float32), jnp.array(class_set), correction
-    )
-    np.testing.assert_allclose(softmax64(found), softmax64(log_joint(PRIORS)), atol=1e-6)
-    np.testing.assert_allclose(found[:, special], enriched[:, special], rtol=1e-6)
+@both_sets
+def test_a_dustbin_of_many_outputs_starts_as_the_generalist(class_set):
+    head, model, start, batch, _ = build("logsumexp", class_set)
+    logits = generalist_logits(batch["inputs"])
+    found = head.read(model.apply(start, batch["inputs"]), jnp.asarray(class_set), jnp.float32(0.0))
+    tiny.assert_equal(found, heads.collapse(logits, jnp.asarray(class_set)))
+    # The same from the generalist's probabilities, summed by numpy.
+    p = np.asarray(jax.nn.softmax(np.asarray(logits, np.float64)))
+    real = class_set[class_set < C]
+    expected = np.zeros((B, S + 1))
+    expected[:, : len(real)] = p[:, real]
+    expected[:, S] = np.delete(p, real, axis=1).sum(axis=1)
+    np.testing.assert_allclose(jax.nn.softmax(found), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_correction_of_many_specialists_is_that_of_each():
-    logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 4)), jnp.float32)
-    corrections = jnp.array([1.0, -2.0, 0.5])
-    found = jax.vmap(enrichment.correct_dustbin)(logits, corrections)
-    np.testing.assert_array_equal(found[..., :3], logits[..., :3])
-    np.testing.assert_array_equal(found[..., 3], logits[..., 3] + corrections[:, None])
+@both_sets
+def test_one_unit_starts_with_the_generalists_special_logits(class_set):
+    head, model, start, batch, _ = build("unit", class_set)
+    logits = np.asarray(generalist_logits(batch["inputs"]), np.float64)
+    found = head.read(model.apply(start, batch["inputs"]), jnp.asarray(class_set), jnp.float32(0.0))
+    real = class_set[class_set < C]
+    np.testing.assert_allclose(found[:, : len(real)], logits[:, real], rtol=1e-5, atol=1e-5)
+    assert (np.asarray(found[:, len(real) : S]) == -np.inf).all()
+    others = np.delete(logits, real, axis=1)
+    expected = others.mean(axis=1) + np.log(others.shape[1])
+    np.testing.assert_allclose(found[:, S], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_trained_dustbin_has_its_true_share_after_the_correction(key):
-    """Two Gaussians, for which logistic regression is exact; special ones are 10 % of 20,000."""
-    random = np.random.default_rng(0)
-    labels = np.repeat([0, 1], [2000, 18000])
-    x = (2.0 * labels - 1.0 + random.standard_normal(20000)).astype(np.float32)
-    rows = enrichment.enriched_rows(labels, [0], 2)
-    fields = {name: jnp.asarray(x[0]) for name, x in enrichment.stack_rows([rows]).items()}
-    drawn = np.asarray(enrichment.draw_enriched(fields, key, 100, 40)).ravel()
-    inputs, targets = jnp.asarray(x[drawn]), jnp.asarray(labels[drawn])
-
-    def logits(params, x):
-        dustbin = params["slope"] * x + params["intercept"]
-        return jnp.stack([jnp.zeros_like(x), dustbin], axis=-1)
-
-    def loss(params):
-        return jnp.mean(losses.hard_cross_entropy(logits(params, inputs), targets))
-
-    optimizer = optax.sgd(1.0, momentum=0.9)
-
-    def step(state, _):
-        params, opt_state = state
-        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    params = {"slope": jnp.zeros(()), "intercept": jnp.zeros(())}
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=500)
-    assert all(abs(g) < 1e-5 for g in jax.tree.leaves(jax.grad(loss)(params)))  # of most likelihood
-
-    raw = logits(params, jnp.asarray(x))
-    corrected = enrichment.correct_dustbin(raw, enrichment.dustbin_correction(*map(len, rows)))
-    before, after = (softmax64(z)[:, 1] for z in (raw, corrected))
-    # The parameters' covariance is that of maximum likelihood from n independent draws. These come
-    # from a training set, whose own deviation counts as if it were of 2,000 examples per half.
-    design = np.column_stack([x, np.ones_like(x)])
-    p = softmax64(raw)[drawn, 1]
-    information = (design[drawn] * (p * (1 - p))[:, None]).T @ design[drawn] / len(drawn)
-    slope = (design * (after * (1 - after))[:, None]).mean(0)
-    per_draw = slope @ np.linalg.solve(information, slope)
-    deviation = np.sqrt(per_draw * (1 / len(drawn) + 1 / 4000))
-    assert abs(after.mean() - 0.9) < 4 * deviation < 0.05
-    assert abs(before.mean() - 0.9) > 10 * deviation
+@both_sets
+@pytest.mark.parametrize("name", ["full_hard", "full_soft"])
+def test_a_full_softmax_starts_as_the_generalist(name, class_set):
+    head, model, start, batch, _ = build(name, class_set)
+    found = head.read(model.apply(start, batch["inputs"]), jnp.asarray(class_set), jnp.float32(0.0))
+    tiny.assert_equal(found[:, :C], generalist_logits(batch["inputs"]))
 
 
-@few
-@given(seeds, st.sampled_from([[1, 4, 7], [0, 8], list(range(8))]))
-def test_reduced_output_keeps_special_logits_and_bounds_the_dustbin(seed, class_set):
-    params, inputs = generalist(seed)
-    reduced = enrichment.reduce_output(params, jnp.array(class_set), C)
-    full = np.asarray(models.mlp([16], C).apply(params, inputs))
-    found = np.asarray(models.mlp([16], len(class_set) + 1).apply(reduced, inputs))
-    assert found.shape == (20, len(class_set) + 1)
-    np.testing.assert_allclose(found[:, :-1], full[:, class_set], rtol=1e-5, atol=1e-5)
-    others = np.delete(full, class_set, axis=1)
-    expected = others.mean(1) + np.log(others.shape[1])
-    np.testing.assert_allclose(found[:, -1], expected, rtol=1e-4, atol=1e-4)
-    assert (found[:, -1] <= logsumexp(others, axis=1) + 1e-4).all()
+@both_sets
+@every_head
+def test_what_is_read_is_corrected_outside_the_set_alone(name, class_set):
+    head, model, start, batch, _ = build(name, class_set)
+    logits, class_set = model.apply(start, batch["inputs"]), jnp.asarray(class_set)
+    plain, corrected = (head.read(logits, class_set, jnp.float32(c)) for c in (0.0, 0.75))
+    outputs = S + 1 if head.has_dustbin else C + 1
+    assert corrected.shape == (B, outputs) and corrected.dtype == jnp.float32
+    if head.has_dustbin:
+        outside = np.arange(outputs) == S
+    else:
+        outside = ~np.isin(np.arange(outputs), class_set)
+        assert (np.asarray(corrected[:, C]) == -np.inf).all()  # there is no dustbin
+    expected = np.where(outside, np.asarray(plain) + 0.75, plain)
+    np.testing.assert_allclose(corrected, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_reduced_output_is_exact_for_equal_logits():
-    params, inputs = generalist(0)
-    others = np.delete(np.arange(C), [1, 4, 7])
-    output = params["output"]
-    output["kernel"] = output["kernel"].at[:, others].set(output["kernel"][:, :1])
-    output["bias"] = output["bias"].at[others].set(0.3)
-    reduced = enrichment.reduce_output(params, jnp.array([1, 4, 7]), C)
-    full = softmax64(models.mlp([16], C).apply(params, inputs))
-    found = softmax64(models.mlp([16], 4).apply(reduced, inputs))
-    np.testing.assert_allclose(found[:, -1], full[:, others].sum(1), atol=1e-5)
-    np.testing.assert_allclose(found[:, :-1], full[:, [1, 4, 7]], atol=1e-5)
+@every_head
+def test_many_specialists_are_read_at_once_as_each_alone(name):
+    head, model, start, batch, _ = build(name)
+    logits = model.apply(start, batch["inputs"])
+    sets, corrections = jnp.stack([SET, PADDED]), jnp.array([0.5, -1.0])
+    found = jax.vmap(head.read)(jnp.stack([logits, 2 * logits]), sets, corrections)
+    assert found.shape[:2] == (2, B)
+    for m, scaled in enumerate((logits, 2 * logits)):
+        expected = head.read(scaled, sets[m], corrections[m])
+        np.testing.assert_allclose(found[m], expected, rtol=1e-6, atol=1e-6)
+    three = logits.reshape(4, B // 4, -1)  # more axes in front
+    expected = head.read(logits, sets[0], corrections[0]).reshape(4, B // 4, -1)
+    np.testing.assert_allclose(head.read(three, sets[0], corrections[0]), expected, rtol=1e-6)
 
 
-def test_reduced_output_leaves_the_rest_alone():
-    params, _ = generalist(0)
-    reduced = enrichment.reduce_output(params, jnp.array([1, 4, 7]), C)
-    assert reduced.keys() == params.keys()
-    assert reduced["hidden_0"] is params["hidden_0"]
-    assert params["output"]["kernel"].shape == (16, C)
-    with pytest.raises(UserError, match=r"\(16, 9\) and bias \(9,\); expected \[D, 10\]"):
-        enrichment.reduce_output(params, jnp.array([1]), 10)
+def test_labels_are_the_classes_or_the_outputs_of_one_unit():
+    labels = jnp.array([1, 0, 6, -1], jnp.int32)
+    for name, head in HEADS.items():
+        expected = [0, 3, 2, -1] if name == "unit" else labels
+        tiny.assert_equal(head.labels(labels, jnp.asarray(SET), C), np.asarray(expected, np.int32))
 
 
-def test_places_of_padding_never_get_probability():
-    params, inputs = generalist(0)
-    reduce = jax.vmap(functools.partial(enrichment.reduce_output, params, num_classes=C))
-    stack = reduce(SETS)
-    model, optimizer = models.mlp([16], 4), optax.sgd(0.1, momentum=0.9)
-    for m, class_set in enumerate(np.asarray(SETS)):
-        real = class_set[class_set < C]
-        alone = enrichment.reduce_output(params, jnp.asarray(real), C)["output"]
-        kept = [*range(len(real)), 3]
-        found = jax.tree.map(lambda x, m=m: x[m], stack)
-        np.testing.assert_allclose(found["output"]["kernel"][:, kept], alone["kernel"], atol=1e-6)
-        np.testing.assert_allclose(
-            found["output"]["bias"][jnp.array(kept)], alone["bias"], rtol=1e-6
-        )
-
-        def loss(params):
-            return jnp.mean(losses.hard_cross_entropy(model.apply(params, inputs), jnp.full(20, 3)))
-
-        opt_state = optimizer.init(found)
-        for _ in range(3):
-            updates, opt_state = optimizer.update(jax.grad(loss)(found), opt_state)
-            found = optax.apply_updates(found, updates)
-        assert jnp.isfinite(loss(found))
-        probabilities = np.asarray(losses.softmax(model.apply(found, inputs)))
-        assert (probabilities[:, len(real) : 3] == 0).all()
-        np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
+def test_soft_targets_are_the_generalists_logits_whatever_the_specialist():
+    head, model, start, batch, constants = build("full_soft")
+    (add_teacher,) = head.transforms(GENERALIST)
+    batch = add_teacher(batch, jax.random.key(0), constants)
+    tiny.assert_equal(batch["teacher_logits"], generalist_logits(batch["inputs"]))
+    # At its start it agrees with the teacher on other classes: the loss is the teacher's entropy.
+    p = losses.softmax(batch["teacher_logits"], HYPER["temperature"])
+    entropy = -jnp.sum(p * jnp.log(p), axis=-1) * HYPER["temperature"] ** 2
+    found = head.loss(model.apply(start, batch["inputs"]), batch, HYPER, constants)
+    other = ~np.isin(batch["label"], SET)
+    assert other.any() and not other.all()
+    np.testing.assert_allclose(found[other], entropy[other], rtol=1e-5)
 
 
-def test_a_set_of_all_classes_has_a_dustbin_of_no_probability():
-    params, inputs = generalist(0)
-    reduced = enrichment.reduce_output(params, jnp.arange(C), C)
-    found = losses.softmax(models.mlp([16], C + 1).apply(reduced, inputs))
-    assert (np.asarray(found[:, -1]) == 0).all()
-    expected = softmax64(models.mlp([16], C).apply(params, inputs))
-    np.testing.assert_allclose(found[:, :-1], expected, atol=1e-5)
+@both_sets
+@every_head
+def test_a_step_trains_all_layers_and_in_micro_batches_the_same(name, class_set):
+    _, model, start, batch, constants = build(name, class_set)
+    states, sums = {}, {}
+    for parts in (1, 2):
+        step = jax.jit(make_step(name, model, micro_batches=parts))
+        state = train_step.state_of(start, OPTIMIZER)
+        states[parts], sums[parts] = step(state, batch, jax.random.key(0), HYPER, constants)
+    assert np.isfinite(sums[1]["loss"]) and sums[1]["loss"] > 0 and sums[1]["count"] == B
+    tiny.assert_close(states[2].params, states[1].params)
+    np.testing.assert_allclose(sums[2]["loss"], sums[1]["loss"], rtol=1e-5)
+    for layer in start:
+        for part, before in start[layer].items():
+            after = np.asarray(states[1].params[layer][part])
+            assert np.any(after != before)
+            real = np.isfinite(before)  # a padded class has a bias of -inf, which stays
+            assert np.isfinite(after[real]).all() and (after[~real] == -np.inf).all()
 
 
-def test_a_generalist_collapsed_starts_as_itself_where_one_unit_does_not():
-    params, inputs = generalist(0, hidden=2)
-    logits = models.mlp([2], C).apply(params, inputs)
-    expected = np.delete(softmax64(logits), [1, 4, 7], axis=1).sum(1)
-    collapsed = softmax64(enrichment.collapse(logits, SETS[0]))[:, -1]
-    unit = models.mlp([2], 4).apply(enrichment.reduce_output(params, SETS[0], C), inputs)
-    np.testing.assert_allclose(collapsed, expected, atol=1e-6)
-    assert np.abs(softmax64(unit)[:, -1] - expected).max() > 0.05
+@every_head
+def test_training_lowers_the_loss(name):
+    _, model, start, batch, constants = build(name)
+    step = jax.jit(make_step(name, model))
+    state, found = train_step.state_of(start, OPTIMIZER), []
+    for _ in range(30):
+        state, sums = step(state, batch, jax.random.key(0), HYPER, constants)
+        found.append(float(sums["loss"]))
+    assert found[-1] < 0.9 * found[0]

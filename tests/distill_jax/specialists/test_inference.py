@@ -8,7 +8,10 @@ import pytest
 from command import benchmark
 
 from distill_jax.errors import UserError
-from distill_jax.specialists import eq5, inference
+from distill_jax.models import Model
+from distill_jax.nets import Net
+from distill_jax.specialists import eq5, heads, inference
+from distill_jax.specialists.store import Specialists
 from experiments.benchmarks import specialist_inference
 
 
@@ -21,6 +24,13 @@ def ensemble(seed, num_specialists=6, classes=10, special=3):
     sets = random.permuted(everything, axis=1)[:, :special]
     shape = (num_specialists, 4, special + 1)
     return generalist, sets, random.standard_normal(shape).astype(np.float32), inputs
+
+
+def linear(weights, sets, apply=lambda weights, x: x @ weights, head=heads.UNIT):
+    """Specialists of linear networks `[K, D, outputs]`, without corrections."""
+    model = Model(lambda key, x: weights[0], apply)
+    net = Net(model, weights, history=[], seconds=0.0, members=len(weights), about={})
+    return Specialists(net, head, sets, np.zeros(len(sets), np.float32), num_classes=10)
 
 
 def all_run(generalist, sets, weights, inputs):
@@ -58,7 +68,7 @@ def test_only_active_specialists_are_run():
         jax.debug.callback(lambda w, x: seen.append((w.copy(), x.copy())), weights, x)
         return x @ weights
 
-    evidence = inference.run_active(apply, weights, sets, generalist, inputs, batch_size=8)
+    evidence = inference.run_active(linear(weights, sets, apply), generalist, inputs, batch_size=8)
     jax.effects_barrier()
     ids, active, count = inference.active_specialists(jnp.asarray(generalist), sets, 6)
     width = int(count.max())
@@ -88,8 +98,28 @@ def test_one_program_serves_all_specialists_and_rows():
         traces.append(x.shape)
         return x @ weights
 
-    inference.run_active(apply, weights, sets, generalist, inputs, batch_size=16, n=2)
+    inference.run_active(linear(weights, sets, apply), generalist, inputs, batch_size=16, n=2)
+    inference.predict(linear(weights, sets, apply), generalist, inputs, batch_size=16)
     assert traces == [(16, 4)]
+
+
+@pytest.mark.parametrize("head", heads.HEADS.values(), ids=heads.HEADS)
+def test_predictions_are_of_corrected_heads_in_parts_as_at_once(head, monkeypatch):
+    generalist, sets, _, inputs = ensemble(5)
+    random = np.random.default_rng(5)
+    weights = random.standard_normal((6, 4, head.outputs(3, 10))).astype(np.float32)
+    corrections = random.standard_normal(6).astype(np.float32)
+    specialists = linear(weights, sets, head=head)._replace(corrections=corrections)
+    found = inference.predict(specialists, generalist, inputs, n=2)
+    monkeypatch.setattr(inference, "_ROWS", 17)
+    parts = inference.predict(specialists, generalist, inputs, n=2)
+    np.testing.assert_allclose(parts, found, atol=1e-6)
+    ids, active, _ = inference.active_specialists(jnp.asarray(generalist), sets, 6, n=2)
+    logits = jnp.einsum("nd,kds->kns", inputs, weights)
+    read = jax.vmap(head.read)(logits, sets, corrections)
+    named = sets if head.has_dustbin else np.tile(np.arange(10, dtype=np.int32), (6, 1))
+    evidence = inference.gather_active(generalist, read, jnp.asarray(named), ids, active)
+    np.testing.assert_allclose(found, inference.combine(evidence)[0], atol=2e-6)
 
 
 def test_full_softmax_specialists_and_the_generalist_make_their_arithmetic_mean():
@@ -97,13 +127,8 @@ def test_full_softmax_specialists_and_the_generalist_make_their_arithmetic_mean(
     sets[2, 1:] = 10
     weights = np.random.default_rng(4).standard_normal((6, 4, 10)).astype(np.float32)
 
-    def apply(weights, x):
-        return jnp.pad(x @ weights, ((0, 0), (0, 1)), constant_values=-jnp.inf)
-
-    outputs = np.tile(np.arange(10, dtype=np.int32), (6, 1))
-    evidence = inference.run_active(
-        apply, weights, sets, generalist, inputs, batch_size=16, n=2, outputs=outputs
-    )
+    full = linear(weights, sets, head=heads.FULL_HARD)
+    evidence = inference.run_active(full, generalist, inputs, batch_size=16, n=2)
     assert evidence.specialists.shape == (*evidence.active.shape, 11)
     np.testing.assert_array_equal(evidence.class_sets[evidence.active][:, 9], 9)
     q, _ = inference.combine(evidence)
@@ -131,30 +156,21 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="max_active is 7, but there are 6"):
         inference.active_specialists(jnp.asarray(generalist), sets, 7)
 
-    def apply(weights, x):
-        return x @ weights
-
-    def run(weights=weights, sets=sets, inputs=inputs, outputs=None):
-        return inference.run_active(apply, weights, sets, generalist, inputs, outputs=outputs)
+    def run(weights=weights, sets=sets, inputs=inputs, **options):
+        inference.predict(linear(weights, sets), generalist, inputs, **options)
 
     with pytest.raises(UserError, match="class 11; there are 10"):
         run(sets=np.where(sets == 0, 11, sets))
     with pytest.raises(UserError, match=r"leading axes \[5\] for 6 class sets"):
         run(weights=weights[:5])
-    with pytest.raises(UserError, match="outputs name class 11; there are 10"):
-        run(outputs=np.where(sets == 0, 11, sets))
-    with pytest.raises(UserError, match="outputs are of 5 specialists, class_sets of 6"):
-        run(outputs=sets[:5])
-    with pytest.raises(UserError, match=r"\(256, 4\) for 256 inputs and a set of 2 classes"):
-        run(outputs=sets[:, :2])
+    with pytest.raises(
+        UserError, match=r"'unit' gave logits \(256, 4\) for .*; expected \(256, 3\)"
+    ):
+        run(sets=sets[:, :2])
     with pytest.raises(UserError, match="49 inputs for 50 rows"):
         run(inputs=inputs[:49])
-
-    def swapped(weights, x):
-        return x @ weights[:, :3]
-
-    with pytest.raises(UserError, match=r"\(256, 3\) for 256 inputs and a set of 3"):
-        inference.run_active(swapped, weights, sets, generalist, inputs)
+    with pytest.raises(UserError, match="n is 11; expected 1 to 10 classes"):
+        run(n=11)
 
 
 def test_the_benchmark_ends_with_its_result():

@@ -3,65 +3,80 @@
 import json
 import os
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import models
+from distill_jax import files, models
 from distill_jax.errors import UserError
-from distill_jax.specialists import store
+from distill_jax.models import Model
+from distill_jax.nets import Net
+from distill_jax.specialists import heads, inference, store
 
 C = 9
 SETS = np.array([[1, 4, 7], [0, 8, C]], np.int32)
-META = {"generalist": "abc", "data": "def", "num_classes": C, "kind": "collapsed"}
+FILES = ["class_sets.npy", "corrections.npy", "net.json", "params.npz", "specialists.json"]
+MODEL = models.mlp([5], 4)
 
 
-def specialists(seed=0, **meta):
-    model = models.mlp([5], 4)
+def specialists(seed=0, params=None, **changes):
     keys = jax.random.split(jax.random.key(seed), 2)
-    params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 3))))(keys)
-    return store.Specialists(params, SETS, np.array([2.5, 0.5], np.float32), {**META, **meta})
+    made = jax.vmap(lambda key: MODEL.init(key, jnp.zeros((1, 3))))(keys)
+    net = Net(MODEL, made if params is None else params, [], 1.5, 2, {})
+    corrections = np.array([2.5, 0.5], np.float32)
+    found = store.Specialists(net, heads.UNIT, SETS, corrections, C, generalist="abc", data="def")
+    return found._replace(**changes)
 
 
 def assert_same(found, expected):
-    assert found.meta == expected.meta
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        if not isinstance(y, (str, int)):
-            assert isinstance(x, np.ndarray) and x.dtype == y.dtype
-            np.testing.assert_array_equal(x, y)
+    assert found.net.model is expected.net.model and found.net.seconds == expected.net.seconds
+    assert (found.head, *found[4:]) == (expected.head, *expected[4:])
+    arrays, wanted = (
+        (one.net.params, one.class_sets, one.corrections) for one in (found, expected)
+    )
+    assert jax.tree.structure(arrays) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(arrays), jax.tree.leaves(wanted), strict=True):
+        assert isinstance(x, np.ndarray) and x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
 
 
 def test_specialists_come_back_as_they_were(tmp_path):
     store.save(tmp_path / "store", specialists())
-    found = store.load(str(tmp_path / "store"), "abc", "def", C)
+    found = store.load(str(tmp_path / "store"), generalist="abc", data="def", num_classes=C)
     assert_same(found, specialists())
     assert_same(store.load(tmp_path / "store"), specialists())
-    apply = jax.vmap(models.mlp([5], 4).apply, (0, None))
+    random = np.random.default_rng(0)
+    logits = random.standard_normal((20, C)).astype(np.float32)
+    inputs = random.standard_normal((20, 3)).astype(np.float32)
     np.testing.assert_array_equal(
-        apply(found.params, jnp.ones((2, 3))), apply(specialists().params, jnp.ones((2, 3)))
+        inference.predict(found, logits, inputs), inference.predict(specialists(), logits, inputs)
     )
+
+
+def test_a_model_of_your_own_is_handed_to_load(tmp_path):
+    own = Model(MODEL.init, lambda params, inputs: MODEL.apply(params, inputs))
+    saved = specialists()
+    store.save(tmp_path / "own", saved._replace(net=saved.net._replace(model=own)))
+    with pytest.raises(UserError, match="has a model of your own"):
+        store.load(tmp_path / "own")
+    assert store.load(tmp_path / "own", model=own).net.model is own
 
 
 def test_other_programs_need_only_numpy_and_json(tmp_path):
-    store.save(tmp_path, specialists())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "class_sets.npy",
-        "corrections.npy",
-        "meta.json",
-        "params.npz",
-    ]
-    params = np.load(tmp_path / "params.npz")
+    directory = tmp_path / "some" / "store"
+    store.save(directory, specialists())
+    assert sorted(path.name for path in directory.iterdir()) == FILES
+    params = np.load(directory / "params.npz")
     assert set(params) == {"hidden_0/kernel", "hidden_0/bias", "output/kernel", "output/bias"}
     np.testing.assert_array_equal(
-        params["hidden_0/kernel"], specialists().params["hidden_0"]["kernel"]
+        params["hidden_0/kernel"], specialists().net.params["hidden_0"]["kernel"]
     )
-    np.testing.assert_array_equal(np.load(tmp_path / "class_sets.npy"), SETS)
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    assert META.items() <= meta.items()
+    np.testing.assert_array_equal(np.load(directory / "class_sets.npy"), SETS)
+    meta = json.loads((directory / "specialists.json").read_text())
+    expected = {"head": "unit", "generalist": "abc", "data": "def", "num_classes": C}
+    assert expected.items() <= meta.items()
 
 
 def test_dtypes_that_numpy_has_not_come_back(tmp_path):
@@ -72,68 +87,68 @@ def test_dtypes_that_numpy_has_not_come_back(tmp_path):
         "int8": np.array([[-1], [5]], np.int8),
         "strided": np.arange(8.0)[::4],
     }
-    saved = specialists()._replace(params={"deep": {"er": leaves}, "flat": np.zeros(2)})
-    store.save(tmp_path, saved)
-    assert_same(store.load(tmp_path), saved)
-    params = np.load(tmp_path / "params.npz")
+    saved = specialists(params={"deep": {"er": leaves}, "flat": np.zeros(2)})
+    store.save(tmp_path / "store", saved)
+    assert_same(store.load(tmp_path / "store"), saved)
+    params = np.load(tmp_path / "store" / "params.npz")
     assert params["deep/er/bfloat16"].dtype == np.uint16
 
 
 def test_load_refuses_what_is_not_expected(tmp_path):
-    store.save(tmp_path, specialists())
-    with pytest.raises(UserError, match=r"have generalist 'abc', not 'xyz'$"):
-        store.load(tmp_path, generalist="xyz")
-    with pytest.raises(UserError, match=r"have data 'def', not 'uvw'$"):
-        store.load(tmp_path, data="uvw")
-    with pytest.raises(UserError, match=r"have num_classes 9, not 10$"):
-        store.load(tmp_path, num_classes=10)
-    with pytest.raises(UserError, match=r"data 'def', not 'uvw'; num_classes 9, not 10"):
-        store.load(tmp_path, "abc", "uvw", 10)
+    store.save(tmp_path / "store", specialists())
+    for name, there, now in (
+        ("generalist", "abc", "xyz"),
+        ("data", "def", "uvw"),
+        ("num_classes", 9, 10),
+    ):
+        expected = rf"another training: {name} is {there!r} there and {now!r} now$"
+        with pytest.raises(UserError, match=expected):
+            store.load(tmp_path / "store", **{name: now})
+    with pytest.raises(
+        UserError, match=r"data is 'def' there .* num_classes is 9 there and 10 now"
+    ):
+        store.load(tmp_path / "store", generalist="abc", data="uvw", num_classes=10)
 
 
-@pytest.mark.parametrize("name,value", [("version", 2), ("format", "distill_jax.soft_targets")])
+@pytest.mark.parametrize("name,value", [("version", 3), ("format", "distill_jax.soft_targets")])
 def test_load_refuses_another_version_and_format(tmp_path, name, value):
-    store.save(tmp_path, specialists())
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    (tmp_path / "meta.json").write_text(json.dumps({**meta, name: value}))
-    with pytest.raises(UserError, match=f"{value}.*; this program reads .* version 1"):
-        store.load(tmp_path)
+    store.save(tmp_path / "store", specialists())
+    path = tmp_path / "store" / "specialists.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(UserError, match=f"{value}.*; this program reads .* version 2"):
+        store.load(tmp_path / "store")
 
 
-@pytest.mark.parametrize("name", [*store.FILES, "meta.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_any_changed_byte_is_noticed(tmp_path, name):
-    store.save(tmp_path, specialists())
-    good = (tmp_path / name).read_bytes()
+    directory = tmp_path / "store"
+    store.save(directory, specialists())
+    good = (directory / name).read_bytes()
     for place in range(len(good)):
         damaged = bytearray(good)
         damaged[place] ^= 1 << place % 8
-        (tmp_path / name).write_bytes(damaged)
+        (directory / name).write_bytes(damaged)
         try:
-            found = store.load(tmp_path)
+            found = store.load(directory)
         except UserError as error:
-            assert str(tmp_path) in str(error)
+            assert str(directory) in str(error)
         else:  # one kind of blank between JSON's words for another
-            assert name == "meta.json" and chr(good[place]).isspace()
+            assert name == "specialists.json" and chr(good[place]).isspace()
             assert_same(found, specialists())
 
 
-@pytest.mark.parametrize("name", [*store.FILES, "meta.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_cut_or_missing_file_is_noticed(tmp_path, name):
-    store.save(tmp_path, specialists())
-    good = (tmp_path / name).read_bytes()
-    for kept in (0, 20, len(good) // 2, len(good) - 1):
-        (tmp_path / name).write_bytes(good[:kept])
-        with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}.*(damaged|:)"):
-            store.load(tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=name):
-        store.load(tmp_path)
-
-
-def test_meta_that_is_no_table_is_noticed(tmp_path):
-    (tmp_path / "meta.json").write_text("[1]")
-    with pytest.raises(UserError, match="no readable specialists in"):
-        store.load(tmp_path)
+    directory = tmp_path / "store"
+    store.save(directory, specialists())
+    good = (directory / name).read_bytes()
+    for kept in (0, 20, len(good) // 2, len(good) - 2):
+        (directory / name).write_bytes(good[:kept])
+        with pytest.raises(UserError, match=f"{re.escape(str(directory))}.*damaged"):
+            store.load(directory)
+    (directory / name).unlink()
+    with pytest.raises(UserError, match=re.escape(str(directory))):
+        store.load(directory)
 
 
 class Killed(BaseException):
@@ -141,9 +156,8 @@ class Killed(BaseException):
 
 
 def killed_saves(monkeypatch, directory, saved):
-    """Saves that end before each of their calls to write something, and what they leave behind."""
-    steps = [(np, "savez"), (np, "save"), (store, "_sha256"), (json, "dumps"), (os, "replace")]
-    for module, name in steps:
+    """Saves that end before each of their calls to write something."""
+    for module, name in [(np, "savez"), (np, "save"), (files, "write_json"), (os, "replace")]:
 
         def stop(*arguments, **options):
             raise Killed
@@ -155,52 +169,32 @@ def killed_saves(monkeypatch, directory, saved):
         yield name
 
 
-def test_a_killed_save_never_leaves_a_readable_half(tmp_path, monkeypatch):
+def test_a_killed_save_leaves_nothing_or_the_earlier_specialists(tmp_path, monkeypatch):
     directory = tmp_path / "store"
     for _ in killed_saves(monkeypatch, directory, specialists()):
-        assert (tmp_path / "store.partial").exists()
-        with pytest.raises(UserError, match=r"not written to the end: .*store\.partial; give"):
+        with pytest.raises(UserError, match=r"can't be read.*; train the specialists again"):
             store.load(directory)
     store.save(directory, specialists())
-    assert_same(store.load(directory), specialists())
+    for _ in killed_saves(monkeypatch, directory, specialists(seed=1, data="other")):
+        assert_same(store.load(directory), specialists())
+    store.save(directory, specialists(seed=1, data="other"))
+    assert_same(store.load(directory), specialists(seed=1, data="other"))
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def test_a_killed_save_leaves_earlier_specialists_whole_until_it_replaces_them(
-    tmp_path, monkeypatch
-):
-    directory = tmp_path / "store"
-    store.save(directory, specialists())
-    for name in killed_saves(monkeypatch, directory, specialists(seed=1, kind="dustbin")):
-        if name != "replace":
-            assert_same(store.load(directory), specialists())
-    with pytest.raises(UserError, match="not written to the end"):  # between removing and naming
-        store.load(directory)
-    store.save(directory, specialists(seed=1, kind="dustbin"))
-    assert_same(store.load(directory), specialists(seed=1, kind="dustbin"))
-
-
-def test_a_half_itself_can_not_be_opened(tmp_path):
-    store.save(tmp_path / "store", specialists())
-    shutil.move(tmp_path / "store", tmp_path / "store.partial")
-    (tmp_path / "store.partial" / "meta.json").unlink()  # written last
-    with pytest.raises(UserError, match="no readable specialists in"):
-        store.load(tmp_path / "store.partial")
-
-
 def test_save_refuses_what_does_not_fit(tmp_path):
-    good, where = specialists(), tmp_path / "store"
+    where = tmp_path / "store"
 
     def refuses(message, **changes):
         with pytest.raises(UserError, match=message):
-            store.save(where, good._replace(**changes))
+            store.save(where, specialists(**changes))
         assert not list(tmp_path.iterdir())
 
-    refuses(r"hidden_0/bias \(2, 5\) for 1 class sets; expected 1", class_sets=SETS[:1])
+    refuses("a net of 2 members for 1 class sets; expected 1", class_sets=SETS[:1])
+    refuses("expected 2 specialists in every leaf", params={"a": np.zeros((3, 1))})
     refuses(r"class_sets \(2,\) with corrections \(2,\)", class_sets=SETS[:, 0])
-    refuses(r"corrections \(1,\); expected \[K, S\] and \[K\]", corrections=good.corrections[:1])
+    refuses(r"corrections \(1,\); expected \[K, S\] and \[K\]", corrections=np.zeros(1))
     refuses("class_sets name class 10; there are 9", class_sets=SETS + 1)
-    refuses(r"meta has \['kind'\]; expected \['data', 'generalist', ", meta={"kind": "dustbin"})
     refuses(r"a leaf at params\['a'\]\[0\]", params={"a": [np.zeros(2)]})
     refuses(r"a leaf at params\['a/b'\]", params={"a/b": np.zeros(2)})
-    refuses(r"a leaf at params$", params=np.zeros(2))
+    refuses("one of unit, .*, not 'own'", head=heads.UNIT._replace(name="own"))

@@ -240,14 +240,14 @@ def test_specialists_are_the_same_in_groups_and_alone(workdir, one_by_one, rows)
         grouped, single = (store.load(specialists_of(d, seed)) for d in (workdir, one_by_one))
         np.testing.assert_array_equal(grouped.class_sets, single.class_sets)
         np.testing.assert_array_equal(grouped.corrections, single.corrections)
-        assert grouped.meta == single.meta
+        assert grouped.head == single.head and grouped[4:] == single[4:]
         # Sums are in another order, and all steps of training add to that: less than one step.
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(
                 a, b, atol=CONFIG.specialists.learning_rate / 3
             ),
-            grouped.params,
-            single.params,
+            grouped.net.params,
+            single.net.params,
         )
     again = report.load_rows(one_by_one / "results.json")
     for metric in ("test_accuracy", "conditional_test_accuracy", "seen_accuracy"):
@@ -307,7 +307,7 @@ def measured(directory):
     ("arguments", "expected"),
     [
         (["clusters.size=60"], "clusters.size is 60; it must be above 0 and below the 60 classes"),
-        (["specialists.kind=two"], "specialists.kind .* unit, logsumexp, .*, not 'two'"),
+        (["specialists.kind=two"], "a specialist's head must be one of unit, .*, not 'two'"),
         (["specialists.batch_size=33"], "specialists.batch_size must be even .*, not 33"),
         (["specialists.at_once=0"], "specialists.at_once must be at least 1, not 0"),
         (["data.classes=1001"], "data.classes is 1001, but there are 1000 classes"),
@@ -338,11 +338,14 @@ def test_specialists_of_another_generalist_are_refused(workdir, tmp_path):
     for name in ("generalist", "clusters", "specialists"):
         shutil.copytree(workdir / "stages" / name, tmp_path / "stages" / name)
     first, second = (specialists_of(tmp_path, seed) for seed in CONFIG.seeds)
-    wanted, other = (store.load(path).meta["generalist"] for path in (first, second))
+    wanted, other = (store.load(path).generalist for path in (first, second))
     shutil.rmtree(first)
     shutil.copytree(second, first)
     message = fails(SMOKE, f"--workdir={tmp_path}", "--stages=soft_targets")
-    assert message == f"error: the specialists in {first} have generalist '{other}', not '{wanted}'"
+    assert message == (
+        f"error: the specialists in {first} are of another training: generalist is "
+        f"'{other}' there and '{wanted}' now"
+    )
 
 
 def coloured(count, seed):

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax.specialists import store
+from distill_jax.specialists import heads, store
+from distill_jax.specialists.heads import Head
 from experiments.common.study import Context, Row, make_row, write_json
-from experiments.specialists import nets
-from experiments.specialists import training as specialist_training
+from experiments.specialists import generalists, training
 from experiments.specialists.clusters import load_sets
 from experiments.specialists.data import load_data
-from experiments.specialists.kinds import kind_of
+from experiments.specialists.generalists import Generalist
 
 NAMES = {
     "unit": "dustbin",
@@ -23,7 +23,7 @@ NAMES = {
 
 
 class _Run(NamedTuple):
-    """Specialists of one kind and seed: their accuracies while they learned, and what they then give."""
+    """Specialists of one head and seed: their accuracies while they learned, and what they then give."""
 
     history: dict[str, np.ndarray]
     test_accuracy: float
@@ -31,51 +31,43 @@ class _Run(NamedTuple):
 
 
 def soft(context: Context) -> list[Row]:
-    """Each kind of specialist, trained long: what it gains on its classes and loses on the others."""
+    """Specialists with each head, trained long: what it gains on its classes and loses on the others."""
     config, seeds = context.config, range(len(context.config.seeds))
     alone = [_generalist(context, s) for s in seeds]
-    rows = [
-        _row(config, "generalist", name, [one[name] for one in alone], 0.0) for name in alone[0]
-    ]
+    rows = [_row(config, "generalist", name, [one[name] for one in alone]) for name in alone[0]]
     curves = {}
     for kind in config.soft.kinds:
-        runs = [_run(context, s, kind) for s in seeds]
+        runs = [_run(context, s, heads.head_of(kind)) for s in seeds]
         seconds, histories = sum(run.seconds for run in runs), [run.history for run in runs]
         rows += _rows(config, kind, histories, seconds)
         accuracies = [run.test_accuracy for run in runs]
-        rows.append(_row(config, NAMES[kind], "test_accuracy", accuracies, seconds))
+        rows.append(_row(config, NAMES[kind], "test_accuracy", accuracies, seconds=seconds))
         curves[NAMES[kind]] = _curve(histories)
     write_json(context.directory / "curves.json", curves)
     return rows
 
 
-def _run(context: Context, seed: int, kind: str) -> _Run:
-    """The first few specialists of a seed's generalist, in another form."""
+def _run(context: Context, seed: int, head: Head) -> _Run:
+    """The first few specialists of a seed's generalist, with another head."""
     config, data = context.config, load_data(context.config)
-    base = nets.load_bases(context)[seed]
-    sets = _sets(context, seed)
-    examples = specialist_training.enriched_examples(context, seed, sets)
-    evaluation = _evaluation(config, base, sets, kind)
-    trained = specialist_training.train_group(
+    generalist, sets = generalists.load(context, seed), _sets(context, seed)
+    enriched = training.make_enriched(context, seed, sets, head)
+    evaluation = _evaluation(config, generalist, sets, head)
+    net = training.train_group(
         context,
-        context.directory / kind / f"seed_{config.seeds[seed]}",
+        context.directory / head.name / f"seed_{config.seeds[seed]}",
         seed,
+        enriched,
         range(len(sets)),
-        examples,
-        ConfigDict({**config.specialists.to_dict(), **config.soft.to_dict()}),
-        kind,
-        evaluation,
+        net=ConfigDict({**config.specialists.to_dict(), **config.soft.to_dict()}),
+        head=head,
+        evaluation=evaluation,
     )
-    found = store.Specialists(
-        trained.params,
-        sets,
-        specialist_training.corrections(examples),
-        {"kind": kind, "num_classes": data.num_classes},
-    )
-    q = specialist_training.combined(config, base, found, base.inputs(data.test["inputs"]))
+    found = store.Specialists(net, head, sets, enriched.corrections, data.num_classes)
+    q = training.predict(config, generalist, found, generalist.inputs(data.test["inputs"]))
     right = q.argmax(axis=-1) == data.test["label"]
-    history = _accuracies(trained.history, evaluation)
-    return _Run(history, 100.0 * float(right.mean()), trained.seconds)
+    history = _accuracies(net.history, evaluation)
+    return _Run(history, 100.0 * float(right.mean()), net.seconds)
 
 
 def _sets(context: Context, seed: int) -> np.ndarray:
@@ -83,7 +75,7 @@ def _sets(context: Context, seed: int) -> np.ndarray:
 
 
 def _evaluation(
-    config: ConfigDict, base: nets.Base, sets: np.ndarray, kind: str
+    config: ConfigDict, generalist: Generalist, sets: np.ndarray, head: Head
 ) -> dict[str, list[dict[str, Any]]]:
     """What errors are counted on while specialists learn, of each its own, by the metric's name.
 
@@ -94,14 +86,14 @@ def _evaluation(
     evaluation = {}
     for split, part in (("validation", data.validation), ("test", data.test)):
         rows = _sample(config, len(part["id"]))
-        inputs, label = base.inputs(part["inputs"][rows]), part["label"][rows]
+        inputs, label = generalist.inputs(part["inputs"][rows]), part["label"][rows]
         for group in ("special", "other"):
-            if group == "other" and kind_of(kind).has_dustbin:
+            if group == "other" and head.has_dustbin:
                 continue
             evaluation[f"{split}_{group}_errors"] = [
                 {
                     "inputs": inputs,
-                    **_wanted(kind, own, label, data.num_classes, group == "special"),
+                    **_wanted(head, own, label, data.num_classes, group == "special"),
                 }
                 for own in sets
             ]
@@ -109,12 +101,12 @@ def _evaluation(
 
 
 def _wanted(
-    kind: str, class_set: np.ndarray, label: np.ndarray, num_classes: int, special: bool
+    head: Head, class_set: np.ndarray, label: np.ndarray, num_classes: int, special: bool
 ) -> dict[str, np.ndarray]:
     """Fields that `training.count_errors` reads; the network's outputs are the set's or all classes'."""
     inside = np.isin(np.arange(num_classes), class_set)
     counted = inside[label] == special
-    if kind != "unit":
+    if head != heads.UNIT:
         return {"allowed": inside == special, "wanted": label, "counted": counted}
     real = class_set[class_set < num_classes]
     place = np.searchsorted(real, np.where(counted, label, real[0]))
@@ -137,13 +129,14 @@ def _accuracies(
 
 def _generalist(context: Context, seed: int) -> dict[str, float]:
     """The generalist's accuracy on special and other classes, restricted alike; mean over the sets."""
-    data, base = load_data(context.config), nets.load_bases(context)[seed]
+    data, generalist = load_data(context.config), generalists.load(context, seed)
     rows = _sample(context.config, len(data.test["id"]))
-    logits, label = base.logits(base.inputs(data.test["inputs"][rows])), data.test["label"][rows]
+    logits = generalist.net.logits(generalist.inputs(data.test["inputs"][rows]))
+    label = data.test["label"][rows]
     found: dict[str, list[float]] = {"special_accuracy": [], "other_accuracy": []}
     for class_set in _sets(context, seed):
         for name, special in (("special_accuracy", True), ("other_accuracy", False)):
-            wanted = _wanted("full_hard", class_set, label, data.num_classes, special)
+            wanted = _wanted(heads.FULL_HARD, class_set, label, data.num_classes, special)
             predicted = np.where(wanted["allowed"], logits, -np.inf).argmax(axis=-1)
             found[name].append(100.0 * float((predicted == label)[wanted["counted"]].mean()))
     return {name: float(np.mean(values)) for name, values in found.items()}
@@ -167,7 +160,11 @@ def _rows(
                 best = history["validation_special"].argmax(axis=0)
                 at = best if selection == "validation" else np.full_like(best, len(accuracy) - 1)
                 values.append(float(accuracy[at, np.arange(accuracy.shape[1])].mean()))
-            rows.append(_row(config, name, f"{group}_accuracy", values, seconds, selection))
+            rows.append(
+                _row(
+                    config, name, f"{group}_accuracy", values, seconds=seconds, selection=selection
+                )
+            )
     return rows
 
 
@@ -193,7 +190,8 @@ def _row(
     row: str,
     metric: str,
     values: Sequence[float],
-    seconds: float,
+    *,
+    seconds: float = 0.0,
     selection: str = "last",
 ) -> Row:
     return make_row(config, "specialists_soft", row, metric, values, seconds, selection=selection)

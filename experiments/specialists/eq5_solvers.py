@@ -1,4 +1,4 @@
-"""How fast the ways of solving Eq. 5 are on given predictions: passes, time, memory (section 5.4)."""
+"""How fast the ways of solving Eq. 5 are: passes, time and memory (section 5.4)."""
 
 import functools
 import statistics
@@ -12,8 +12,54 @@ from jax import Array
 
 from distill_jax.specialists import eq5, inference
 from distill_jax.specialists.inference import Evidence
+from experiments.common.study import Context, Row, make_row, write_arrays
+from experiments.specialists import generalists, training
+from experiments.specialists.data import load_data
 
 CLOSE = 1e-6  # of the reference, in every class
+
+
+def compare_solvers(context: Context) -> list[Row]:
+    """Passes, rate and agreement of the ways to solve Eq. 5, on real predictions of the test set."""
+    evidence = _predictions(context)
+    write_arrays(context.directory / "predictions.npz", **evidence._asdict())
+    found = compare(evidence, context.config.inference.max_passes)
+    for name in ("newton", "fixed_point"):
+        for other in ("adam", "gradient_descent"):
+            found[name] |= _against(other, found[name], found[other])
+    return [
+        make_row(
+            context.config,
+            "specialists_inference",
+            name.replace("_", " "),
+            metric,
+            [value],
+            0.0,
+        )
+        for name, numbers in found.items()
+        for metric, value in numbers.items()
+    ]
+
+
+def _predictions(context: Context) -> Evidence:
+    """Those of some test examples with an active specialist, by the first seed's nets."""
+    config, data = context.config, load_data(context.config)
+    generalist, specialists = generalists.load(context, 0), training.load_stage(context, 0)
+    random = np.random.default_rng(config.data.seed)
+    rows = random.permutation(len(data.test["id"]))[: 4 * config.inference.examples]
+    inputs = generalist.inputs(data.test["inputs"][np.sort(rows)])
+    evidence = inference.run_active(
+        specialists, generalist.net.logits(inputs), inputs, n=config.specialists.active_by
+    )
+    active = np.flatnonzero(evidence.active.any(axis=1))[: config.inference.examples]
+    return Evidence(*(np.asarray(field)[active] for field in evidence))
+
+
+def _against(other: str, ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
+    """Ratios above 1 where ours is the better one."""
+    ratios = {metric: theirs[metric] / ours[metric] for metric in ("passes_median", "passes_p99")}
+    ratios["examples_per_second"] = ours["examples_per_second"] / theirs["examples_per_second"]
+    return {f"{metric}_against_{other}": ratio for metric, ratio in ratios.items()}
 
 
 def methods(direction: eq5.Direction = "forward") -> dict[str, eq5.Method]:
