@@ -184,12 +184,14 @@ def _measure(net: str, backend: str, counts: Sequence[int]) -> Iterator[tuple[st
             with _worker(backend, count) as ask_many:
                 for way, (alone, case) in ways.items():
                     if count > 1 or way == "strong data":
-                        point = _compare(ask_one, alone, ask_many, case(count), count, backend)
+                        point = _compare(
+                            ask_one, alone, ask_many, case(count), count=count, backend=backend
+                        )
                         yield f"{net} {way} {count}", point
 
 
 def _compare(
-    ask_one: Ask, alone: Case, ask_many: Ask, case: Case, count: int, backend: str
+    ask_one: Ask, alone: Case, ask_many: Ask, case: Case, *, count: int, backend: str
 ) -> Point:
     """Measures one device and several in turn."""
     one, many = [], []

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from distill_jax.errors import UserError
+from distill_jax.files import write_whole
 
 
 def unpacked(cache: str | os.PathLike[str], name: str, tried: str) -> Path:
@@ -30,11 +31,9 @@ def unpacked(cache: str | os.PathLike[str], name: str, tried: str) -> Path:
     folder = cache / name
     if not folder.is_dir():
         package = _package(cache, name, tried)
-        partial = cache / f"{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         remedy = f"if {package} is damaged, delete it and run this again"
-        _run(["dpkg-deb", "-x", str(package), str(partial)], cache, name, remedy)
-        partial.rename(folder)
+        with write_whole(folder) as partial:
+            _run(["dpkg-deb", "-x", str(package), str(partial)], cache, name, remedy)
     _copy_copyright(folder / "usr/share/doc" / name, cache / "licences" / name)
     return folder
 

@@ -7,7 +7,6 @@ what the number was chosen on. Any study's rows have this form, so nothing here 
 
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill_jax.errors import UserError
+from distill_jax.files import read_json, write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -46,12 +46,7 @@ def load_rows(path: str | os.PathLike[str]) -> list[Row]:
         UserError: the file cannot be read, is no JSON list of rows, or a row lacks a key or holds a
             value of the wrong kind; the message names the file and the keys.
     """
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error})") from error
+    rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected a JSON list of rows, each an object")
     for index, row in enumerate(rows):
@@ -65,6 +60,7 @@ def write(
     title: str,
     captions: Mapping[str, str],
     rows: Sequence[Row],
+    *,
     reference_rows: Sequence[Row],
     figures: Sequence[NamedFigure],
     seconds: float,
@@ -98,11 +94,13 @@ def write(
     (workdir / "figures").mkdir(parents=True, exist_ok=True)
     for name, _, figure in figures:
         png = _saved(figure, format="png", facecolor="white", metadata={"Software": None})
-        _replace(workdir / "figures" / f"{name}.png", png)
+        with write_whole(workdir / "figures" / f"{name}.png") as partial:
+            partial.write_bytes(png)
     templates = _templates()
     for name in ("report.md", "report.html"):
         text = templates.get_template(name).render(page)
-        _replace(workdir / name, f"{text.strip()}\n".encode())
+        with write_whole(workdir / name) as partial:
+            partial.write_text(f"{text.strip()}\n", encoding="utf-8")
 
 
 def format_number(value: float | None, decimals: int | None = None) -> str:
@@ -268,13 +266,3 @@ def _svg(name: str, caption: str, figure: "Figure") -> dict[str, Any]:
     width, height = (f"{72 * inches:g}" for inches in figure.get_size_inches())
     drawing = drawing.replace("#000000", "currentColor").strip()
     return dict(name=name, caption=caption, width=width, height=height, drawing=drawing)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: a reader never sees half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -89,7 +89,15 @@ def draw_report(
     """`report.write` with the time of all finished stages, and the published rows if there are any."""
     seconds = sum(read_json(path)["seconds"] for path in workdir.glob("stages/*/stage.json"))
     published = report.load_rows(reference) if reference.exists() else []
-    report.write(workdir, title, captions, rows, published, figures, seconds)
+    report.write(
+        workdir,
+        title,
+        captions,
+        rows,
+        reference_rows=published,
+        figures=figures,
+        seconds=seconds,
+    )
     print(f"report: {workdir / 'report.html'}")
 
 

@@ -125,6 +125,7 @@ def decode(
     class_of_senone: np.ndarray,
     language_model: LanguageModel,
     weights: Weights,
+    *,
     search: Search = FAST,
     threads: int | None = None,
     progress: str | None = "decoding",
@@ -158,6 +159,7 @@ def decode_audio(
     audio: Sequence[np.ndarray],
     language_model: LanguageModel,
     weights: Weights = Weights(),  # noqa: B008 - immutable
+    *,
     search: Search = FAST,
     threads: int | None = None,
     progress: str | None = "decoding",
@@ -319,6 +321,7 @@ def tune(
     log_prior: np.ndarray,
     class_of_senone: np.ndarray,
     language_model: LanguageModel,
+    *,
     grid: Mapping[str, Sequence[float]] = GRID,
     start: Weights = START,
     search: Search = FAST,
@@ -358,9 +361,9 @@ def tune(
                 class_of_senone,
                 language_model,
                 weights,
-                search,
-                threads,
-                progress,
+                search=search,
+                threads=threads,
+                progress=progress,
             )
             tried[weights] = word_errors(references, hypotheses)
             if progress:

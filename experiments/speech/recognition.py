@@ -53,7 +53,7 @@ def _recognise(context: Context, teacher: nets.Net, students: nets.Net) -> list[
                 progress=f"{name} {number}" if count else name,
             )
             found.append(decoding.word_errors(references, hypotheses))
-        return _rows(context, row, found, (time.monotonic() - begun) / len(parts), paper)
+        return _rows(context, row, found, (time.monotonic() - begun) / len(parts), paper=paper)
 
     together = f"{nets.member_count(teacher)}xEnsemble"
     distilled = f"distilled, T={config.distilled.temperature:g}"
@@ -92,7 +92,7 @@ def _own_model(
     )
     found = decoding.word_errors(references, hypotheses)
     row, seconds = "the decoder's own acoustic model", time.monotonic() - begun
-    return _rows(context, row, [found], seconds, None, "last")
+    return _rows(context, row, [found], seconds, paper=None, selection="last")
 
 
 def _print_unknown(spoken: Sequence[Utterance], transcripts: Sequence[Sequence[str]]) -> None:
@@ -120,6 +120,7 @@ def _rows(
     row: str,
     found: Sequence[dict[str, float]],
     seconds: float,
+    *,
     paper: float | None,
     selection: str | None = None,
 ) -> list[Row]:

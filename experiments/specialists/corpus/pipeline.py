@@ -8,7 +8,6 @@ In the folder that is asked for:
     glyphs/             the set
 """
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from distill_jax.errors import UserError
+from distill_jax.files import write_whole
 from experiments.common import workers
 from experiments.common.study import read_json, write_json
 from experiments.specialists import glyphs
@@ -123,11 +123,9 @@ def _render(task: tuple[Path, Path, int, Sequence[str]]) -> None:
     """Draws a face in a worker and leaves it in a file, whole or not at all."""
     path, font, number, characters = task
     images, drawn = rendering.render(font, number, characters)
-    # A killed run's worker may still be at the same face, so each writes a file of its own.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    # A killed run's worker may still be at the same face: each writes a partial file of its own.
+    with write_whole(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, images=images, drawn=drawn)
-    os.replace(partial, path)
 
 
 def _read(path: Path) -> Rendered:

@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 import soundfile
 
 from distill_jax.errors import UserError
+from distill_jax.files import write_whole
 from experiments.common import workers
 from experiments.common.study import write_json
 from experiments.speech import speech_frames, sphinx
@@ -52,6 +52,7 @@ def prepare(
     corpus: str,
     recordings: Sequence[Recording],
     out: Path,
+    *,
     high_frequency: float,
     frames: Mapping[str, int],
     audio_words: int,
@@ -163,10 +164,9 @@ def analyse(recording: Recording, bands: features.Bands) -> Analysed:
 def _analyse_part(task: tuple[Path, Sequence[Recording], features.Bands]) -> Path:
     """Analyses a part in a worker and leaves it in a file, whole or not at all."""
     path, recordings, bands = task
-    # A killed run's worker may still be at the same part, so each writes a file of its own.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(pickle.dumps([analyse(one, bands) for one in recordings]))
-    os.replace(partial, path)
+    # A killed run's worker may still be at the same part: each writes a partial file of its own.
+    with write_whole(path) as partial:
+        partial.write_bytes(pickle.dumps([analyse(one, bands) for one in recordings]))
     return path
 
 

@@ -74,7 +74,15 @@ def plain_figure():
 
 
 def write(workdir, rows, captions=None, reference_rows=(), drawn=(), title="A title"):
-    report.write(workdir, title, captions or {}, rows, reference_rows, drawn, seconds=1234.5)
+    report.write(
+        workdir,
+        title,
+        captions or {},
+        rows,
+        reference_rows=reference_rows,
+        figures=drawn,
+        seconds=1234.5,
+    )
     read = [(workdir / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html")]
     return read[0], read[1]
 
@@ -106,8 +114,8 @@ def test_load_rows_gives_the_rows_with_their_further_keys(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "r.json: cannot be read"),
-        ("{", "not JSON"),
+        (None, "r.json can't be read"),
+        ("{", "r.json is damaged"),
         ("{}", "JSON list"),
         ("[1]", "JSON list"),
         *[(without(k), f"r.json: row 1 lacks {k}$") for k in report.KEYS],

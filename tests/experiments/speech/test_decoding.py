@@ -81,12 +81,12 @@ def test_senones():
 
 def test_own_scores_give_the_words_of_the_decoder_itself(own, model):
     words, scores = own
-    found = decoding.decode(scores, *identity(), model, Weights(), TIGHT, progress=None)
+    found = decoding.decode(scores, *identity(), model, Weights(), search=TIGHT, progress=None)
     assert found == words
     assert decoding.word_errors(REFERENCES, found)["word_error_rate"] < 30
     # The same scores are no longer those words where they are of other senones.
     shifted = [np.roll(utterance, 500, axis=1) for utterance in scores[:2]]
-    wrong = decoding.decode(shifted, *identity(), model, Weights(), TIGHT, progress=None)
+    wrong = decoding.decode(shifted, *identity(), model, Weights(), search=TIGHT, progress=None)
     assert wrong != words[:2]
 
 
@@ -95,7 +95,12 @@ def test_the_language_weight_reaches_the_first_pass(own, model):
     search = TIGHT._replace(best_path=False)
     light, heavy = (
         decoding.decode(
-            scores, *identity(), model, Weights(language_weight=weight), search, progress=None
+            scores,
+            *identity(),
+            model,
+            Weights(language_weight=weight),
+            search=search,
+            progress=None,
         )
         for weight in (6.5, 300.0)
     )
@@ -112,7 +117,7 @@ def test_audio_gives_the_words_of_the_decoder_itself(own, audio, model):
 
 def test_audio_is_decoded_as_if_alone(audio, model):
     """The library keeps an estimate of the noise from one utterance to the next."""
-    options = decoding._options(model, Weights(), TIGHT)
+    options = decoding._options(model, Weights(), search=TIGHT)
     options["senlogdir"] = str(model.trigrams.parent)
     with sphinx.open_decoder(options) as decoder:
         for samples in (audio[0], audio[1], audio[0]):
@@ -123,10 +128,10 @@ def test_audio_is_decoded_as_if_alone(audio, model):
 
 def test_parallel_equals_serial(own, model, capsys):
     _, scores = own
-    arguments = (scores, *identity(), model, Weights(), TIGHT)
-    serial = decoding.decode(*arguments, threads=1, progress=None)
+    arguments = (scores, *identity(), model, Weights())
+    serial = decoding.decode(*arguments, search=TIGHT, threads=1, progress=None)
     assert capsys.readouterr().out == ""
-    assert decoding.decode(*arguments, threads=4, progress="validation") == serial
+    assert decoding.decode(*arguments, search=TIGHT, threads=4, progress="validation") == serial
     line = capsys.readouterr().out
     assert line.startswith(f"validation: {len(scores)}/{len(scores)} utterances")
     assert line.count("\n") == 1
@@ -142,19 +147,19 @@ def test_prior_and_classes_reach_the_decoder(own, model):
     joint = [(utterance[:, order] + 0.5 * log_prior).astype(np.float32) / 2 for utterance in scores]
     weights = Weights(acoustic_scale=2.0, prior_scale=0.25)
     classes = np.argsort(order).astype(np.int32)
-    found = decoding.decode(joint, log_prior, classes, model, weights, TIGHT, progress=None)
+    found = decoding.decode(joint, log_prior, classes, model, weights, search=TIGHT, progress=None)
     assert found == words
 
 
 def test_empty_utterance(own, audio, model):
     _, scores = own
     sets = [scores[0][:0], scores[0], scores[0][:0]]
-    found = decoding.decode(sets, *identity(), model, Weights(), TIGHT, progress=None)
+    found = decoding.decode(sets, *identity(), model, Weights(), search=TIGHT, progress=None)
     assert found[0] == found[2] == "" and found[1]
     samples = [audio[0][:0], audio[0], audio[0][:100]]
     found = decoding.decode_audio(samples, model, search=TIGHT, threads=1, progress=None)
     assert found[0] == found[2] == "" and found[1]
-    assert decoding.decode([], *identity(), model, Weights(), TIGHT) == []
+    assert decoding.decode([], *identity(), model, Weights(), search=TIGHT) == []
 
 
 def test_senone_scores_are_those_of_a_loop():
@@ -287,9 +292,9 @@ def test_tune_finds_the_scale(own, model):
         REFERENCES[:3],
         *identity(),
         model,
-        grid,
-        Weights(acoustic_scale=0.01),
-        TIGHT,
+        grid=grid,
+        start=Weights(acoustic_scale=0.01),
+        search=TIGHT,
         progress=None,
     )
     assert best == Weights(acoustic_scale=1.0)
@@ -307,7 +312,7 @@ def test_tune_goes_by_one_weight_after_another(monkeypatch, model, capsys):
     goal = Weights(2.0, 0.5, 3.0, 1.0)
     asked = []
 
-    def decode(score_sets, log_prior, classes, model, weights, search, threads, progress):
+    def decode(score_sets, log_prior, classes, model, weights, **options):
         asked.append(weights)
         wrong = sum(value != wanted for value, wanted in zip(weights, goal, strict=True))
         return ["right" + " wrong" * wrong]
@@ -315,18 +320,18 @@ def test_tune_goes_by_one_weight_after_another(monkeypatch, model, capsys):
     monkeypatch.setattr(decoding, "decode", decode)
     grid = {name: [value, 9.0, 7.0] for name, value in reversed(goal._asdict().items())}
     start = Weights()
-    best, tried = decoding.tune([], ["right"], *identity(), model, grid, start)
+    best, tried = decoding.tune([], ["right"], *identity(), model, grid=grid, start=start)
     assert best == goal
     assert len(asked) == len(set(asked)) == len(tried) == 1 + 4 * 3
     assert asked[1] == start._replace(word_insertion_penalty=1.0)
     assert json.loads(json.dumps(tried)) == tried
     assert capsys.readouterr().out.count(" % at acoustic_scale") == len(tried)
     with pytest.raises(UserError, match=r"'acoustic'.* none of the weights"):
-        decoding.tune([], ["right"], *identity(), model, {"acoustic": [1.0]})
+        decoding.tune([], ["right"], *identity(), model, grid={"acoustic": [1.0]})
 
 
 def test_tune_keeps_the_start_where_nothing_is_better(monkeypatch, model):
-    monkeypatch.setattr(decoding, "decode", lambda *arguments: ["right"])
+    monkeypatch.setattr(decoding, "decode", lambda *arguments, **options: ["right"])
     best, tried = decoding.tune([], ["right"], *identity(), model, progress=None)
     assert best == decoding.START and len(tried) > len(decoding.GRID)
 

@@ -355,7 +355,7 @@ def test_ink_is_black_and_other_text_has_no_colour_of_its_own():
 
 def test_a_report_is_written_with_every_figure(tmp_path):
     drawn = everything()
-    report.write(tmp_path, "Speech", {}, every_row(), [], drawn, 1.0)
+    report.write(tmp_path, "Speech", {}, every_row(), reference_rows=[], figures=drawn, seconds=1.0)
     assert sorted(p.stem for p in (tmp_path / "figures").iterdir()) == sorted(NAMES)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.findall('<figure id="figure-([^"]*)"', text) == NAMES

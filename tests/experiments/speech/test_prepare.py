@@ -302,7 +302,15 @@ def recorded(**changes):
 
 
 def prepare(out, recordings, corpus="speech", high=7600.0, audio_words=0, **frames):
-    folder = pipeline.prepare(corpus, recordings, out, high, {**LIMITS, **frames}, audio_words, 1)
+    folder = pipeline.prepare(
+        corpus,
+        recordings,
+        out,
+        high_frequency=high,
+        frames={**LIMITS, **frames},
+        audio_words=audio_words,
+        processes=1,
+    )
     return speech_frames.load(str(folder))
 
 
