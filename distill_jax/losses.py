@@ -99,7 +99,7 @@ def top_k_soft_cross_entropy(
     """`soft_cross_entropy` with targets of which k classes are kept, and the others' sum.
 
     `T^2 * -(sum_j p_j log q_{id_j} + tail * sum_i s_i log q_i)` with `s = tail_distribution(...)`.
-    The dense targets are not built. Same value and gradient as with them, as `top_k_targets.densify`
+    The dense targets are not built. Same value and gradient as with them, as `soft_targets.densify`
     writes them out. For the k largest probabilities, and for classes that were drawn.
 
     Args:

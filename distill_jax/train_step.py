@@ -1,8 +1,8 @@
 """The train step: pure, and the same for teachers, baselines, students and specialists.
 
 Only the loss differs. The teacher's soft targets are fields of the batch: its logits "teacher_logits"
-`[B, C]`, or the three fields of `TOP_K_FIELDS` with a few of its probabilities. They are joined from a
-store (`soft_targets.attach`), or added in the step by a frozen teacher (`online_teacher`). With very
+`[B, C]`, or the three `soft_targets.TOP_K_FIELDS` with a few of its probabilities. They are joined from
+a store (`soft_targets.attach`), or added in the step by a frozen teacher (`online_teacher`). With very
 many classes, the teachers' last hidden activations can take their place (`online_teacher_hidden`).
 """
 
@@ -30,7 +30,6 @@ Constants = Any
 """A tree of arrays that are the same for all examples, such as {"teacher": parameters}. Traced, so that
 they are neither compiled into the program nor cut up with the batch."""
 
-TOP_K_FIELDS = ("teacher_ids", "teacher_probabilities", "teacher_tail")
 
 Hyper = dict[str, Array]
 """Traced float32 scalars: "learning_rate", and what the loss reads ("temperature", "hard_weight")."""
@@ -243,17 +242,17 @@ def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
     """The paper's objective with targets of which the batch has the k largest.
 
     At `hyper["temperature"]`, which must be the one that the targets were made at
-    (`compressed_targets.attach` checks it), and `hyper["hard_weight"]`.
+    (`soft_targets.attach` checks it), and `hyper["hard_weight"]`.
 
     Args:
-        tail_weights: `[C]`, how the other classes share the rest: a compressed store's
-            `tail_weights`. None for equal shares.
+        tail_weights: `[C]`, how the other classes share the rest: those of the store at
+            this temperature. None for equal shares.
     """
     weights = None if tail_weights is None else jnp.asarray(tail_weights, jnp.float32)
 
     def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
         ids, probabilities, tail = _take(
-            batch, TOP_K_FIELDS, "the batch has", "join them with soft_targets.attach"
+            batch, soft_targets.TOP_K_FIELDS, "the batch has", "join them with soft_targets.attach"
         )
         return losses.top_k_distillation(
             logits,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from distill_jax import compressed_targets, losses, models, optimizers, soft_targets, train_step
+from distill_jax import models, optimizers, soft_targets, train_step
 from distill_jax.data import images
 from distill_jax.data.augment import jitter
 from distill_jax.data.images import Examples
@@ -110,33 +110,29 @@ def join(
     """Examples with soft targets, which are made and kept in `workdir` once, and the loss for them.
 
     `name` is the teacher's fingerprint. All logits are kept for k = 0, and serve any temperature; else
-    the k largest probabilities, for teachers of very many classes, and ids must be 0..N-1.
+    the k largest probabilities, for teachers of very many classes.
 
     Raises:
         UserError: if the soft targets in `workdir` are another teacher's, or of other examples.
     """
     images = examples["inputs"]
-    if k == 0:
-        directory = workdir / "soft_targets"
-        if not directory.exists():
-            soft_targets.save(directory, soft_targets.make(teacher(images), examples, name))
-        targets = soft_targets.load(directory, name, CLASSES)
-        return soft_targets.attach(examples, targets), train_step.distillation_loss
-    directory, digests = workdir / f"top_{k}", soft_targets.digests(images)
-    compressed_targets.write(
-        directory,
-        lambda rows: losses.softmax(jnp.asarray(teacher(images[rows])), TEMPERATURE),
-        digests,
-        num_classes=CLASSES,
-        k=k,
-        temperature=TEMPERATURE,
-        mean=None,
+    how: dict[str, Any] = {"encoding": "top_k", "k": k, "temperatures": TEMPERATURE} if k else {}
+    folder = workdir / (f"top_{k}" if k else "soft_targets")
+    soft_targets.write(
+        folder,
+        lambda rows: teacher(images[rows]),
+        soft_targets.digests(images),
         teacher=name,
         data={"images": "embedded MNIST"},
+        ids=examples["id"],
+        num_classes=CLASSES,
+        **how,
     )
-    store = compressed_targets.load(directory, teacher=name, num_classes=CLASSES)
-    taught = compressed_targets.attach(examples, store, digests, TEMPERATURE)
-    return taught, train_step.top_k_distillation_loss(store.tail_weights)
+    store = soft_targets.load(folder, teacher=name, num_classes=CLASSES)
+    taught = soft_targets.attach(examples, store, TEMPERATURE)
+    if k:
+        return taught, train_step.top_k_distillation_loss(store.tail_weights[TEMPERATURE])
+    return taught, train_step.distillation_loss
 
 
 def train(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_jax import compressed_targets, soft_targets
+from distill_jax import soft_targets
 
 N, CLASSES, SHARD, BATCH = 50, 12, 16, 6
 
@@ -13,12 +13,13 @@ DIGESTS = soft_targets.digests(np.arange(N))
 
 
 RUN = {
-    "num_classes": CLASSES,
-    "k": 3,
-    "temperature": 2.0,
-    "mean": "arithmetic",
     "teacher": "abc",
     "data": {"alignment": "ab12"},
+    "encoding": "top_k",
+    "k": 3,
+    "temperatures": 2.0,
+    "probabilities": True,
+    "num_classes": CLASSES,
 }
 
 
@@ -30,9 +31,9 @@ def tiny_targets(rows):
     return np.array(counts, np.float32) / 64
 
 
-def write(directory, targets_of=tiny_targets, digests=DIGESTS, **changes):
+def write(directory, source=tiny_targets, digests=DIGESTS, **changes):
     sizes = {"shard_rows": SHARD, "batch_size": BATCH}
-    compressed_targets.write(directory, targets_of, digests, **{**RUN, **sizes, **changes})
+    soft_targets.write(directory, source, digests, **{**RUN, **sizes, **changes})
     return directory
 
 

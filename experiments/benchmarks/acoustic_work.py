@@ -200,7 +200,7 @@ def _examples(job: Job, targets: str) -> train_step.Batch:
             jnp.asarray(probabilities[:, :KEPT], jnp.bfloat16),
             jnp.asarray(probabilities[:, KEPT]),
         )
-        examples |= dict(zip(train_step.TOP_K_FIELDS, fields, strict=True))
+        examples |= dict(zip(soft_targets.TOP_K_FIELDS, fields, strict=True))
     return examples
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distill_jax import fused_loss, train_step
+from distill_jax import fused_loss, soft_targets, train_step
 from experiments.benchmarks.large_output_work import (
     TEMPERATURE,
     Case,
@@ -82,7 +82,7 @@ def _targets(
     hyper = {name: jnp.float32(number) for name, number in numbers.items()}
     if case.targets == "stored":
         stored = zip(
-            train_step.TOP_K_FIELDS, (work.ids, work.probabilities, work.tail), strict=True
+            soft_targets.TOP_K_FIELDS, (work.ids, work.probabilities, work.tail), strict=True
         )
         return {"label": work.label, **dict(stored)}, ({}, hyper)
     layer = {"kernel": work.teacher_kernel[None], "bias": work.teacher_bias[None]}

@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.soft_target_storage
 
 The predictions of a frozen random teacher, sure of some examples and not of others, are written to
-stores of `compressed_targets`: the k largest, and drawn classes of as many bytes. Students that begin
+stores of soft targets: the k largest, and drawn classes of as many bytes. Students that begin
 alike learn from these and from dense targets. They are judged by the share of labels, drawn by the
 teacher at temperature 1, that are their first choice: its expectation, the teacher's probability of that
 choice, so that no drawing blurs the comparison. Independent draws (arXiv 2503.16870) are compared with
@@ -22,18 +22,11 @@ import numpy as np
 from absl import flags
 from jax import Array
 
-from distill_jax import (
-    compressed_targets,
-    losses,
-    models,
-    optimizers,
-    sampled_targets,
-    soft_targets,
-    train_step,
-)
+from distill_jax import losses, models, optimizers, soft_targets, train_step
 from distill_jax.epochs import make_epoch, steps_per_epoch
 from distill_jax.errors import UserError
-from distill_jax.top_k_targets import Kept, compare
+from distill_jax.soft_targets import Kept
+from distill_jax.soft_targets.compare import against_dense
 from experiments.benchmarks import command
 
 _CLASSES = flags.DEFINE_integer("classes", 14_000, "C.", lower_bound=4)
@@ -157,36 +150,35 @@ def draw_inputs(count: int, seed: int) -> np.ndarray:
 def encode(teacher: Logits, inputs: np.ndarray, temperature: float) -> dict[str, Encoding]:
     """The dense targets, and those of stores that are written and read back; drawn for each seed."""
     digests, seeds = soft_targets.digests(inputs), _SEEDS.value
-    targets = jax.jit(lambda some: losses.softmax(teacher(some), temperature))
 
-    def stored(encoding: str, k: int, seed: int = 0) -> tuple[compressed_targets.Store, Fields]:
+    def stored(
+        encoding: soft_targets.Encoding, k: int, seed: int = 0
+    ) -> tuple[soft_targets.Store, Fields]:
         with tempfile.TemporaryDirectory() as folder:
-            compressed_targets.write(
+            soft_targets.write(
                 folder,
-                lambda rows: targets(inputs[rows]),
+                lambda rows: teacher(jnp.asarray(inputs[rows])),
                 digests,
-                num_classes=_CLASSES.value,
-                k=k,
-                temperature=temperature,
-                mean=None,
                 teacher="random",
-                data={},
                 encoding=encoding,
+                k=k,
+                temperatures=temperature,
+                num_classes=_CLASSES.value,
                 seed=seed,
                 batch_size=256,
             )
-            store = compressed_targets.load(folder)
-            return store, compressed_targets.rows(store, np.arange(len(inputs)))
+            store = soft_targets.load(folder)
+            return store, soft_targets.rows(store, np.arange(len(inputs)), temperature)
 
-    def compressed(stores: Sequence[tuple[compressed_targets.Store, Fields]]) -> Encoding:
+    def compressed(stores: Sequence[tuple[soft_targets.Store, Fields]]) -> Encoding:
         first = stores[0][0]
-        loss = train_step.top_k_distillation_loss(first.tail_weights)
-        size = compressed_targets.bytes_per_example(first)
+        loss = train_step.top_k_distillation_loss(first.tail_weights[temperature])
+        size = soft_targets.bytes_per_example(first)
         return Encoding(size, [fields for _, fields in stores], loss)
 
-    draws = sampled_targets.most_draws(4 * _K.value + 4, _CLASSES.value)
+    draws = soft_targets.most_draws(4 * _K.value + 4, _CLASSES.value)
     size = 4 * _CLASSES.value + digests.itemsize
-    # Made anew for each batch, as those of all examples would not fit.
+    # Computed for each batch, as those of all examples would not fit.
     online = [train_step.online_teacher(lambda _, inputs: teacher(inputs))]
     return {
         "dense": Encoding(size, [{}] * seeds, train_step.distillation_loss, online),
@@ -236,17 +228,19 @@ def gradient_errors(
     student: Logits,
     temperature: float,
 ) -> dict[str, dict[str, float]]:
-    """`compare` of the stores and of independent draws, at a student's logits; nothing of the dense."""
+    """`against_dense` of the stores and of independent draws, at a student's logits."""
     logits = student(jnp.asarray(inputs))
     probabilities = losses.softmax(teacher(jnp.asarray(inputs)), temperature)
     mean = jnp.mean(probabilities, axis=0)
 
     def errors(forms: Sequence[Kept]) -> dict[str, float]:
-        found = compare(probabilities, forms, logits, temperature, mean)
+        found = against_dense(probabilities, forms, logits, temperature, mean)
         return {metric: float(value) for metric, value in found.items() if np.isfinite(value)}
 
     def kept(fields: Mapping[str, np.ndarray]) -> Kept:
-        ids, named, tail = (jnp.asarray(fields[x][: len(inputs)]) for x in train_step.TOP_K_FIELDS)
+        ids, named, tail = (
+            jnp.asarray(fields[x][: len(inputs)]) for x in soft_targets.TOP_K_FIELDS
+        )
         return ids, named, tail
 
     sampled = [kept(fields) for fields in encodings["sampled"].fields]

@@ -117,7 +117,7 @@ def with_soft_targets(
     return [soft_targets.attach(examples, store, temperature) for store in _stores(context)]
 
 
-def _stores(context: Context) -> list[soft_targets.SoftTargets]:
+def _stores(context: Context) -> list[soft_targets.Store]:
     directory = context.inputs["soft_targets"]
     classes = open_data(context.config).num_classes
     return [

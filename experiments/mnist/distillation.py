@@ -42,24 +42,21 @@ def make_soft_targets(context: Context) -> list[Row]:
     nets = load(context.inputs["teacher"] / "teacher")
     for s, seed in enumerate(config.seeds):
         net = nets.member(s)
-        parts: list[soft_targets.SoftTargets] = []
+        logits, digests, ids = [], [], []
         for examples in training_parts(config):
-            logits = net.logits(examples["inputs"])
-            if s == 0 and not parts:
-                write_json(context.directory / "digits.json", _telling_digits(examples, logits))
-            parts.append(soft_targets.make(logits, examples, net.fingerprint))
-        soft_targets.save(context.directory / f"seed_{seed}", _joined(parts))
+            logits.append(net.logits(examples["inputs"]))
+            digests.append(soft_targets.digests(examples["inputs"]))
+            ids.append(examples["id"])
+            if s == 0 and len(logits) == 1:
+                write_json(context.directory / "digits.json", _telling_digits(examples, logits[0]))
+        soft_targets.write(
+            context.directory / f"seed_{seed}",
+            np.concatenate(logits),
+            np.concatenate(digests),
+            teacher=net.fingerprint,
+            ids=np.concatenate(ids),
+        )
     return []
-
-
-def _joined(parts: list[soft_targets.SoftTargets]) -> soft_targets.SoftTargets:
-    """One teacher's soft targets of all parts of a set."""
-    return soft_targets.SoftTargets(
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([part.digests for part in parts]),
-        np.concatenate([part.logits for part in parts]),
-        parts[0].meta,
-    )
 
 
 def distilled(context: Context) -> list[Row]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import soft_targets, train_step
+from distill_jax import train_step
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net
@@ -115,19 +115,14 @@ def unlabelled(context: Context) -> list[Row]:
         train_step.label_loss,
     )
     rows = [error_row(context, "mnist_unlabelled", "teacher, labels of one half", teachers)]
-    targets = [
-        soft_targets.make(
-            teachers.member(s).logits(ours["inputs"]), ours, f"half teacher, seed {seed}"
-        )
-        for s, seed in enumerate(config.seeds)
-    ]
+    logits = teachers.logits(ours["inputs"])
     for share in (0.0, net.labels_known):
         partly = transfer.labels_known(ours, share, config.data.seed)
         nets = train(
             context,
             f"known_{share:g}",
             net,
-            [soft_targets.attach(partly, own, net.temperature) for own in targets],
+            [{**partly, "teacher_logits": own} for own in logits],
             train_step.distillation_loss,
             variants=[
                 {"temperature": net.temperature, "hard_weight": net.hard_weight if share else 0.0}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, nets, soft_targets, train_step
+from distill_jax import nets, soft_targets, train_step
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.models import Params
@@ -31,20 +31,21 @@ def make_soft_targets(context: Context) -> list[Row]:
             return q_of(inputs[wanted])
 
         directory = context.directory / f"seed_{seed}"
-        compressed_targets.write(
+        soft_targets.write(
             directory,
             targets_of,
             digests,
-            num_classes=data.num_classes,
-            k=min(config.distilled.k, data.num_classes),
-            temperature=1.0,
-            mean=None,
             teacher=f"{generalist.fingerprint} and specialists",
             data={"examples": data.fingerprint},
+            encoding="top_k",
+            k=min(config.distilled.k, data.num_classes),
+            temperatures=1.0,
+            probabilities=True,
+            num_classes=data.num_classes,
             batch_size=4096,
             progress=_progress(seed),
         )
-        size = compressed_targets.bytes_per_example(compressed_targets.load(directory))
+        size = soft_targets.bytes_per_example(soft_targets.load(directory))
         print(f"soft targets, seed {seed}: {size} bytes an example")
     return []
 
@@ -53,15 +54,14 @@ def distilled(context: Context) -> list[Row]:
     """Single nets of the generalist's size taught by the specialists, and one taught by labels."""
     config, data = context.config, load_data(context.config)
     examples, _ = transfer_set(config)
-    digests = soft_targets.digests(examples["inputs"])
     taught = []
     for seed in config.seeds:
-        stored = compressed_targets.load(
+        stored = soft_targets.load(
             context.inputs["soft_targets"] / f"seed_{seed}",
             data={"examples": data.fingerprint},
             num_classes=data.num_classes,
         )
-        taught.append(compressed_targets.attach(examples, stored, digests, 1.0))
+        taught.append(soft_targets.attach(examples, stored, 1.0))
     before, after = teachers = _teachers(context)
     rows = _rows(config, "generalist", before, teachers)
     rows += _rows(config, f"generalist + {config.clusters.count} specialists", after, teachers)

@@ -8,14 +8,15 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import sampled_targets, top_k_targets, train_step
+from distill_jax import soft_targets, train_step
 from distill_jax.data.images import Examples
-from distill_jax.top_k_targets import Kept
+from distill_jax.soft_targets import Kept
+from distill_jax.soft_targets.compare import against_dense
 from experiments.common import members
 from experiments.common.study import Context, Row, make_row
 from experiments.speech import frames, nets, training_set
 from experiments.speech.data import load_data
-from experiments.speech.table1 import distil, store_name
+from experiments.speech.table1 import distil
 
 
 def temperature(context: Context) -> list[Row]:
@@ -73,12 +74,12 @@ def compression(context: Context) -> list[Row]:
     for k in [k for k in net.k if k < data.num_classes]:
         for row, size, kept in _encodings(probabilities, k, examples["id"], max(2, seeds)):
             part = jax.tree.map(lambda field: field[some], kept[:4])
-            found = top_k_targets.compare(probabilities[some], part, logits, net.temperature, mean)
+            found = against_dense(probabilities[some], part, logits, net.temperature, mean)
             # No divergence where a class is not drawn.
             errors = {name: [float(x)] for name, x in found.items() if np.isfinite(x)}
             # Every student has draws of its own, so that the spread over seeds has theirs too.
             own = [map(np.asarray, kept[seed % len(kept)]) for seed in range(seeds)]
-            fields = [dict(zip(train_step.TOP_K_FIELDS, one, strict=True)) for one in own]
+            fields = [dict(zip(soft_targets.TOP_K_FIELDS, one, strict=True)) for one in own]
             trained = student(row, fields, train_step.top_k_distillation_loss(mean))
             less = nets.frame_accuracies(trained, data) - nets.frame_accuracies(dense, data)
             measured = {**errors, "frame_accuracy_less_dense": less}
@@ -111,8 +112,8 @@ def unlabelled(context: Context) -> list[Row]:
         (net.temperature, 0.0, None),
         (net.temperature, net.hard_weight, None),
     ):
-        store = f"one_{store_name(value)}"
-        trained = distil(context, f"{store}_{weight:g}", net, value, seeds, weight, store)
+        name = f"one_temperature_{value:g}_{weight:g}"
+        trained = distil(context, name, net, value, seeds, weight, "one")
         found = nets.frame_accuracies(trained, data)
         share = 100.0 * (found - base) / (large - base)
         labels = f"labels at {weight:g}" if weight else "no labels"
@@ -129,7 +130,7 @@ def _at_temperature(context: Context, value: float) -> members.Net:
     if value == config.distilled.temperature:
         finished = context._replace(directory=context.inputs["distilled"])
         return distil(finished, "distilled", config.distilled, value, config.seeds)
-    return distil(context, store_name(value), config.distilled, value, config.seeds[:1])
+    return distil(context, f"temperature_{value:g}", config.distilled, value, config.seeds[:1])
 
 
 def _dense_targets(context: Context) -> tuple[np.ndarray, Examples]:
@@ -150,11 +151,10 @@ def _encodings(
     largest = _top_k(probabilities, k)
     size = sum(field[0].nbytes for field in largest)
     yield f"k={k}", size + _DIGEST, [largest]
-    draws = sampled_targets.most_draws(size, probabilities.shape[-1])
-    offsets = [sampled_targets.offsets(seed, ids) for seed in range(repeats)]
+    draws = soft_targets.most_draws(size, probabilities.shape[-1])
+    offsets = [soft_targets.offsets(seed, ids) for seed in range(repeats)]
     drawn = [
-        sampled_targets.as_targets(np.asarray(_sample(probabilities, draws, one)))
-        for one in offsets
+        soft_targets.as_targets(np.asarray(_sample(probabilities, draws, one))) for one in offsets
     ]
     yield f"draws={draws}", size + _DIGEST, drawn
 
@@ -177,5 +177,5 @@ def _compression_rows(
 
 _COMPARED = 4096  # examples, at most
 _DIGEST = 8  # bytes of a stored example that say which input it is of
-_top_k = jax.jit(top_k_targets.top_k, static_argnames="k")
-_sample = jax.jit(sampled_targets.sample, static_argnames="draws")
+_top_k = jax.jit(soft_targets.top_k, static_argnames="k")
+_sample = jax.jit(soft_targets.sample, static_argnames="draws")

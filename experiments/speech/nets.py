@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, soft_targets, train_step
+from distill_jax import soft_targets, train_step
 from distill_jax.data.images import Examples
 from distill_jax.models import Model, Params
 from distill_jax.soft_targets import Mean
@@ -69,7 +69,7 @@ def train_on_targets(
     context: Context,
     name: str,
     net: ConfigDict,
-    store: compressed_targets.Store,
+    store: soft_targets.Store,
     temperature: float,
     hard_weight: float,
     seeds: Sequence[int],
@@ -80,7 +80,7 @@ def train_on_targets(
         name,
         net,
         training_set.with_targets(context.config, net, store, temperature, len(seeds)),
-        train_step.top_k_distillation_loss(store.tail_weights),
+        train_step.top_k_distillation_loss(store.tail_weights[temperature]),
         [{"temperature": temperature, "hard_weight": hard_weight}],
         seeds=seeds,
     )
@@ -184,35 +184,33 @@ def accuracy(log_probs: np.ndarray, examples: Examples) -> float:
 
 def write_targets(
     context: Context,
+    name: str,
     net: Net,
-    names: Mapping[float, str],
+    temperatures: Sequence[float],
+    *,
     mean: Mean | None,
     teacher: str,
     shards: Sequence[int] | None = None,
 ) -> None:
-    """Writes, or goes on writing, soft targets over the training set, a store for each temperature.
+    """Writes soft targets over the training set, or the rest of them, at all temperatures in one pass.
 
-    All of them in one pass over the ensemble, which is what takes the time. The processes of a run
-    share the shards out.
+    The processes of a run share the shards out.
 
     Args:
         context: of the stage that keeps them.
+        name: of the store's folder.
         net: the ensemble.
-        names: the stores' folders by temperature.
+        temperatures: of the soft targets.
         mean: of the members; None for a single one.
         teacher: its fingerprint.
-        shards: the numbers of those to write, of stores that are finished later; None: all of them.
+        shards: the numbers of those to write, of a store that is finished later; None: all of them.
     """
     config, data = context.config.soft_targets, load_data(context.config)
-    digests = training_set.digests(context.config)
-    latest: dict[int, Array] = {}  # the members' logits of one batch, for all temperatures
 
-    def targets_of(rows: np.ndarray, temperature: float) -> Array:
-        if int(rows[0]) not in latest:
-            latest.clear()
-            cut = training_set.windows(context.config, rows)
-            latest[int(rows[0])] = _member_logits(net.model, net.params, cut)
-        return _mean_probs(latest[int(rows[0])], temperature, mean or "arithmetic")
+    def logits(rows: np.ndarray) -> Array:
+        windows = training_set.windows(context.config, rows)
+        members = _member_logits(net.model, net.params, windows)
+        return members[0] if mean is None else members
 
     begun = time.monotonic()
 
@@ -220,32 +218,25 @@ def write_targets(
         rate = done / (time.monotonic() - begun)
         print(f"soft targets of {teacher}: {done}/{size} frames, {rate:.0f} a second", flush=True)
 
-    writers = [
-        compressed_targets.write_steps(
-            context.directory / name,
-            functools.partial(targets_of, temperature=temperature),
-            digests,
-            num_classes=data.num_classes,
-            k=config.k if config.encoding == "sampled" else min(config.k, data.num_classes),
-            temperature=temperature,
-            mean=mean,
-            teacher=teacher,
-            data={"alignment": data.fingerprint},
-            encoding=config.encoding,
-            shard_rows=config.shard_rows,
-            shards=shards,
-            progress=progress if temperature == max(names) else None,
-        )
-        for temperature, name in names.items()
-    ]
-    compressed_targets.run_steps(*writers)
-    if shards is None:
-        for name in names.values():
-            compressed_targets.finish(context.directory / name, digests)
+    soft_targets.write(
+        context.directory / name,
+        logits,
+        training_set.digests(context.config),
+        teacher=teacher,
+        data={"alignment": data.fingerprint},
+        encoding=config.encoding,
+        k=config.k if config.encoding == "sampled" else min(config.k, data.num_classes),
+        temperatures=temperatures,
+        mean=mean,
+        num_classes=data.num_classes,
+        shard_rows=config.shard_rows,
+        shards=shards,
+        progress=progress,
+    )
 
 
 def shard_count(config: ConfigDict) -> int:
-    """How many shards each store of soft targets over the training set has."""
+    """How many shards a store of soft targets over the training set has."""
     return math.ceil(load_data(config).lengths.sum() / config.soft_targets.shard_rows)
 
 
@@ -254,13 +245,10 @@ def _member_logits(model: Model, params: Params, windows: Array) -> Array:
     return jax.lax.map(lambda member: model.apply(member, windows), params)
 
 
-_mean_probs = jax.jit(soft_targets.mean_probs, static_argnames="mean")
-
-
-def load_targets(config: ConfigDict, directory: Path) -> compressed_targets.Store:
+def load_targets(config: ConfigDict, directory: Path) -> soft_targets.Store:
     """A store, checked to be of this alignment and these classes."""
     data = load_data(config)
-    return compressed_targets.load(
+    return soft_targets.load(
         directory, data={"alignment": data.fingerprint}, num_classes=data.num_classes
     )
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, models, train_step
+from distill_jax import models, soft_targets, train_step
 from distill_jax.soft_targets import Mean
+from distill_jax.soft_targets.reduction import array_name
 from experiments.common import members
 from experiments.common.study import Context, Row, make_row, read_json, write_json
 from experiments.speech import frames, nets, training_set
@@ -61,37 +62,50 @@ def ensemble(context: Context) -> list[Row]:
 
 
 def make_soft_targets(context: Context) -> list[Row]:
-    """The ensemble's soft targets over the training set at each temperature, stored once."""
-    for name in _write_soft_targets(context):
+    """The soft targets of the ensemble, and of one net, over the training set at each temperature."""
+    _write_soft_targets(context)
+    for name in ("ensemble", "one"):
         store = nets.load_targets(context.config, context.directory / name)
-        text = f"{name}: {compressed_targets.bytes_per_example(store)} bytes a frame"
-        if store.tail:
-            tail = 100.0 * float(np.mean(np.concatenate(store.tail)))
-            text += f", {tail:.1f} % of the probability in the tail"
-        print(text)
+        temperatures = store.meta["temperatures"]
+        size = soft_targets.bytes_per_example(store)
+        print(f"{name}: {size} bytes a frame, at {len(temperatures)} temperatures")
+        if store.meta["encoding"] == "top_k":
+            for t in temperatures:
+                tail = np.concatenate([shard[array_name("tail", t)] for shard in store.shards])
+                print(f"T={t:g}: {100.0 * tail.mean():.1f} % of the probability in the tail")
     return []
 
 
-def soft_target_groups(context: Context) -> list[Callable[[], list[str]]]:
-    """What writes each run of shards of all these stores, for independent processes."""
+def soft_target_groups(context: Context) -> list[Callable[[], None]]:
+    """What writes each run of shards of both stores, for independent processes."""
     shards = range(nets.shard_count(context.config))
     size = math.ceil(len(shards) / _SHARD_RUNS)
     runs = [shards[start : start + size] for start in range(0, len(shards), size)]
     return [functools.partial(_write_soft_targets, context, run) for run in runs]
 
 
-def _write_soft_targets(context: Context, shards: Sequence[int] | None = None) -> list[str]:
-    """Writes all shards of all stores, or only some; the names of the stores."""
+def _write_soft_targets(context: Context, shards: Sequence[int] | None = None) -> None:
+    """Writes all shards of both stores, or only some."""
     config, net = context.config, nets.load_ensemble(context)
     teacher = nets.fingerprint(net, config.ensemble)
-    temperatures = config.soft_targets.temperatures
-    stores = {value: store_name(value) for value in temperatures}
-    nets.write_targets(context, net, stores, config.soft_targets.mean, teacher, shards)
-    # One large net's, for a small one to learn from.
-    small = {value: f"one_{store_name(value)}" for value in {1.0, config.unlabelled.temperature}}
-    one = nets.first(net, 1)
-    nets.write_targets(context, one, small, None, f"{teacher}, member 0", shards)
-    return [*stores.values(), *small.values()]
+    nets.write_targets(
+        context,
+        "ensemble",
+        net,
+        config.soft_targets.temperatures,
+        mean=config.soft_targets.mean,
+        teacher=teacher,
+        shards=shards,
+    )
+    nets.write_targets(  # one large net's, for a small one to learn from
+        context,
+        "one",
+        nets.first(net, 1),
+        sorted({1.0, config.unlabelled.temperature}),
+        mean=None,
+        teacher=f"{teacher}, member 0",
+        shards=shards,
+    )
 
 
 def distilled(context: Context) -> list[Row]:
@@ -138,18 +152,12 @@ def distil(
     temperature: float,
     seeds: Sequence[int],
     hard_weight: float | None = None,
-    store: str | None = None,
+    store: str = "ensemble",
 ) -> members.Net:
     """Nets trained on stored soft targets of the whole training set; by default the ensemble's."""
-    folder = context.inputs["soft_targets"] / (store or store_name(temperature))
-    targets = nets.load_targets(context.config, folder)
+    targets = nets.load_targets(context.config, context.inputs["soft_targets"] / store)
     weight = net.hard_weight if hard_weight is None else hard_weight
     return nets.train_on_targets(context, name, net, targets, temperature, weight, seeds)
-
-
-def store_name(temperature: float) -> str:
-    """The folder of a temperature's soft targets."""
-    return f"temperature_{temperature:g}"
 
 
 def unheard_rows(context: Context, row: str, net: nets.Net, seconds: float) -> list[Row]:

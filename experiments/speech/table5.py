@@ -12,7 +12,6 @@ from experiments.common import members
 from experiments.common.study import Context, Row, make_row, write_json
 from experiments.speech import nets, training_set
 from experiments.speech.data import load_data
-from experiments.speech.table1 import store_name
 
 _METRICS = ("train_frame_accuracy", "frame_accuracy")
 
@@ -22,7 +21,7 @@ def fractions(context: Context) -> list[Row]:
     config, data = context.config, load_data(context.config)
     net = config.fractions
     seeds = len(config.seeds)
-    store = nets.load_targets(config, context.inputs["soft_targets"] / store_name(net.temperature))
+    store = nets.load_targets(config, context.inputs["soft_targets"] / "ensemble")
     examples = [
         training_set.part_with_targets(config, cases, store, net.temperature)
         for cases in training_set.random_parts(config, net.percent, config.seeds)
@@ -32,7 +31,7 @@ def fractions(context: Context) -> list[Row]:
         "part",
         net,
         examples,
-        train_step.top_k_distillation_loss(store.tail_weights),
+        train_step.top_k_distillation_loss(store.tail_weights[net.temperature]),
         [
             {"temperature": net.temperature, "hard_weight": weight}
             for weight in (1.0, net.hard_weight)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import compressed_targets, sharding
+from distill_jax import sharding, soft_targets
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from experiments.common.members import Stream
@@ -24,8 +24,13 @@ _CHUNK = 65536  # rows whose windows are in the host's memory at a time
 class Utterances:
     """`stream.Source` of the training utterances, with stored soft targets if there are any."""
 
-    def __init__(self, data: Data, store: compressed_targets.Store | None = None):
-        self.data, self.store = data, store
+    def __init__(
+        self,
+        data: Data,
+        store: soft_targets.Store | None = None,
+        temperature: float | None = None,
+    ):
+        self.data, self.store, self.temperature = data, store, temperature
         self.first_rows = np.cumsum(data.lengths) - data.lengths
 
     def __len__(self) -> int:  # noqa: D105
@@ -37,7 +42,7 @@ class Utterances:
         if self.store is None:
             return fields
         rows = self.first_rows[number] + np.arange(len(one.states))
-        return {**fields, **compressed_targets.rows(self.store, rows)}
+        return {**fields, **soft_targets.rows(self.store, rows, self.temperature)}
 
 
 def labelled(config: ConfigDict, net: ConfigDict, seeds: int) -> Sequence[Examples] | Stream:
@@ -51,7 +56,7 @@ def labelled(config: ConfigDict, net: ConfigDict, seeds: int) -> Sequence[Exampl
 def with_targets(
     config: ConfigDict,
     net: ConfigDict,
-    store: compressed_targets.Store,
+    store: soft_targets.Store,
     temperature: float,
     seeds: int,
 ) -> Sequence[Examples] | Stream:
@@ -59,9 +64,9 @@ def with_targets(
     data = load_data(config)
     whole = np.arange(data.lengths.sum())
     if config.data.block_frames:
-        compressed_targets.check(store, whole, digests(config), temperature)
-        return _stream(config, net, Utterances(data, store))
-    return [compressed_targets.attach(data.train, store, digests(config), temperature)] * seeds
+        soft_targets.check(store, whole, digests(config), temperature)
+        return _stream(config, net, Utterances(data, store, temperature))
+    return [soft_targets.attach(data.train, store, temperature, digests(config))] * seeds
 
 
 def part(config: ConfigDict, rows: np.ndarray) -> Examples:
@@ -88,10 +93,10 @@ def random_parts(config: ConfigDict, percent: float, seeds: Sequence[int]) -> li
 
 
 def part_with_targets(
-    config: ConfigDict, cases: Examples, store: compressed_targets.Store, temperature: float
+    config: ConfigDict, cases: Examples, store: soft_targets.Store, temperature: float
 ) -> Examples:
     """A part joined to its stored soft targets."""
-    return compressed_targets.attach(cases, store, digests(config)[cases["id"]], temperature)
+    return soft_targets.attach(cases, store, temperature, digests(config)[cases["id"]])
 
 
 def _random_rows(config: ConfigDict, percent: float, seed: int) -> np.ndarray:

@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 from distill_jax import losses, models, optimizers, train_step
-from distill_jax.compressed_targets import densify, top_k
 from distill_jax.data.augment import jitter
 from distill_jax.errors import UserError
+from distill_jax.soft_targets import TOP_K_FIELDS, densify, top_k
 
 OPTIMIZER = optimizers.sgd(optax.constant_schedule(1.0))
 DROPOUT = models.mlp([8], tiny.CLASSES, input_dropout=0.2, hidden_dropout=0.5)
@@ -280,14 +280,14 @@ def test_one_trace_serves_all_hyper_values(key):
 def top_k_batch(k=2):
     batch = make_batch()
     fields = top_k(losses.softmax(batch.pop("teacher_logits"), 3.0), k)
-    return {**batch, **dict(zip(train_step.TOP_K_FIELDS, fields, strict=True))}
+    return {**batch, **dict(zip(TOP_K_FIELDS, fields, strict=True))}
 
 
 @pytest.mark.parametrize("tail_weights", [None, np.array([0.5, 0.3, 0.2])])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_top_k_loss_trains_as_its_dense_targets_do(tail_weights, parts, key):
     batch = {**top_k_batch(1), "label_known": jnp.arange(8) % 2 == 0}
-    fields = [batch[name] for name in train_step.TOP_K_FIELDS]
+    fields = [batch[name] for name in TOP_K_FIELDS]
     weights = None if tail_weights is None else jnp.asarray(tail_weights, jnp.float32)
     dense = densify(*fields, weights, tiny.CLASSES)
 

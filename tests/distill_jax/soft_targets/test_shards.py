@@ -23,8 +23,9 @@ from stores import (
     write,
 )
 
-from distill_jax import compressed_targets, processes, target_shards
+from distill_jax import processes, soft_targets
 from distill_jax.errors import UserError
+from distill_jax.soft_targets import shard_files
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,7 @@ def write_slowly(directory):
 
 def write_shards(directory, shards, targets_of=tiny_targets, **changes):
     options = {**RUN, "shard_rows": SHARD, "batch_size": BATCH, "shards": shards, **changes}
-    compressed_targets.run_steps(
-        compressed_targets.write_steps(directory, targets_of, DIGESTS, **options)
-    )
+    soft_targets.write(directory, targets_of, DIGESTS, **options)
 
 
 def write_until_killed(directory, *shards):
@@ -58,7 +57,7 @@ def start(call):
     folder = Path(__file__).parent
     return subprocess.Popen(
         [sys.executable, "-c", f"import test_shards as t; t.{call}"],
-        env={**os.environ, "PYTHONPATH": f"{folder}:{folder.parent}"},
+        env={**os.environ, "PYTHONPATH": f"{folder}:{folder.parents[1]}"},
     )
 
 
@@ -79,7 +78,7 @@ def test_a_killed_writer_goes_on_to_the_same_bytes(whole, tmp_path):
     wait_for(tmp_path / "shards/00001", process)
     kill(process)
     with pytest.raises(UserError, match=r"not finished, \d of 4 shards .* the same command"):
-        compressed_targets.load(tmp_path)
+        soft_targets.load(tmp_path)
     asked = []
     write(tmp_path, lambda rows: asked.extend(rows) or tiny_targets(rows))
     assert min(asked) >= 2 * SHARD  # only what was not written
@@ -114,11 +113,11 @@ def test_independent_writers_are_killed_and_go_on(tmp_path):
     for process in running:
         kill(process)
     with pytest.raises(UserError, match="not finished, 2 of 4 shards"):
-        compressed_targets.load(tmp_path)
+        soft_targets.load(tmp_path)
     asked: list[int] = []
     for shards in ((0, 2), (1, 3)):
         with pytest.raises(UserError, match=r"shards/0000\d is not written yet: other writers"):
-            compressed_targets.finish(tmp_path, DIGESTS)
+            soft_targets.finish(tmp_path, DIGESTS)
         write_shards(
             tmp_path,
             shards,
@@ -126,7 +125,7 @@ def test_independent_writers_are_killed_and_go_on(tmp_path):
             encoding="sampled",
         )
     assert set(asked) == set(range(2 * SHARD, N))
-    compressed_targets.finish(tmp_path, DIGESTS)
+    soft_targets.finish(tmp_path, DIGESTS)
     assert content(tmp_path) == content(write(tmp_path.with_name("one"), encoding="sampled"))
 
 
@@ -140,16 +139,16 @@ def test_of_two_writers_of_one_shard_the_first_counts(whole, tmp_path, monkeypat
 
     write(tmp_path / "a", at_its_first_batch)
     assert content(tmp_path / "a") == content(whole)
-    hashed = target_shards._sha256
+    hashed = shard_files._sha256
 
     def at_its_first_hash(path):
-        monkeypatch.setattr(target_shards, "_sha256", hashed)
+        monkeypatch.setattr(shard_files, "_sha256", hashed)
         assert path.name.endswith(".partial") and path.exists()
         write(tmp_path / "b")
         assert not path.exists()  # taken for what a killed writer left
         return hashed(path)
 
-    monkeypatch.setattr(target_shards, "_sha256", at_its_first_hash)
+    monkeypatch.setattr(shard_files, "_sha256", at_its_first_hash)
 
     def the_first_shard_alone(rows):
         assert rows.max() < SHARD
@@ -177,9 +176,9 @@ def test_a_writer_of_other_shards_must_have_the_same_store(tmp_path):
         with pytest.raises(UserError, match=f"no shard {number}; the store has 4"):
             write_shards(tmp_path, [0, number], never)
     with pytest.raises(UserError, match="num_examples 50, not 49"):
-        compressed_targets.finish(tmp_path, DIGESTS[:-1])
+        soft_targets.finish(tmp_path, DIGESTS[:-1])
     (tmp_path / "shards/00003/shard.json").write_text("{")
-    with pytest.raises(UserError, match=r"00003/shard.json is damaged .*; remove .*00003 and give"):
+    with pytest.raises(UserError, match=r"00003/shard.json is damaged .*; delete .*00003 and run"):
         write_shards(tmp_path, [0], never)
 
 
@@ -205,7 +204,7 @@ def test_processes_of_a_run_share_the_shards_out_and_end_together(whole, tmp_pat
     ended = end_all(start_all(["-c", script], 2, 1), 120)
     assert [status for status, *_ in ended] == [1, 1], ended
     assert "process 1 of 2 ended with an error, which it has printed" in ended[0][2]
-    assert "error: the teacher's soft targets are not probabilities with sum 1" in ended[1][2]
+    assert "error: the soft targets are not probabilities with sum 1" in ended[1][2]
     assert content(tmp_path / "store") == content(whole)
     for index in (0, 1):
         expected = [row for row in range(N) if row // SHARD % 2 == index]

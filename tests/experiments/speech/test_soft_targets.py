@@ -9,7 +9,7 @@ import pytest
 from speech_configs import config_of
 from stores import content
 
-from distill_jax import compressed_targets
+from distill_jax import soft_targets
 from experiments.common import members
 from experiments.common.study import Context
 from experiments.speech import nets, study, table1
@@ -36,14 +36,15 @@ def test_a_stage_in_parts_is_the_stage(encoding, tmp_path, monkeypatch, capsys):
     stage = next(stage for stage in study.STAGES if stage.name == "soft_targets")
     assert stage.run(whole) == []
     output = capsys.readouterr().out
-    unsampled = 8 * (2 + 2) + 4 + 8
-    size = 8 + 8 if encoding == "sampled" else unsampled  # a digest has 8; below 256 states
+    each = 8 if encoding == "sampled" else 8 * (2 + 2) + 4  # below 256 states
+    size = 8 + 2 * each  # a digest has 8; two temperatures
     frames = int(load_data(config).lengths.sum())
-    for name in ("temperature_1", "one_temperature_2"):
-        assert f"{name}: {size} bytes a frame" in output
+    for name in ("ensemble", "one"):
+        assert f"{name}: {size} bytes a frame, at 2 temperatures" in output
+        assert ("T=2: " in output) == (encoding == "top_k")
         store = nets.load_targets(config, whole.directory / name)
         assert store.meta["encoding"] == encoding and store.meta["num_examples"] == frames
-        assert compressed_targets.bytes_per_example(store) == size
+        assert soft_targets.bytes_per_example(store) == size
     assert f"{frames}/{frames} frames" in output and "a second" in output
     # The groups in any order, and then the stage, which has no more to ask of the nets.
     groups = stage.groups(parts)
@@ -61,7 +62,7 @@ def test_runs_of_many_shards(tmp_path, monkeypatch):
     config.soft_targets.shard_rows = 10
     written = []
     monkeypatch.setattr(
-        nets, "write_targets", lambda *arguments: written.append(list(arguments[-1]))
+        nets, "write_targets", lambda *_, shards, **options: written.append(list(shards))
     )
     groups = table1.soft_target_groups(Context(config, tmp_path, {}))
     assert 32 < len(groups) <= 64

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from command import fails, run, start
 
-from distill_jax import models, sampled_targets
+from distill_jax import models, soft_targets
 from experiments.common import report
 from experiments.common.members import build_model
 from experiments.speech.config import PRESETS, get_config
@@ -81,7 +81,7 @@ def test_all_tables_have_their_rows(workdir):
     ):
         assert value(rows, "speech_fraction", row, "train_frame_accuracy") > 0
     states = (value(rows, "speech_compression", "dense", "bytes_per_frame") - 8) // 4
-    draws = [f"draws={sampled_targets.most_draws(size, int(states))}" for size in (36, 68)]
+    draws = [f"draws={soft_targets.most_draws(size, int(states))}" for size in (36, 68)]
     for row, size in (("k=8", 44), (draws[0], 44), ("k=16", 76), (draws[1], 76)):
         assert value(rows, "speech_compression", row, "bytes_per_frame") == size
         own, dense, less = (
@@ -195,7 +195,7 @@ def test_a_killed_run_ends_with_the_same_numbers(whole, tmp_path):
     for sign in ("stages/ensemble/member_1/checkpoints", "stages/soft_targets/*/shards/00001"):
         kill_when(killed, sign, arguments)
     run(*arguments, f"--workdir={killed}")
-    for path in ("results.json", "stages/soft_targets/temperature_2/meta.json"):
+    for path in ("results.json", "stages/soft_targets/ensemble/meta.json"):
         assert without_seconds(killed / path) == without_seconds(whole / path)
 
 

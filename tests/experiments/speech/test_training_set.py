@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from speech_configs import config_of
 
-from distill_jax import compressed_targets, soft_targets
+from distill_jax import soft_targets
 from distill_jax.errors import UserError
 from experiments.common import members
 from experiments.common.study import Context
@@ -34,13 +34,10 @@ def ensemble(resident):
 
 
 @pytest.fixture(scope="module")
-def stores(resident, ensemble, tmp_path_factory):
+def store(resident, ensemble, tmp_path_factory):
     context = Context(resident, tmp_path_factory.mktemp("soft_targets"), {})
-    nets.write_targets(context, ensemble, {1.0: "one", 2.0: "two"}, "arithmetic", "teacher")
-    return {
-        t: nets.load_targets(resident, context.directory / n)
-        for t, n in ((1.0, "one"), (2.0, "two"))
-    }
+    nets.write_targets(context, "s", ensemble, (1.0, 2.0), mean="arithmetic", teacher="teacher")
+    return nets.load_targets(resident, context.directory / "s")
 
 
 def test_classes_priors_and_phones(resident):
@@ -71,43 +68,46 @@ def test_digests_of_a_streamed_set(resident, streamed, monkeypatch):
     np.testing.assert_array_equal(found, frames.digests(load_data(resident).train))
 
 
-def test_stores_of_one_pass_hold_each_temperatures_targets(resident, ensemble, stores):
+def test_a_store_of_one_pass_holds_each_temperatures_targets(resident, ensemble, store):
     data = load_data(resident)
     rows = np.arange(len(data.train["label"]))
     windows = training_set.windows(resident, rows)
     logits = jax.lax.map(lambda params: ensemble.model.apply(params, windows), ensemble.params)
-    for temperature, store in stores.items():
+    for temperature in (1.0, 2.0):
         mean = jnp.exp(soft_targets.mean_log_probs(logits, temperature, "arithmetic"))
-        found = compressed_targets.rows(store, rows)
-        _, probabilities, tail = compressed_targets.top_k(mean, resident.soft_targets.k)
+        found = soft_targets.rows(store, rows, temperature)
+        _, probabilities, tail = soft_targets.top_k(mean, resident.soft_targets.k)
         np.testing.assert_allclose(
             found["teacher_probabilities"].astype(np.float32),
             probabilities.astype(jnp.float32),
             rtol=0.01,
         )
         np.testing.assert_allclose(found["teacher_tail"], tail, atol=1e-5)
-        np.testing.assert_allclose(store.tail_weights, mean.mean(axis=0), atol=1e-6)
+        weights = store.tail_weights[temperature]
+        np.testing.assert_allclose(weights, mean.mean(axis=0), atol=1e-6)
 
 
-def test_streamed_utterances_carry_their_own_targets(streamed, stores):
-    data, store = load_data(streamed), stores[2.0]
-    source = training_set.Utterances(data, store)
+def test_streamed_utterances_carry_their_own_targets(streamed, store):
+    data = load_data(streamed)
+    source = training_set.Utterances(data, store, 2.0)
     first = int(data.lengths[0])
     item = source[1]
-    expected = compressed_targets.rows(store, np.arange(first, first + len(item["states"])))
+    expected = soft_targets.rows(store, np.arange(first, first + len(item["states"])), 2.0)
     for name, field in expected.items():
         np.testing.assert_array_equal(item[name], field)
     stream = training_set.with_targets(streamed, streamed.distilled, store, 2.0, 1)
     block = next(stream.open_blocks(0))
     real = block["id"] >= 0
-    expected = compressed_targets.rows(store, block["id"][real])
+    expected = soft_targets.rows(store, block["id"][real], 2.0)
     np.testing.assert_array_equal(block["teacher_ids"][real], expected["teacher_ids"])
-    with pytest.raises(UserError, match=r"temperature 2\.0 and can't be used at temperature 1"):
-        training_set.with_targets(streamed, streamed.distilled, store, 1.0, 1)
+    with pytest.raises(
+        UserError, match=r"temperature 1\.0 and 2\.0 and can't be used at temperature 5"
+    ):
+        training_set.with_targets(streamed, streamed.distilled, store, 5.0, 1)
 
 
 @pytest.mark.parametrize("name", ["resident", "streamed"])
-def test_random_parts(name, request, stores):
+def test_random_parts(name, request, store):
     config = request.getfixturevalue(name)
     whole = load_data(config_of()).train
     parts = training_set.random_parts(config, 20.0, (0, 1))
@@ -120,25 +120,25 @@ def test_random_parts(name, request, stores):
         np.testing.assert_array_equal(
             frames.digests(cases), frames.digests(frames.select(whole, cases["id"]))
         )
-        joined = training_set.part_with_targets(config, cases, stores[2.0], 2.0)
-        expected = compressed_targets.rows(stores[2.0], cases["id"])
+        joined = training_set.part_with_targets(config, cases, store, 2.0)
+        expected = soft_targets.rows(store, cases["id"], 2.0)
         np.testing.assert_array_equal(joined["teacher_ids"], expected["teacher_ids"])
 
 
-def test_stores_are_bound_to_alignment_and_classes(resident, stores, tmp_path):
+def test_stores_are_bound_to_alignment_and_classes(resident, store, tmp_path):
     other = config_of()
     other.data.min_frames = 500
-    store = stores[1.0]
-    compressed_targets.write(
+    soft_targets.write(
         tmp_path / "store",
         lambda rows: jnp.full((len(rows), 4), 0.25),
         training_set.digests(resident)[:10],
-        num_classes=4,
-        k=2,
-        temperature=1.0,
-        mean=None,
         teacher="someone",
         data={"alignment": load_data(resident).fingerprint},
+        encoding="top_k",
+        k=2,
+        temperatures=1.0,
+        probabilities=True,
+        num_classes=4,
     )
     with pytest.raises(UserError, match=f"num_classes 4, not {load_data(resident).num_classes}"):
         nets.load_targets(resident, tmp_path / "store")

@@ -1,8 +1,4 @@
-"""Soft targets cut to the k largest probabilities and the sum of the rest; what compression costs.
-
-The loss spreads the rest over the other classes (`losses.top_k_soft_cross_entropy`). Drawn classes
-(`sampled_targets`) are the same three fields, so `densify` and `compare` serve both.
-"""
+"""What training on a compressed form of soft targets changes, against the dense ones."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,66 +8,18 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax import losses
-from distill_jax.errors import UserError
-
-Kept = tuple[Array, Array, Array]
-"""What is kept of N examples' targets: ids, probabilities and tail, as `top_k` gives them."""
-
-
-def top_k(probabilities: Array, k: int) -> Kept:
-    """The k largest of each example's soft targets.
-
-    The tail is what the other classes really have, and not 1 less the rounded probabilities: rounding
-    moves a probability near 1 by up to 2^-9, often more than the whole tail. So probabilities and tail
-    sum to 1 within a factor of 1 +- 2^-9, by which a loss weighs the example more or less.
-
-    Args:
-        probabilities: `[..., C]` with sum 1.
-        k: 1..C.
-
-    Returns:
-        ids uint16 (uint32 if C > 65,536) `[..., k]`, probabilities bfloat16 `[..., k]`, falling, and
-        tail float32 `[...]`, 0 if k = C.
-    """
-    num_classes = probabilities.shape[-1]
-    if not 1 <= k <= num_classes:
-        raise UserError(f"k must be 1 to the number of classes, {num_classes}, not {k}")
-    probabilities = probabilities.astype(jnp.float32)
-    largest, ids = jax.lax.top_k(probabilities, k)
-    zeros = jnp.zeros_like(largest)
-    rest = jnp.put_along_axis(probabilities, ids, zeros, axis=-1, inplace=False)
-    id_dtype = jnp.uint16 if num_classes <= 2**16 else jnp.uint32
-    return ids.astype(id_dtype), largest.astype(jnp.bfloat16), jnp.sum(rest, axis=-1)
-
-
-def densify(
-    ids: Array, probabilities: Array, tail: Array, tail_weights: Array | None, num_classes: int
-) -> Array:
-    """Dense targets float32 `[..., C]` that the loss gives the same value; to measure and to test.
-
-    Args:
-        ids: integer `[..., k]`; what is drawn repeatedly adds up.
-        probabilities: `[..., k]`, or `[..., 1]` for all k.
-        tail: `[...]`.
-        tail_weights: `[C]`; None spreads the tail equally.
-        num_classes: C.
-    """
-    spread = losses.tail_distribution(ids, num_classes, tail_weights)
-    dense = tail.astype(jnp.float32)[..., None] * spread
-    named = jnp.broadcast_to(probabilities.astype(jnp.float32), ids.shape)
-    add = jnp.vectorize(lambda row, k, p: row.at[k].add(p), signature="(c),(k),(k)->(c)")
-    return add(dense, ids.astype(jnp.int32), named)
+from distill_jax.soft_targets.encodings import Kept, densify
 
 
 @jax.jit
-def compare(
+def against_dense(
     probabilities: Array,
     kept: Sequence[Kept],
     logits: Array,
     temperature: ArrayLike,
     tail_weights: Array | None,
 ) -> dict[str, Array]:
-    """What training on compressed targets changes, against dense ones.
+    """How far compressed targets, and a student's loss and gradients with them, are from the dense ones.
 
     The errors of the examples' gradients, with respect to their logits, are split in two. The noise of
     drawn targets is what an example's error differs by from draw to draw: it averages out over
@@ -99,6 +47,15 @@ def compare(
         1, finite always. "loss_difference": mean absolute difference of the examples' losses, relative
         to the mean loss. "gradient_cosine": of the losses' gradients with respect to all logits.
         "gradient_bias" and "gradient_noise": see above; no noise with one compression.
+
+    Examples:
+        >>> from distill_jax.soft_targets import top_k
+        >>> probabilities = jnp.array([[0.5, 0.25, 0.125, 0.125]])
+        >>> found = against_dense(
+        ...     probabilities, [top_k(probabilities, 2)], jnp.zeros((1, 4)), 1.0, None
+        ... )
+        >>> print(found["kl"], found["gradient_noise"])
+        0.0 0.0
     """
     z = logits.astype(jnp.float32)
 
@@ -110,7 +67,7 @@ def compare(
         lambda z: losses.soft_cross_entropy(z, probabilities, temperature)
     )
 
-    def against_dense(one: Kept) -> tuple[dict[str, Array], Array]:
+    def measure(one: Kept) -> tuple[dict[str, Array], Array]:
         found, gradient = with_gradient(
             lambda z: losses.top_k_soft_cross_entropy(z, *one, temperature, tail_weights)
         )
@@ -123,7 +80,7 @@ def compare(
         return errors, gradient - dense_gradient
 
     every = jax.tree.map(lambda *fields: jnp.stack(fields), *kept)
-    errors, differences = jax.lax.map(against_dense, every)
+    errors, differences = jax.lax.map(measure, every)
     bias, noise = _bias_and_noise(differences)
     scale = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(dense_gradient), axis=-1)))
     means = jax.tree.map(jnp.mean, errors)
