@@ -84,7 +84,6 @@ def test_the_study_streams(data_dir, streamed):
     tiny.assert_equal(data.validation, whole.validation)
     for seed in (0, 1):
         store = soft_targets.load(workdir / f"stages/soft_targets/seed_{seed}", num_classes=10)
-        np.testing.assert_array_equal(store.ids, whole.train["id"])
         soft_targets.attach(whole.train, store, 20.0)  # made of the same images
 
 
