@@ -38,6 +38,12 @@ def prediction_covariance(batches: Iterable[ArrayLike], temperature: float = 1.0
 
     Raises:
         UserError: for no batch at all, another shape, or logits that are not finite.
+
+    Examples:
+        >>> import numpy as np
+        >>> logits = np.random.default_rng(0).normal(size=(100, 5)).astype(np.float32)
+        >>> prediction_covariance([logits[:60], logits[60:]], temperature=2.0).shape
+        (5, 5)
     """
     count, moments = 0, None
     for batch in batches:
@@ -54,11 +60,11 @@ def prediction_covariance(batches: Iterable[ArrayLike], temperature: float = 1.0
 
 
 def confusion(batches: Iterable[tuple[ArrayLike, ArrayLike]], temperature: float = 1.0) -> Array:
-    """How often the generalist takes one class for another: what section 7 clusters by.
+    """How often the generalist confuses one class with another: what section 7 clusters by.
 
-    The mean prediction for the examples of each class, so expected counts over their number: a
-    frequent class weighs no more than a rare one. Then the mean with its transpose, for which of two
-    classes is taken for the other doesn't matter. Its columns are clustered like a covariance's.
+    Row c is the mean prediction for the examples of class c, so a frequent class weighs no more than a
+    rare one. The result is the mean of that matrix and its transpose: which of two classes is predicted
+    for the other doesn't matter. Its columns are clustered like a covariance's.
 
     Args:
         batches: labels int `[B]` and logits `[B, C]`.
@@ -70,6 +76,12 @@ def confusion(batches: Iterable[tuple[ArrayLike, ArrayLike]], temperature: float
     Raises:
         UserError: for no batch at all, another shape, labels outside 0..C-1, or logits that are not
             finite.
+
+    Examples:
+        >>> import numpy as np
+        >>> logits = np.array([[9.0, 0.0], [0.0, 0.0]], np.float32)
+        >>> confusion([(np.array([0, 1]), logits)]).round(2).tolist()
+        [[1.0, 0.25], [0.25, 0.5]]
     """
     counts = None
     for labels, batch in batches:
@@ -102,6 +114,11 @@ def columns(matrix: Array, normalise: bool = True) -> Array:
 
     Returns:
         float32 `[C, C]`, a row per class; a column of 0 stays so.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> columns(jnp.array([[2.0, 0.0], [0.0, 0.0]])).tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
     """
     points = matrix.astype(jnp.float32).T
     if not normalise:
@@ -117,9 +134,9 @@ def online_k_means(
     """On-line K-means (MacQueen 1967): every point moves the centroid nearest to it by 1/count.
 
     The seeds are drawn by greedy k-means++ (Arthur, Vassilvitskii 2007). A centroid is the mean of the
-    points that it has counted; those of earlier epochs count as `memory` points at most. Otherwise all
-    that moved it when it was elsewhere would weigh as much as what is near it now, and it would hardly
-    move after the first epoch; within an epoch the steps still shrink, so it settles.
+    points that it has counted; those of earlier epochs count as `memory` points at most. Otherwise the
+    points that moved it when it was elsewhere would weigh as much as those near it now, and it would
+    hardly move after the first epoch. Within an epoch the steps still shrink, so it converges.
 
     Args:
         points: `[N, D]`.
@@ -133,6 +150,12 @@ def online_k_means(
 
     Raises:
         UserError: if k is not in 1..N.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> points = jnp.array([[0.0], [0.0], [8.0], [8.0]])
+        >>> sorted(online_k_means(points, 2, jax.random.key(0)).ravel().tolist())
+        [0.0, 8.0]
     """
     size = len(points)
     if not 1 <= k <= size:
@@ -170,6 +193,12 @@ def class_sets(points: Array, centroids: Array, size: int) -> Array:
 
     Raises:
         UserError: if the size is not in 1..C.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> points, centroids = jnp.array([[0.0], [1.0], [7.0], [9.0]]), jnp.array([[0.0], [8.0]])
+        >>> class_sets(points, centroids, 2).tolist()
+        [[0, 1], [2, 3]]
     """
     if not 1 <= size <= len(points):
         raise UserError(f"a class set has 1 to {len(points)} classes, not {size}")
@@ -189,6 +218,12 @@ def partition(points: Array, centroids: Array) -> list[np.ndarray]:
 
     Raises:
         UserError: naming a cluster that no class is nearest to.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> points, centroids = jnp.array([[0.0], [1.0], [9.0]]), jnp.array([[0.0], [8.0]])
+        >>> [classes.tolist() for classes in partition(points, centroids)]
+        [[0, 1], [2]]
     """
     nearest = np.asarray(jnp.argmin(_all_distances(points, centroids), axis=0))
     sets = [np.flatnonzero(nearest == m).astype(np.int32) for m in range(len(centroids))]
@@ -202,7 +237,13 @@ def partition(points: Array, centroids: Array) -> list[np.ndarray]:
 
 
 def pad_sets(sets: Sequence[np.ndarray], padding: int) -> np.ndarray:
-    """Sets of unequal sizes as one int32 `[K, S]`, smaller ones padded at their end (with C)."""
+    """Sets of unequal sizes as one int32 `[K, S]`, smaller ones padded at their end (with C).
+
+    Examples:
+        >>> import numpy as np
+        >>> pad_sets([np.array([0, 4]), np.array([2])], padding=5).tolist()
+        [[0, 4], [2, 5]]
+    """
     size = max(len(classes) for classes in sets)
     padded = np.full((len(sets), size), padding, np.int32)
     for row, classes in zip(padded, sets, strict=True):
@@ -211,7 +252,13 @@ def pad_sets(sets: Sequence[np.ndarray], padding: int) -> np.ndarray:
 
 
 def random_sets(num_classes: int, k: int, size: int, key: Array) -> Array:
-    """The control: int32 `[k, size]`, each row sorted and drawn without regard to the predictions."""
+    """The control: int32 `[k, size]`, each row sorted and drawn without regard to the predictions.
+
+    Examples:
+        >>> import jax
+        >>> random_sets(10, k=3, size=4, key=jax.random.key(0)).shape
+        (3, 4)
+    """
     if not 1 <= size <= num_classes:
         raise UserError(f"a class set has 1 to {num_classes} classes, not {size}")
     orders = jax.vmap(lambda key: jax.random.permutation(key, num_classes))(
@@ -235,6 +282,9 @@ def check_disjoint(sets: ArrayLike, num_classes: int) -> None:
 
     Raises:
         UserError: naming two sets and a class that they share.
+
+    Examples:
+        >>> check_disjoint([[0, 1], [2, 3]], num_classes=4)
     """
     members = _members(sets, num_classes)
     shared = np.flatnonzero(members.sum(axis=0) > 1)
@@ -247,16 +297,25 @@ def check_disjoint(sets: ArrayLike, num_classes: int) -> None:
 
 
 def coverage(sets: ArrayLike, num_classes: int) -> np.ndarray:
-    """How many of the sets `[K, S]` hold each class (the rows of Table 4): int32 `[C]`."""
+    """How many of the sets `[K, S]` hold each class (the rows of Table 4): int32 `[C]`.
+
+    Examples:
+        >>> coverage([[0, 1], [1, 2]], num_classes=4).tolist()
+        [1, 2, 1, 0]
+    """
     return _members(sets, num_classes).sum(axis=0, dtype=np.int32)
 
 
 def coverage_statistics(sets: ArrayLike, num_classes: int) -> dict[str, float]:
-    """What sets `[K, S]` cover.
+    """How many classes sets `[K, S]` cover, and how often.
 
     Returns:
         "covered": share of the classes that are in any set, 0..1; "mean_cover" and "max_cover": sets
         of a covered class.
+
+    Examples:
+        >>> coverage_statistics([[0, 1], [1, 2]], num_classes=6)
+        {'covered': 0.5, 'mean_cover': 1.3333333333333333, 'max_cover': 2.0}
     """
     cover = coverage(sets, num_classes)
     covered = cover[cover > 0]
@@ -270,10 +329,10 @@ def coverage_statistics(sets: ArrayLike, num_classes: int) -> dict[str, float]:
 def mistakes_covered(
     sets: ArrayLike, num_classes: int, labels: ArrayLike, predictions: ArrayLike
 ) -> float:
-    """Of the generalist's mistakes, the share that some specialist could put right.
+    """The share of the generalist's mistakes that some specialist could correct.
 
-    A specialist knows both classes only if they are in its set; so this says, before any is trained,
-    how much a choice of sets can give.
+    A specialist can correct a mistake only if both classes are in its set. So this is a bound on what a
+    choice of sets can gain, known before any specialist is trained.
 
     Args:
         sets: int32 `[K, S]`.
@@ -283,6 +342,10 @@ def mistakes_covered(
 
     Returns:
         The share whose true and predicted class are in one set, 0..1; 1 if there are no mistakes.
+
+    Examples:
+        >>> mistakes_covered([[0, 1], [2, 3]], 4, labels=[0, 0, 2, 3], predictions=[1, 2, 2, 3])
+        0.5
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     wrong = labels != predictions

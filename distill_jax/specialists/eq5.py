@@ -87,7 +87,7 @@ class Method(NamedTuple):
     """A way to solve Eq. 5.
 
     start: `problem -> state`.
-    step: `(problem, state) -> (state, residual)`, one pass. The residual tells how far the state that
+    step: `(problem, state) -> (state, residual)`, one pass. The residual says how far the state that
         it started from is from a minimum, in units of probability.
     solution: `(problem, state) -> q [C]`, with sum 1.
     start_passes: the passes that the start takes already.
@@ -110,6 +110,13 @@ def pose(generalist: Array, specialists: Array, class_sets: Array, active: Array
 
     Returns:
         With as many patterns as there may be, 2^A, or one for each class if these are fewer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> generalist, specialist = jnp.zeros(4), jnp.array([[2.0, 0.0, 0.0]])
+        >>> problem = pose(generalist, specialist, jnp.array([[0, 1]]), jnp.array([True]))
+        >>> problem.patterns.tolist(), [f"{mass:.2f}" for mass in problem.masses]
+        ([1, 1, 0, 0], ['0.50', '1.39'])
     """
     num_classes = generalist.shape[0]
     log_generalist, log_specialists = _log_probs(generalist), _log_probs(specialists)
@@ -141,7 +148,16 @@ def pose(generalist: Array, specialists: Array, class_sets: Array, active: Array
 def solve(
     problem: Problem, method: Method, tolerance: Array, max_passes: Array
 ) -> tuple[Array, Array]:
-    """q `[C]` and the passes it took, int32: until a residual is at most `tolerance`."""
+    """q `[C]` and the passes it took, int32: until a residual is at most `tolerance`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> generalist, specialist = jnp.zeros(4), jnp.array([[2.0, 0.0, 0.0]])
+        >>> problem = pose(generalist, specialist, jnp.array([[0, 1]]), jnp.array([True]))
+        >>> q, passes = solve(problem, newton(), tolerance=1e-6, max_passes=100)
+        >>> [f"{probability:.2f}" for probability in q]
+        ['0.52', '0.18', '0.15', '0.15']
+    """
 
     def unfinished(carry: tuple[State, Array, Array]) -> Array:
         _, residual, passes = carry
@@ -158,7 +174,11 @@ def solve(
 
 
 def fixed_point(direction: Direction = "forward") -> Method:
-    """The fixed point on the patterns' masses; its residual is how much a pass changes one."""
+    """The fixed point on the patterns' masses; its residual is how much a pass changes one.
+
+    Raises:
+        UserError: for another direction than "forward" and "reverse".
+    """
     return _either(direction, _FIXED_POINT)
 
 
@@ -166,6 +186,9 @@ def newton(direction: Direction = "forward") -> Method:
     """Newton's method in the dual, after one pass of the fixed point.
 
     Its residual is that of `sum q = 1` and of each `Q_m`, the conditions that the dual relaxes.
+
+    Raises:
+        UserError: for another direction than "forward" and "reverse".
     """
     return _either(direction, _NEWTON)
 
@@ -175,6 +198,14 @@ def descent(optimizer: optax.GradientTransformation, direction: Direction = "for
 
     The objective is Eq. 5 over the number of models, so that one step length suits any; the residual
     is the largest entry of its gradient. Programs are compiled for a method: make it once.
+
+    Raises:
+        UserError: for another direction than "forward" and "reverse".
+
+    Examples:
+        >>> import optax
+        >>> descent(optax.sgd(2.0)).start_passes
+        0
     """
     objective = _either(direction, {"forward": _forward_objective, "reverse": _reverse_objective})
 
@@ -306,12 +337,12 @@ def _forward_dual(problem: Problem) -> Array:
 
 def _forward_newton(problem: Problem, dual: Array) -> tuple[Array, Array]:
     r = _dot(dual, problem.names)
-    y, told = _over(problem.masses, r), _over(problem.dustbins, dual)  # Q_m as u tells it
+    y, implied = _over(problem.masses, r), _over(problem.dustbins, dual)  # Q_m by u
     excess = jnp.sum(y) - 1.0
-    misfits = jnp.where(problem.dustbins > 0, told - _outside(problem, y), 0.0)
-    change = _newton_change(problem, _over(y, r), _over(told, dual), excess, misfits)
+    misfits = jnp.where(problem.dustbins > 0, implied - _outside(problem, y), 0.0)
+    change = _newton_change(problem, _over(y, r), _over(implied, dual), excess, misfits)
     relative = jnp.where(y > 0, -_dot(change, problem.names) / r, 0.0)
-    damping = _damping(relative, jnp.where(told > 0, -change / dual, 0.0))
+    damping = _damping(relative, jnp.where(implied > 0, -change / dual, 0.0))
     return dual + change * damping, _largest(excess, misfits)
 
 
@@ -337,10 +368,10 @@ def _reverse_primal(problem: Problem, dual: Array) -> Array:
 def _reverse_newton(problem: Problem, dual: Array) -> tuple[Array, Array]:
     y, models = jnp.exp(_reverse_primal(problem, dual)), jnp.sum(problem.names, axis=0)
     term = problem.dustbins > 0
-    told = problem.dustbins * jnp.exp(jnp.where(term, dual, 0.0))  # Q_m as t tells it
+    implied = problem.dustbins * jnp.exp(jnp.where(term, dual, 0.0))  # Q_m by t
     excess = 1.0 - jnp.sum(y)
-    misfits = jnp.where(term, _outside(problem, y) - told, 0.0)
-    change = _newton_change(problem, y / models, told, excess, misfits)
+    misfits = jnp.where(term, _outside(problem, y) - implied, 0.0)
+    change = _newton_change(problem, y / models, implied, excess, misfits)
     relative = jnp.where(y > 0, _dot(change, problem.names) / models, 0.0)
     damping = _damping(relative, jnp.where(term, change, 0.0))
     return dual + change * damping, _largest(excess, misfits)

@@ -1,11 +1,12 @@
-"""Inference with a generalist and specialists (section 5.4): who is active, and what q they make.
+"""Inference with a generalist and specialists (section 5.4): `predict`, and the steps it takes.
 
 Step 1: a specialist is active for an example if its set has one of the generalist's n most probable
-classes. Step 2: q minimises Eq. 5 over the generalist and the active specialists; `solvers` tells how.
-An example without an active specialist keeps the generalist's distribution.
+classes (`active_specialists`); it alone is run, and its head is read (`run_active`). Step 2: q minimises
+Eq. 5 over the generalist and the active specialists (`combine`, by a method of `eq5`). An example
+without an active specialist keeps the generalist's distribution.
 
-Class sets are int32 `[K, S]`, padded with C. A specialist's logits are `[..., S + 1]`: its set's, in
-the order of the set (-inf where padded), and the dustbin's last.
+Class sets are int32 `[K, S]`, padded with C. A head that is read has logits `[..., S + 1]`: its set's,
+in the order of the set (-inf where padded), and the dustbin's last.
 """
 
 import functools
@@ -60,6 +61,13 @@ def active_specialists(
 
     Raises:
         UserError: if `max_active` is more than K.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> logits, sets = jnp.array([[0.0, 3.0, 1.0]]), jnp.array([[0, 2], [1, 2]])
+        >>> ids, active, count = active_specialists(logits, sets, max_active=2)
+        >>> ids.tolist(), active.tolist(), count.tolist()
+        ([[1, 0]], [[True, False]], [1])
     """
     num_specialists, num_classes = len(class_sets), generalist_logits.shape[1]
     if max_active > num_specialists:
@@ -73,26 +81,6 @@ def active_specialists(
     relevance = jnp.where(hit, p @ members.T.astype(jnp.float32), -1.0)
     kept, ids = jax.lax.top_k(relevance, max_active)
     return ids, kept >= 0, jnp.sum(hit, axis=-1, dtype=jnp.int32)
-
-
-def gather_active(
-    generalist_logits: Array,
-    specialist_logits: Array,
-    class_sets: Array,
-    ids: Array,
-    active: Array,
-) -> Evidence:
-    """Evidence from the logits of all specialists, where all were run.
-
-    Args:
-        generalist_logits: `[B, C]`.
-        specialist_logits: `[K, B, S + 1]`.
-        class_sets: int32 `[K, S]`.
-        ids: int32 `[B, A]` from `active_specialists`.
-        active: bool `[B, A]` from there.
-    """
-    chosen = specialist_logits[ids, jnp.arange(len(ids))[:, None]]
-    return Evidence(generalist_logits, chosen, class_sets[ids], active)
 
 
 def run_active(
@@ -220,6 +208,14 @@ def combine(
 
     Raises:
         UserError: for shapes that don't fit together, naming them.
+
+    Examples:
+        >>> import numpy as np
+        >>> generalist, sets = np.zeros((1, 4), np.float32), np.array([[[0, 1]]])
+        >>> specialist, active = np.array([[[2.0, 0.0, 0.0]]], np.float32), np.array([[True]])
+        >>> q, passes = combine(Evidence(generalist, specialist, sets, active))
+        >>> q.argmax().item(), round(float(q.sum()), 4)
+        (0, 1.0)
     """
     _check_shapes(evidence)
     return _combine(evidence, tolerance, max_passes, method or eq5.newton(), batch_size)

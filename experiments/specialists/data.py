@@ -21,7 +21,7 @@ class Data(NamedTuple):
 
     train: what nets learn from. seen: other examples of the typefaces in train; empty for other sets.
     validation, test: typefaces of their own. class_images: uint8 `[C, ...]`, a picture of each class.
-    class_names: the characters, or numbers. fingerprint: of all of it, with what the config makes of it.
+    class_names: the characters, or numbers. fingerprint: of all of this and of the config of the data.
     """
 
     num_classes: int

@@ -115,7 +115,7 @@ def _train(
 
 
 def _teachers(context: Context) -> tuple[list[float], list[float]]:
-    """Test accuracy of each seed's generalist, and of it with its specialists, per cent."""
+    """Test accuracy of each seed's generalist, without and with its specialists, per cent."""
     config, data = context.config, load_data(context.config)
     before: list[float] = []
     after: list[float] = []

@@ -35,7 +35,7 @@ Rendered = tuple[np.ndarray, np.ndarray]  # uint8 [C, 32, 32] and bool [C], as `
 def prepare(
     faces: Sequence[Typeface], characters: Sequence[str], out: Path, processes: int = 0
 ) -> Path:
-    """Prepares a set, or goes on with one.
+    """Prepares a set, or continues one.
 
     Of typefaces that are nearly copies of each other, one is kept. Similar ones fall to the same
     split, so that validation and test have kinds of typefaces that training has not.

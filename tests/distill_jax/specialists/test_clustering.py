@@ -180,7 +180,7 @@ def test_k_means_parts_separated_blobs_as_scikit_learn_does(seed, key):
     assert adjusted_rand_score(labels, found) == 1
 
 
-def test_k_means_of_overlapping_blobs_settles_as_well_as_scikit_learn():
+def test_k_means_of_overlapping_blobs_converges_as_well_as_scikit_learn():
     points, _ = blobs(3, spread=4.0)
 
     def mean_inertia(**options):

@@ -33,13 +33,19 @@ def linear(weights, sets, apply=lambda weights, x: x @ weights, head=heads.UNIT)
     return Specialists(net, head, sets, np.zeros(len(sets), np.float32), num_classes=10)
 
 
+def gather_active(generalist, logits, sets, ids, active):
+    """Evidence from the logits of all specialists `[K, B, S + 1]`, where all were run."""
+    chosen = logits[ids, jnp.arange(len(ids))[:, None]]
+    return inference.Evidence(generalist, chosen, sets[ids], active)
+
+
 def all_run(generalist, sets, weights, inputs):
     """The evidence of an ensemble, with every specialist run on every input."""
     logits = jnp.einsum("nd,kds->kns", inputs, weights)
     ids, active, count = inference.active_specialists(jnp.asarray(generalist), sets, len(sets))
     width = int(count.max())
     ids, active = ids[:, :width], active[:, :width]
-    return inference.gather_active(jnp.asarray(generalist), logits, jnp.asarray(sets), ids, active)
+    return gather_active(jnp.asarray(generalist), logits, jnp.asarray(sets), ids, active)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -118,7 +124,7 @@ def test_predictions_are_of_corrected_heads_in_parts_as_at_once(head, monkeypatc
     logits = jnp.einsum("nd,kds->kns", inputs, weights)
     read = jax.vmap(head.read)(logits, sets, corrections)
     named = sets if head.has_dustbin else np.tile(np.arange(10, dtype=np.int32), (6, 1))
-    evidence = inference.gather_active(generalist, read, jnp.asarray(named), ids, active)
+    evidence = gather_active(generalist, read, jnp.asarray(named), ids, active)
     np.testing.assert_allclose(found, inference.combine(evidence)[0], atol=2e-6)
 
 

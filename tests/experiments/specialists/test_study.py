@@ -80,7 +80,7 @@ def find(rows, table, name, metric, selection="last"):
 
 
 def of_seeds(row):
-    """The values of two seeds, which of them is whose not being told."""
+    """The values of two seeds, in any order."""
     assert row["seeds"] == 2
     half = row["std"] / np.sqrt(2)
     return np.array([row["value"] - half, row["value"] + half])
@@ -120,7 +120,7 @@ def test_every_table_has_its_rows(rows):
         },
         "specialists_inference": {"newton", "fixed point", "adam", "gradient descent"},
     }
-    # A dustbin has nothing to tell of the other classes.
+    # A dustbin does not tell the other classes apart.
     of_others = {row["row"] for row in rows if row["metric"] == "other_accuracy"}
     assert of_others >= full and not of_others & dustbins
     stopped = [row for row in rows if "early stopping" in row["row"]]
@@ -224,7 +224,7 @@ def test_the_report_has_the_figures(workdir):
         assert f">{number}<" in page
 
 
-def test_a_second_run_does_nothing_anew(workdir):
+def test_a_second_run_does_nothing(workdir):
     before = (workdir / "results.json").read_text()
     output = run(SMOKE, f"--workdir={workdir}")
     assert "running" not in output and output.count("finished before") == len(STAGES)
