@@ -8,6 +8,7 @@ backgrounds are left empty, so that a report can show them on a light and on a d
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from experiments.common.plots import (
     spreads,
     tidy,
 )
+from experiments.common.report import load_rows
 
 # Section 3: temperatures in this range worked best for 30 units, and all above this one gave fairly
 # similar results for 300 units or more.
@@ -236,3 +238,10 @@ def _bias_label(row: Row, shift: Row | None) -> str:
         paper = "" if shift["paper"] is None else f" (paper {shift['paper']:+.1f})"
         lines.append(f"shift {shift['value']:+.1f}{paper}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":  # draws the figure of the project's README from the published run
+    here = Path(__file__).parent
+    drawn = fractions(load_rows(here / "reference.json"))
+    assert drawn is not None
+    drawn.savefig(here / "fractions.png", dpi=110, facecolor="white", metadata={"Software": None})
