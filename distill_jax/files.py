@@ -38,10 +38,11 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno not in _ANOTHER_WAS_FIRST or not path.exists():
-            raise
+        try:
+            os.replace(partial, path)
+        except OSError as error:
+            if error.errno not in _ANOTHER_WAS_FIRST or not path.exists():
+                raise
     finally:
         remove(partial)
 

@@ -24,7 +24,7 @@ from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 
 FORMAT = ("distill_jax.net", 1)
-_META, _PARAMS = "net.json", "params.npz"
+FILES = _META, _PARAMS = "net.json", "params.npz"
 
 
 class Net(NamedTuple):

@@ -25,6 +25,7 @@ from distill_jax.specialists.heads import Head, head_of
 
 FORMAT = ("distill_jax.specialists", 2)
 _META = "specialists.json"
+_OWN = (_META, "class_sets.npy", "corrections.npy", *nets.FILES)
 _AGAIN = "train the specialists again, or copy the folder again"
 
 
@@ -51,9 +52,9 @@ def save(directory: str | os.PathLike[str], specialists: Specialists) -> None:
     """Writes specialists; they appear whole or not at all. Earlier ones of that name are removed first.
 
     Raises:
-        UserError: for nets, sets or corrections that are not of as many specialists, a class that
-            doesn't exist, parameters that are not nested dicts, or a head that `heads.HEADS` doesn't
-            have.
+        UserError: for a folder that holds anything else, which stays; for nets, sets or corrections that
+            are not of as many specialists, a class that doesn't exist, parameters that are not nested
+            dicts, or a head that `heads.HEADS` doesn't have.
 
     Examples:
         >>> import jax, numpy as np, tempfile
@@ -74,6 +75,7 @@ def save(directory: str | os.PathLike[str], specialists: Specialists) -> None:
     arrays = _arrays(specialists)
     _check(specialists, **arrays)
     directory = Path(directory)
+    files.check_own_folder(directory, _OWN, "a set of specialists")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with files.write_whole(directory) as partial:
         nets.save(partial, specialists.net)

@@ -41,6 +41,9 @@ def test_a_folder_appears_whole_and_never_replaces_one_with_files(tmp_path):
 def test_an_error_of_the_disk_is_not_hidden(tmp_path):
     with pytest.raises(FileNotFoundError), files.write_whole(tmp_path / "none" / "a") as partial:
         partial.write_text("x")
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), files.write_whole(tmp_path / "a"):
+        (tmp_path / "none").read_text()  # an error of the block, although the file is there
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):

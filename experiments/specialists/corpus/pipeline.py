@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from distill_jax import files
 from distill_jax.errors import UserError
-from distill_jax.files import write_whole
 from experiments.common import workers
-from experiments.common.study import read_json, write_json
 from experiments.specialists import glyphs
 from experiments.specialists.corpus import grouping, rendering
 from experiments.specialists.corpus.typefaces import LEAST, Typeface
@@ -77,7 +76,7 @@ def prepare(
         **{f"typefaces of {name}": split.count(name) for name in ("train", *_HELD_OUT)},
         **{f"examples of {name}": sum(len(s.labels) for s in sheets[name]) for name in sheets},
     }
-    write_json(out / "report.json", _report(counts, faces, chosen, rendered, characters))
+    files.write_json(out / "report.json", _report(counts, faces, chosen, rendered, characters))
     _copy_notices(chosen, out / "licences")
     for stale in out.glob("glyphs/*incomplete*"):
         shutil.rmtree(stale)
@@ -96,10 +95,13 @@ def _claim(work: Path, faces: Sequence[Typeface], characters: Sequence[str]) -> 
         "typefaces": {face.name: face.source.version for face in faces},
     }
     path = work / "set.json"
-    if path.exists() and read_json(path) != mine:
-        raise UserError(f"{work} is of another set half prepared: name another --out, or delete it")
+    if path.exists():
+        what = f"{work} holds another set half prepared"
+        files.check_same(what, files.read_json(path), mine, "Name another --out, or delete it")
+    else:
+        files.check_own_folder(work, (), "unfinished work")
     work.mkdir(parents=True, exist_ok=True)
-    write_json(path, mine)
+    files.write_json(path, mine)
 
 
 def _render_all(
@@ -124,7 +126,7 @@ def _render(task: tuple[Path, Path, int, Sequence[str]]) -> None:
     path, font, number, characters = task
     images, drawn = rendering.render(font, number, characters)
     # A killed run's worker may still be at the same face: each writes a partial file of its own.
-    with write_whole(path) as partial, partial.open("wb") as file:
+    with files.write_whole(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, images=images, drawn=drawn)
 
 

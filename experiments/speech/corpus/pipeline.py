@@ -12,7 +12,6 @@ import functools
 import hashlib
 import importlib.metadata
 import io
-import json
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 
+from distill_jax import files
 from distill_jax.errors import UserError
-from distill_jax.files import write_whole
 from experiments.common import workers
-from experiments.common.study import write_json
 from experiments.speech import speech_frames, sphinx
 from experiments.speech.corpus import alignment, features, text
 from experiments.speech.corpus.recordings import RATE, Recording, to_mono_16k
@@ -165,7 +163,7 @@ def _analyse_part(task: tuple[Path, Sequence[Recording], features.Bands]) -> Pat
     """Analyses a part in a worker and leaves it in a file, whole or not at all."""
     path, recordings, bands = task
     # A killed run's worker may still be at the same part: each writes a partial file of its own.
-    with write_whole(path) as partial:
+    with files.write_whole(path) as partial:
         partial.write_bytes(pickle.dumps([analyse(one, bands) for one in recordings]))
     return path
 
@@ -207,11 +205,12 @@ def _claim(work: Path, corpus: str, recordings: Sequence[Recording], bands: feat
     }
     path = work / "corpus.json"
     if path.exists():
-        theirs = json.loads(path.read_text())
-        if theirs != mine:
-            raise UserError(f"{work} is the half prepared {theirs}, not {mine}: name another --out")
+        what = f"{work} holds another corpus half prepared"
+        files.check_same(what, files.read_json(path), mine, "Name another --out, or delete it")
+    else:
+        files.check_own_folder(work, (), "unfinished work")
     work.mkdir(parents=True, exist_ok=True)
-    write_json(path, mine)
+    files.write_json(path, mine)
 
 
 def _without_copies(analysed: Sequence[Analysed]) -> list[Analysed]:
@@ -325,6 +324,6 @@ def _report(path: Path, analysed: Sequence[Analysed]) -> None:
     notes = collections.Counter(note for one in analysed for note in one.notes)
     left_out = {one.recording.id: one.status for one in analysed if one.status != "aligned"}
     report: dict[str, Any] = {"recordings": reasons, "notes": notes, "left_out": left_out}
-    write_json(path, report)
+    files.write_json(path, report)
     for name, count in (reasons + notes).most_common():
         print(f"{count} of {len(analysed)} recordings: {name}")

@@ -182,6 +182,15 @@ def test_a_killed_save_leaves_nothing_or_the_earlier_specialists(tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
+def test_save_never_removes_what_it_did_not_write(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(
+        UserError, match=r"holds thesis.tex, so a set of specialists is not written"
+    ):
+        store.save(tmp_path, specialists())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_save_refuses_what_does_not_fit(tmp_path):
     where = tmp_path / "store"
 

@@ -360,8 +360,8 @@ def test_another_corpus_in_the_same_folder(tmp_path, serial):
         refused(tmp_path, recordings[1:], corpus="first"),
     ]
     for message in messages:
-        assert message.startswith(f"{tmp_path / 'work'} is the half prepared")
-        assert "name another --out" in message and "\n" not in message
+        assert message.startswith(f"{tmp_path / 'work'} holds another corpus half prepared: ")
+        assert "Name another --out" in message and "\n" not in message
     assert len(prepare(tmp_path, recordings, corpus="first").splits["train"]) == 8
 
 
