@@ -394,7 +394,7 @@ def test_a_folder_of_another_set(folder, undisturbed, tmp_path):
     for others, letters in [(faces[1:], LETTERS), (faces, LETTERS[1:])]:
         with pytest.raises(
             UserError,
-            match="another set half prepared: .* there and .*Name another --out",
+            match=r"another set half prepared: .* there and .*Name another --out",
         ):
             pipeline.prepare(others, letters, tmp_path)
 
