@@ -10,8 +10,8 @@ in the order of the set (-inf where padded), and the dustbin's last.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +222,12 @@ def combine(
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "read"))
-def _read(apply: Any, read: Any, one: tuple[Params, Array, Array], inputs: Array) -> Array:
+def _read(
+    apply: Callable[..., Array],
+    read: Callable[[Array, Array, ArrayLike], Array],
+    one: tuple[Params, Array, Array],
+    inputs: Array,
+) -> Array:
     """One specialist's corrected logits."""
     params, class_set, correction = one
     return read(apply(params, inputs), class_set, correction)

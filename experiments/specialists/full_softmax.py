@@ -23,7 +23,7 @@ NAMES = {
 
 
 class _Run(NamedTuple):
-    """Specialists of one head and seed: their accuracies while they learned, and what they then give."""
+    """Specialists of one head and seed: their accuracies during training, and after it."""
 
     history: dict[str, np.ndarray]
     test_accuracy: float
@@ -31,7 +31,7 @@ class _Run(NamedTuple):
 
 
 def soft(context: Context) -> list[Row]:
-    """Specialists with each head, trained long: what it gains on its classes and loses on the others."""
+    """Specialists with each head, trained long: gains on their classes and losses on the others."""
     config, seeds = context.config, range(len(context.config.seeds))
     alone = [_generalist(context, s) for s in seeds]
     rows = [_row(config, "generalist", name, [one[name] for one in alone]) for name in alone[0]]
