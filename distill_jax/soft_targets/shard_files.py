@@ -10,27 +10,19 @@ those that are being written. Two writers of one shard write under names of thei
 to be done counts.
 """
 
-import contextlib
-import errno
-import hashlib
-import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from distill_jax import files
 from distill_jax.errors import UserError
 from distill_jax.soft_targets.reduction import Meta, array_name
 
-FORMAT, VERSION = "distill_jax.soft_targets", 2
+FORMAT = ("distill_jax.soft_targets", 2)
 INDEX, NOTE = "meta.json", "shard.json"
-_FORMATS = (FORMAT, "distill_jax.compressed_targets")  # the second was that of older stores
+_FORMATS = (FORMAT[0], "distill_jax.compressed_targets")  # the second was that of older stores
 _AGAIN = "delete {} and run the same command again"
-# What was to be renamed was removed, or a folder is there already.
-_ANOTHER_WAS_FIRST = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 
 
 def count(meta: Meta) -> int:
@@ -63,32 +55,22 @@ def write(store: Path, number: int, arrays: Mapping[str, np.ndarray], meta: Meta
         arrays: by name; among them "digests" uint64 `[n]` of the inputs.
         meta: of the store.
     """
-    with _whole(folder(store, number)) as partial:
-        partial.mkdir(parents=True)
+    shard = folder(store, number)
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    with files.write_whole(shard) as partial:
+        partial.mkdir()
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
-        _write_json(partial / NOTE, {**meta, "sha256": _sha256(partial)})
+        files.write_json(partial / NOTE, {**meta, "sha256": files.sha256(partial)})
 
 
 def check_started(store: Path, meta: Meta) -> None:
     """Raises a UserError if the folder holds anything but a part of this store."""
-    if not store.exists():
-        return
-    if store.is_file():
-        raise UserError(f"{store} is a file; soft targets need a folder of their own")
     for path in (store / INDEX, *_notes(store)):
         if path.exists():
-            check_same(store, _read(path), meta)
-    others = sorted(path.name for path in store.iterdir() if not _is_ours(path.name))
-    if others:
-        raise UserError(
-            f"{store} holds other files ({', '.join(others[:3])}); soft targets need a folder of "
-            "their own"
-        )
-
-
-def _is_ours(name: str) -> bool:
-    return name == "shards" or name.startswith((INDEX, "tail_weights_T", "."))
+            _check_same(store, _read(path), meta)
+    weights = [tail_weights_file(store, t).name for t in meta["temperatures"] or ()]
+    files.check_own_folder(store, ["shards", INDEX, *weights], "the store of soft targets")
 
 
 def finish(store: Path, digests: np.ndarray) -> None:
@@ -102,28 +84,27 @@ def finish(store: Path, digests: np.ndarray) -> None:
         UserError: for shards that are missing or damaged, of several stores, or of other inputs.
     """
     meta = _unfinished(store)
-    check_same(store, meta, {"num_examples": len(digests)})
+    _check_same(store, meta, {"num_examples": len(digests)})
     hashes: dict[str, str] = {}
     sums = {t: np.zeros(()) for t in meta["temperatures"] or () if meta["encoding"] != "dense"}
     for number in range(count(meta)):
         shard, here = folder(store, number), rows(meta, number)
         note = _read_note(shard)
         hashes[shard.name] = note.pop("sha256")
-        check_same(store, note, meta)
+        _check_same(store, note, meta)
         _check_whole(shard, hashes)
         _check_inputs(shard, here.start, digests[here.start : here.stop])
         for t in sums:
             sums[t] = sums[t] + np.load(shard / f"{array_name('sum', t)}.npy")
-    for pattern in (f"{INDEX}.*.partial", "tail_weights_T*.partial", "shards/*.partial"):
+    for pattern in (f"{INDEX}.*.partial", "tail_weights_T*.partial", "shards/[0-9]*.partial"):
         for left in store.glob(pattern):
-            _remove(left)
+            files.remove(left)
     for t, total in sums.items():
         path = tail_weights_file(store, t)
-        with _whole(path) as partial, partial.open("wb") as file:
+        with files.write_whole(path) as partial, partial.open("wb") as file:
             np.save(file, (total / len(digests)).astype(np.float32))
-        hashes[path.name] = _sha256(path)
-    with _whole(store / INDEX) as partial:
-        _write_json(partial, {**meta, "sha256": hashes})
+        hashes[path.name] = files.sha256(path)
+    files.write_json(store / INDEX, {**meta, "sha256": hashes})
 
 
 def open_finished(store: Path, expected: Meta) -> tuple[Meta, list[Path]]:
@@ -141,7 +122,7 @@ def open_finished(store: Path, expected: Meta) -> tuple[Meta, list[Path]]:
             "written: finish them with the same command"
         )
     meta = _read(store / INDEX)
-    check_same(store, meta, expected)
+    _check_same(store, meta, expected)
     hashes, shards = meta.pop("sha256"), [folder(store, n) for n in range(count(meta))]
     weights = [store / name for name in hashes if name.endswith(".npy")]
     for path in (*shards, *weights):
@@ -149,15 +130,8 @@ def open_finished(store: Path, expected: Meta) -> tuple[Meta, list[Path]]:
     return meta, shards
 
 
-def check_same(store: Path, found: Meta, expected: Meta) -> None:
-    """Raises a UserError with the expected fields that differ."""
-    differences = [
-        f"{name} {found.get(name)!r}, not {value!r}"
-        for name, value in expected.items()
-        if found.get(name) != value
-    ]
-    if differences:
-        raise UserError(f"the soft targets in {store} have {'; '.join(differences)}")
+def _check_same(store: Path, found: Meta, expected: Meta) -> None:
+    files.check_same(f"{store} holds other soft targets", found, expected)
 
 
 def _notes(store: Path) -> list[Path]:
@@ -175,18 +149,17 @@ def _unfinished(store: Path) -> Meta:
 
 def _read(path: Path) -> Meta:
     """The index of a store, or the note of a shard."""
+    store, wrong = (path.parent, path) if path.name == INDEX else (path.parents[2], path.parent)
     try:
-        meta = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        wrong = path if path.name == INDEX else path.parent
-        raise UserError(f"{path} is damaged ({error}); {_AGAIN.format(wrong)}") from error
+        meta = files.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {_AGAIN.format(wrong)}") from error
     found = (meta.get("format"), meta.get("version")) if isinstance(meta, dict) else (None, None)
-    if found != (FORMAT, VERSION):
-        store = path.parent if path.name == INDEX else path.parents[2]
+    if found != FORMAT:
         what = _AGAIN.format(store) if found[0] in _FORMATS else "it is no store of soft targets"
         raise UserError(
-            f"{store} is {found[0]} version {found[1]}; this program reads {FORMAT} version "
-            f"{VERSION}: {what}"
+            f"{store} is {found[0]} version {found[1]}; this program reads {FORMAT[0]} version "
+            f"{FORMAT[1]}: {what}"
         )
     return meta
 
@@ -198,10 +171,7 @@ def _read_note(shard: Path) -> Meta:
 
 
 def _check_whole(path: Path, hashes: Mapping[str, str]) -> None:
-    if not path.exists() or _sha256(path) != hashes.get(path.name):
-        raise UserError(
-            f"{path} is damaged: its SHA-256 is not the one that was noted; {_AGAIN.format('it')}"
-        )
+    files.check_sha256(path, hashes.get(path.name), _AGAIN.format("it"))
 
 
 def _check_inputs(shard: Path, start: int, digests: np.ndarray) -> None:
@@ -212,39 +182,3 @@ def _check_inputs(shard: Path, start: int, digests: np.ndarray) -> None:
             f"first row {start + differs.argmax()}: the data have changed; "
             f"{_AGAIN.format(shard.parent.parent)}"
         )
-
-
-def _sha256(path: Path) -> str:
-    """Of a file, or of all arrays in a folder."""
-    digest = hashlib.sha256()
-    for part in sorted(path.glob("*.npy")) if path.is_dir() else [path]:
-        digest.update(part.read_bytes())
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name of this writer's own; what is written there takes the real name at the end, whole.
-
-    If another writer was at the same and was first, or removed this one's as left over, theirs stays.
-    """
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno not in _ANOTHER_WAS_FIRST or not path.exists():
-            raise
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, content: Meta) -> None:
-    path.write_text(json.dumps(content, indent=1))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import processes
+from distill_jax import files, processes
 from distill_jax.errors import UserError
 from distill_jax.soft_targets import encodings, identity, reduction, shard_files
 from distill_jax.soft_targets.encodings import FIELDS, TOP_K_FIELDS, Encoding
@@ -111,9 +111,7 @@ def write(
     folder, digests = Path(folder), np.asarray(digests, np.uint64)
     ask, num_classes = _teacher(source, len(digests), mean, num_classes)
     ids = _own_ids(ids, len(digests))
-    meta: Meta = {
-        "format": shard_files.FORMAT,
-        "version": shard_files.VERSION,
+    fields = {
         "encoding": encoding,
         "k": k,
         "seed": seed if encoding == "sampled" else None,
@@ -127,6 +125,7 @@ def write(
         "ids": None if ids is None else hashlib.sha256(ids.tobytes()).hexdigest()[:16],
         "shard_rows": shard_rows,
     }
+    meta: Meta = files.versioned(shard_files.FORMAT, fields)
     reduction.check(meta)
     shard_files.check_started(folder, meta)
     wanted = _dealt(shards, shard_files.count(meta))

@@ -138,9 +138,9 @@ def test_write_refuses_what_does_not_fit(tmp_path):
 
 
 def test_load_refuses_another_teacher_and_class_count(folder, tmp_path):
-    with pytest.raises(UserError, match="teacher 'abc', not 'xyz'"):
+    with pytest.raises(UserError, match="teacher is 'abc' there and 'xyz' now"):
         soft_targets.load(folder, teacher="xyz")
-    with pytest.raises(UserError, match="num_classes 3, not 10"):
+    with pytest.raises(UserError, match="num_classes is 3 there and 10 now"):
         soft_targets.load(folder, num_classes=10)
     with pytest.raises(UserError, match=f"no readable soft targets in {re.escape(str(tmp_path))}"):
         soft_targets.load(tmp_path)
@@ -159,7 +159,7 @@ def test_any_flipped_bit_in_the_logits_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "digests.npy", "logits.npy", "meta.json"])
-@pytest.mark.parametrize("kept", [0, 20, 0.5, -1])
+@pytest.mark.parametrize("kept", [0, 20, 0.5, -2])
 def test_a_cut_file_is_noticed(tmp_path, name, kept):
     write(tmp_path)
     path = tmp_path / (name if name == "meta.json" else f"shards/00002/{name}")

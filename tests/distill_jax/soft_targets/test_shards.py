@@ -23,9 +23,8 @@ from stores import (
     write,
 )
 
-from distill_jax import processes, soft_targets
+from distill_jax import files, processes, soft_targets
 from distill_jax.errors import UserError
-from distill_jax.soft_targets import shard_files
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +138,16 @@ def test_of_two_writers_of_one_shard_the_first_counts(whole, tmp_path, monkeypat
 
     write(tmp_path / "a", at_its_first_batch)
     assert content(tmp_path / "a") == content(whole)
-    hashed = shard_files._sha256
+    hashed = files.sha256
 
     def at_its_first_hash(path):
-        monkeypatch.setattr(shard_files, "_sha256", hashed)
+        monkeypatch.setattr(files, "sha256", hashed)
         assert path.name.endswith(".partial") and path.exists()
         write(tmp_path / "b")
         assert not path.exists()  # taken for what a killed writer left
         return hashed(path)
 
-    monkeypatch.setattr(shard_files, "_sha256", at_its_first_hash)
+    monkeypatch.setattr(files, "sha256", at_its_first_hash)
 
     def the_first_shard_alone(rows):
         assert rows.max() < SHARD
@@ -170,15 +169,15 @@ def test_an_error_of_writing_is_raised(tmp_path, monkeypatch):
 
 def test_a_writer_of_other_shards_must_have_the_same_store(tmp_path):
     write_shards(tmp_path, [3])
-    with pytest.raises(UserError, match="teacher 'abc', not 'xyz'"):
+    with pytest.raises(UserError, match="teacher is 'abc' there and 'xyz' now"):
         write_shards(tmp_path, [0], never, teacher="xyz")
     for number in (-1, 4):
         with pytest.raises(UserError, match=f"no shard {number}; the store has 4"):
             write_shards(tmp_path, [0, number], never)
-    with pytest.raises(UserError, match="num_examples 50, not 49"):
+    with pytest.raises(UserError, match="num_examples is 50 there and 49 now"):
         soft_targets.finish(tmp_path, DIGESTS[:-1])
     (tmp_path / "shards/00003/shard.json").write_text("{")
-    with pytest.raises(UserError, match=r"00003/shard.json is damaged .*; delete .*00003 and run"):
+    with pytest.raises(UserError, match=r"00003/shard.json is damaged: .*; delete .*00003 and run"):
         write_shards(tmp_path, [0], never)
 
 

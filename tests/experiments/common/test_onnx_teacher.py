@@ -201,7 +201,7 @@ def test_the_stores_hold_the_teachers_logits(tmp_path, small):
 def test_soft_targets_of_another_teacher_or_other_images_are_an_error(tmp_path, small, k):
     examples = small.train
     assert onnx_teacher.join(teacher_of(0), "abc", examples, tmp_path, k)[0]["label"].size == 500
-    with pytest.raises(UserError, match=r"abc'?, not (of )?'?def"):
+    with pytest.raises(UserError, match="'abc' there and 'def' now"):
         onnx_teacher.join(teacher_of(1), "def", examples, tmp_path, k)
     with pytest.raises(UserError, match=r"examples are not the inputs"):
         onnx_teacher.join(

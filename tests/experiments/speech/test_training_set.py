@@ -140,7 +140,9 @@ def test_stores_are_bound_to_alignment_and_classes(resident, store, tmp_path):
         probabilities=True,
         num_classes=4,
     )
-    with pytest.raises(UserError, match=f"num_classes 4, not {load_data(resident).num_classes}"):
+    with pytest.raises(
+        UserError, match=f"num_classes is 4 there and {load_data(resident).num_classes} now"
+    ):
         nets.load_targets(resident, tmp_path / "store")
     assert load_data(other).fingerprint != store.meta["data"]["alignment"]
     with pytest.raises(UserError, match="alignment"):
