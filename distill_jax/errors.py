@@ -1,4 +1,4 @@
-"""What ends a run: a mistake that the user can put right, or a request to stop."""
+"""Exceptions that end a run: a mistake that the user can correct, or a request to stop."""
 
 
 class UserError(ValueError):
@@ -9,4 +9,4 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and what there was to save is saved; the same command goes on."""
+    """The run was asked to stop and has saved its state; the same command resumes it."""

@@ -76,13 +76,13 @@ def fit(
     pending: tuple[int, Array, dict[str, Array]] | None = None
     for unit in range(first, units):
         asked = sharding.any_process(processes.stop_asked())
-        state, metrics = processes.settle(advance(state, unit))
+        state, metrics = processes.serialize_on_cpu(advance(state, unit))
         # `+ 0` is a copy: the state itself is donated to the next unit.
         fetched = {**metrics, **(evaluate(state) if evaluate is not None else {})}
         if pending is not None:
             _append(history, pending, clock, on_record, manager)
         pending = (unit + 1, state.step + 0, fetched)
-        stop = processes.stop_agreed(asked)
+        stop = processes.any_stop_asked(asked)
         due = stop or (unit + 1) % save_every == 0 or unit + 1 == units
         if manager is not None and due:
             _append(history, pending, clock, on_record, manager)

@@ -1,8 +1,8 @@
-"""Notices at once when a process of the run is gone.
+"""Notices at once when a process of the run was killed or failed.
 
-The processes' collectives may wait for a lost one for ever, and JAX's own runtime takes its time to give
-up and then aborts. So every process holds a connection to process 0, which the operating system closes
-when either is killed.
+A collective may wait for a lost process for ever, and JAX's own runtime needs long to notice, and then
+aborts. So every process holds a connection to process 0. The operating system closes it when either
+process is killed.
 """
 
 import atexit
@@ -17,19 +17,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 LOST = 76
-"""Exit status of a process that goes because another is gone."""
+"""Exit status of a process that ends because another process was lost."""
 
 ENDING = threading.Event()
-"""Set by a process that ends with an error of its own, and needn't be told of others'."""
+"""Set by a process that ends with an error of its own; it then ignores the errors of others."""
 
-# What processes tell each other: an orderly end; "!N", an error of process N; "-N", N is lost.
+# The messages: "." a normal end; "!N" process N ends with an error; "-N" process N was lost.
 _BYE = b"."
 _PEERS: list[socket.socket] = []
 _CONNECT_SECONDS = 60
 
 
 def listen() -> socket.socket:
-    """The socket that process 0 is to be reached at, at a free port."""
+    """A socket at a free port, where process 0 accepts the other processes."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))
@@ -39,53 +39,58 @@ def watch_all(server: socket.socket, token: int, count: int) -> None:
     """On process 0: accepts the other `count - 1` processes and watches them in a thread.
 
     Args:
-        server: from `listen`; closed.
-        token: a secret of 31 bits that the others know; who doesn't send it is none of them.
-        count: processes of the run.
+        server: from `listen`; it is closed here.
+        token: a secret of 31 bits; a connection that does not send it is refused.
+        count: number of processes of the run.
 
     Raises:
-        OSError: if one of them doesn't come in time.
+        OSError: if a process does not connect in time.
     """
     server.settimeout(_CONNECT_SECONDS)
     peers: dict[socket.socket, int] = {}
     while len(peers) < count - 1:
         peer, _ = server.accept()
         peer.settimeout(_CONNECT_SECONDS)
-        word = _read(peer, 8)  # what it sends next, if it ends at once, is for the thread to read
-        if len(word) == 8 and word[4:] == token.to_bytes(4, "big"):
-            peers[peer] = int.from_bytes(word[:4], "big")
+        hello = _read(peer, 8)  # no more: a next message must stay for the thread to read
+        if len(hello) == 8 and hello[4:] == token.to_bytes(4, "big"):
+            peers[peer] = int.from_bytes(hello[:4], "big")
     server.close()
     _start(peers, count)
 
 
 def watch_first(host: str, port: int, token: int, index: int, count: int) -> None:
-    """On any other process: connects to process 0 and watches it in a thread; arguments as above.
+    """On any other process: connects to process 0 and watches it in a thread.
+
+    Args:
+        host, port: where process 0 listens.
+        token, count: as for `watch_all`.
+        index: number of this process.
 
     Raises:
-        OSError: if it can't be reached.
+        OSError: if process 0 can't be reached.
     """
     peer = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
     peer.sendall(index.to_bytes(4, "big") + token.to_bytes(4, "big"))
     _start({peer: 0}, count)
 
 
-def tell_error(index: int) -> None:
-    """Tells the others that this process, of that number, ends with an error, and isn't lost."""
-    _tell(_PEERS, b"!%d" % index)
+def report_error(index: int) -> None:
+    """Sends the others the message that this process, number `index`, ends with an error."""
+    _send(_PEERS, b"!%d" % index)
 
 
 def _start(peers: Mapping[socket.socket, int], count: int) -> None:
     for peer in peers:
         peer.settimeout(None)
     _PEERS.extend(peers)
-    atexit.register(_tell, _PEERS, _BYE)
+    atexit.register(_send, _PEERS, _BYE)
     threading.Thread(target=_watch, args=(peers, count), daemon=True).start()
 
 
-def _tell(peers: Iterable[socket.socket], word: bytes) -> None:
+def _send(peers: Iterable[socket.socket], message: bytes) -> None:
     for peer in peers:
-        with contextlib.suppress(OSError):  # it has gone before
-            peer.sendall(word)
+        with contextlib.suppress(OSError):  # that process has ended already
+            peer.sendall(message)
 
 
 def _watch(peers: Mapping[socket.socket, int], count: int) -> None:
@@ -95,14 +100,16 @@ def _watch(peers: Mapping[socket.socket, int], count: int) -> None:
         while selector.get_map():
             for key, _ in selector.select():
                 source: Any = key.fileobj
-                word = _read(source) or b"-%d" % peers[source]
-                if word[:1] == b"-":
-                    again = "the same command goes on from the last checkpoint, with as many"
-                    text = f"was lost; {again} processes or fewer"
-                    _leave(peers, word, LOST, f"process {int(word[1:])} of {count} {text}")
-                if word[:1] == b"!" and not ENDING.is_set():
+                message = _read(source) or b"-%d" % peers[source]
+                if message[:1] == b"-":
+                    text = (
+                        "was lost; the same command resumes from the last checkpoint, with as many "
+                        "processes or fewer"
+                    )
+                    _exit(peers, message, LOST, f"process {int(message[1:])} of {count} {text}")
+                if message[:1] == b"!" and not ENDING.is_set():
                     text = "ended with an error, which it has printed"
-                    _leave(peers, word, 1, f"process {int(word[1:])} of {count} {text}")
+                    _exit(peers, message, 1, f"process {int(message[1:])} of {count} {text}")
                 selector.unregister(source)
 
 
@@ -113,12 +120,12 @@ def _read(peer: socket.socket, size: int = 16) -> bytes:
         return b""
 
 
-def _leave(peers: Mapping[socket.socket, int], word: bytes, status: int, text: str) -> None:
-    """Ends this process from within its thread: the others hang in what the lost one doesn't send.
+def _exit(peers: Mapping[socket.socket, int], message: bytes, status: int, text: str) -> None:
+    """Ends this process from the watching thread; the main thread may hang in a collective.
 
-    Process 0 passes on what it heard, and goes last: without it the others' runtime would abort them.
+    Process 0 forwards the message and ends last: when it ends, JAX's runtime aborts the others.
     """
-    _tell(peers, word)
+    _send(peers, message)
     print(text, file=sys.stderr, flush=True)
     if len(peers) > 1:
         time.sleep(1)

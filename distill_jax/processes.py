@@ -1,7 +1,7 @@
-"""Runs of several processes: how they find each other, agree, stop together, and share results.
+"""Runs of several processes: they connect, agree on values, stop together and share results.
 
-Every process runs the same program; an array over all their devices is one array. JAX's own runtime
-connects them. With one process everything here is a no-op or a plain copy.
+Every process runs the same program, and an array may lie on the devices of all of them. JAX's own
+runtime connects them. With one process everything here is a no-op or a plain copy.
 """
 
 import contextlib
@@ -31,31 +31,31 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 STOPPED = 75
-"""Exit status: stopped by SIGTERM, all saved."""
+"""Exit status after a stop by SIGTERM; everything is saved."""
 
-_HEARTBEAT_SECONDS = 30  # a process that is silent for longer is given up, and the run with it
+_HEARTBEAT_SECONDS = 30  # after this silence a process counts as lost, and the run ends
 _CONNECT_SECONDS = 300
 _PAUSE = 2.0  # seconds
-_WAIT_MS = 24 * 3600 * 1000  # one process may be at work alone for long
+_WAIT_MS = 24 * 3600 * 1000  # process 0 may work alone for hours
 
-_SIGNALS: list[int] = []  # those that asked to stop
+_SIGNALS: list[int] = []  # the signals that asked for a stop
 _BARRIERS = itertools.count()
-_TRAINING: list[bool] = []  # whether `loop.fit` is at work, and sees to stopping itself
+_TRAINING: list[bool] = []  # not empty while code runs that handles stops itself
 
 
 def start(how: str) -> None:
     """Connects the processes of a run; call it before anything else of JAX.
 
-    Every process says once which one it is; then process 0 alone prints.
+    Every process prints one line that identifies it; after that only process 0 prints.
 
     Args:
-        how: "off" for one process by itself; "auto" where JAX knows the launcher (Slurm, Cloud TPU, Open
-            MPI, Kubernetes); or "HOST:PORT,COUNT,INDEX": process 0's address, how many there are, and
-            which one this is.
+        how: "off" for a single process; "auto" where JAX knows the launcher (Slurm, Cloud TPU, Open
+            MPI, Kubernetes); or "HOST:PORT,COUNT,INDEX": the address of process 0, the number of
+            processes, and the index of this one.
 
     Raises:
-        UserError: if that can't be read, or the processes don't find each other; never is a run that
-            was to have several processes started as one.
+        UserError: if `how` can't be parsed or the processes can't connect. A run of several processes
+            never starts as a single one.
     """
     if how == "off":
         return
@@ -77,7 +77,7 @@ def start(how: str) -> None:
     print(
         f"--distributed={how}: waiting for all processes, at most {_CONNECT_SECONDS} s", flush=True
     )
-    # SIGTERM is ours to handle: `stop_asked`.
+    # SIGTERM is handled here: `handle_sigterm`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -103,7 +103,7 @@ def start(how: str) -> None:
 
 
 def _await_first(address: str, how: str) -> None:
-    """Waits until process 0 listens: the runtime would abort, with a message for its developers."""
+    """Waits until process 0 listens. Without this JAX's runtime aborts with an obscure message."""
     host, _, port = address.rpartition(":")
     until = time.monotonic() + _CONNECT_SECONDS
     while True:
@@ -120,7 +120,7 @@ def _await_first(address: str, how: str) -> None:
 
 
 def _watch(index: int) -> None:
-    """Connects to process 0, at the coordinator's host and a port that it broadcasts."""
+    """Watches process 0 (or, on it, all others) at the coordinator's host and a broadcast port."""
     server = process_watch.listen() if index == 0 else None
     port, token = agree(server.getsockname()[1] if server else 0), agree(secrets.randbits(31))
     if server:
@@ -132,26 +132,26 @@ def _watch(index: int) -> None:
 
 
 def count() -> int:
-    """How many processes the run has."""
+    """Number of processes of the run."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which alone writes results and prints."""
+    """Whether this is process 0, the only one that writes results and prints."""
     return count() == 1 or jax.process_index() == 0
 
 
 def wait() -> None:
-    """Returns once every process of the run has called it as often as this one.
+    """A barrier: returns once every process has called it.
 
-    Not a collective of devices: those give up on a process that is at work alone for long.
+    It does not use a collective of devices: those time out while process 0 works alone.
     """
     key = f"distill_jax_{next(_BARRIERS)}"
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_WAIT_MS)
 
 
 def main_only(function: Callable[_P, _R]) -> Callable[_P, _R | None]:
-    """A function that process 0 calls alone; the others wait until it is done, and get None."""
+    """Decorates a function so that only process 0 runs it; the others wait and get None."""
 
     @functools.wraps(function)
     def call(*arguments: _P.args, **options: _P.kwargs) -> _R | None:
@@ -170,27 +170,27 @@ def agree(value: int) -> int:
 
 
 def any_of(value: bool) -> bool:
-    """Whether it is true on any process; all must call it."""
+    """Whether `value` is true on any process; all processes must call it."""
     if count() == 1:
         return value
     return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays as NumPy ones, whole on every process, wherever their parts lie.
+    """A tree of arrays as whole NumPy arrays, on every process.
 
-    A collective where parts lie on other processes' devices: all processes must call it.
+    Where parts lie on devices of other processes it is a collective, which all processes must call.
     """
     if count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(_whole, tree)
 
 
-def settle(tree: Any) -> Any:
-    """Waits for arrays where programs that are under way together could lock each other out.
+def serialize_on_cpu(tree: Any) -> Any:
+    """Returns `tree`; on CPU devices of several processes, waits first until its arrays are ready.
 
-    On CPU devices of several processes the collectives of two programs can wait for each other's
-    threads for ever. Accelerators run their programs in turn.
+    There the collectives of two programs that run at the same time can wait for each other's threads
+    for ever. Accelerators run one program at a time.
     """
     if count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(tree)
@@ -198,9 +198,9 @@ def settle(tree: Any) -> Any:
 
 
 def handle_sigterm() -> None:
-    """Makes SIGTERM (a notice of preemption) ask for a stop, where all is saved and agreed.
+    """Makes SIGTERM (sent before a preemption) ask for a stop, which follows once all is saved.
 
-    A process by itself that isn't training is stopped at once: whatever it is at can be done again.
+    A single process that is not training stops at once, since its work can be repeated.
     """
 
     def ask(number: int, frame: Any) -> None:
@@ -216,18 +216,19 @@ def stop_asked() -> bool:
     return bool(_SIGNALS)
 
 
-def stop_agreed(asked: Array | bool) -> bool:
-    """The processes' common word of a while ago; of this process alone, if it is, its word now.
+def any_stop_asked(asked: Array | bool) -> bool:
+    """Whether any process was asked to stop; the same answer on all processes.
 
     Args:
-        asked: `sharding.any_process(stop_asked())`.
+        asked: `sharding.any_process(stop_asked())`, dispatched earlier. With one process it is
+            ignored: `stop_asked` is read again, which is newer.
     """
     return stop_asked() if count() == 1 else bool(fetch(asked))
 
 
 @contextlib.contextmanager
 def stopping_at_boundaries() -> Iterator[None]:
-    """While this lasts, or what it decorates, SIGTERM only asks: they see to stopping themselves."""
+    """A context (or decorator) whose code handles stops itself: in it SIGTERM only sets `stop_asked`."""
     _TRAINING.append(True)
     try:
         yield
@@ -236,16 +237,18 @@ def stopping_at_boundaries() -> Iterator[None]:
 
 
 def stop_if_asked() -> None:
-    """Raises `Stopped` on all processes if any was asked to; they must all call it."""
+    """Raises `Stopped` on all processes if any was asked to stop; they must all call it."""
     if any_of(stop_asked()):
         raise Stopped("stopped by SIGTERM")
 
 
-def leave(status: int, message: str) -> NoReturn:
-    """Exits with a last word on stderr. In a run of several processes at once: an exit waits for all.
+def exit_process(status: int, message: str) -> NoReturn:
+    """Prints a message on stderr and exits.
 
-    If a collective failed because another process is gone, `watch` says so in the meantime, and exits.
-    Process 0 goes last: its runtime takes the others down, who may have a word of their own to say.
+    In a run of several processes an error ends this one with `os._exit`, because a normal exit waits
+    for the others. A collective may have failed because another process was lost: the pause gives
+    `process_watch` the time to report that instead. Process 0 ends last: when it ends, JAX's runtime
+    aborts the others, which may still have messages to print.
     """
     together = count() == 1 or status == STOPPED
     if not together:
@@ -255,7 +258,7 @@ def leave(status: int, message: str) -> NoReturn:
     sys.stdout.flush()
     if together:
         sys.exit(status)
-    process_watch.tell_error(jax.process_index())
+    process_watch.report_error(jax.process_index())
     if is_main():
         time.sleep(_PAUSE)
     os._exit(status)

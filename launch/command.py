@@ -1,4 +1,4 @@
-"""What the command lines share: the config flag, and mistakes that end with one line."""
+"""What all commands share: the config flag, and errors that are printed as one line."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ def define_config() -> flags.FlagHolder:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command line; a UserError or a wrong flag ends it with one line and status 1.
+    """Runs a command; a UserError or a wrong flag ends it with one line and exit status 1.
 
     Other exit statuses: `processes.STOPPED` and `process_watch.LOST`.
     """
@@ -38,18 +38,18 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _end(error: BaseException) -> None:
-    """Ends the command with one line; with a traceback for what is our mistake."""
-    from distill_jax import processes  # late: JAX reads its settings when it is imported
+    """Ends the command with one line, or with a traceback if the error is a bug."""
+    from distill_jax import processes  # imported late: JAX reads its settings on import
 
     if isinstance(error, UserError):
         status, message = 1, f"error: {error}"
     elif isinstance(error, Stopped):
-        status, message = processes.STOPPED, f"{error}; the same command goes on"
+        status, message = processes.STOPPED, f"{error}; the same command resumes the run"
     elif isinstance(error, KeyboardInterrupt):
-        status, message = 1, "\nstopped; the same command goes on from the last checkpoint"
+        status, message = 1, "\nstopped; the same command resumes the run from the last checkpoint"
     else:
         status, message = 1, "".join(traceback.format_exception(error)).rstrip()
-    processes.leave(status, message)
+    processes.exit_process(status, message)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -71,7 +71,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _unknown_field(argv: Sequence[str], error: str) -> str:
-    """The flag that set it, and the library's suggestion, from a message that names only the field."""
+    """A message with the flag and the suggested field, from an `error` that names only the field."""
     keys = [arg.partition("=")[0] for arg in argv if arg.startswith("--config.")]
     given = next((key for key in keys if key.rpartition(".")[2] in error), "--config")
     meant = re.search(r'Did you mean \\*"(\w+)', error)

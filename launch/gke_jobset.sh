@@ -18,7 +18,7 @@
 #
 # It returns at once. Process 0 prints; NAME is STUDY-PRESET if not given:
 #   kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME,batch.kubernetes.io/job-completion-index=0
-# The same command again replaces the JobSet, and goes on from the last checkpoint.
+# The same command again replaces the JobSet, and resumes from the last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck disable=SC2034  # arguments.sh reads it

@@ -2,13 +2,13 @@
 
     python -m launch.main --config=experiments/mnist/config.py:default --workdir=runs/mnist
 
-Any field of the config can be set: --config.distilled.temperature=8. The same command again goes on
-where the last one stopped, or finishes at once. Compiled programs are kept in ~/.cache/distill_jax, or
-in JAX_COMPILATION_CACHE_DIR.
+Any field of the config can be set: --config.distilled.temperature=8. The same command again
+resumes where the last one stopped; of a finished study it only writes the report again. Compiled
+programs are kept in ~/.cache/distill_jax, or in JAX_COMPILATION_CACHE_DIR.
 
-A run of several processes is this command once for each, with --distributed and one --workdir that they
-share. SIGTERM saves and exits with status 75; if a process of the run is lost, the others exit with
-status 76. After both the same command goes on.
+For a run of several processes start this command once for each, with --distributed and a shared
+--workdir. SIGTERM saves and exits with status 75; if a process of the run is lost, the others exit with
+status 76. After both the same command resumes the run.
 """
 
 import os

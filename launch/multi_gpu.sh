@@ -12,8 +12,9 @@
 # coordinator on PORT (by chance if not given), which the others must reach. Process 0 prints.
 #
 # Ctrl-C or SIGTERM: all processes save at the same step, and the status is 75. When one process fails,
-# the others are stopped, and the status is the first one's that failed. Either way the same command
-# goes on. A process that doesn't end by itself is killed GRACE seconds (60) later. Needs bash 5.1.
+# the others are stopped, and the status is that of the first one that failed. In both cases the same
+# command resumes the run. A process that does not end is killed GRACE seconds (60) later.
+# Needs bash 5.1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/arguments.sh

@@ -6,13 +6,13 @@
 The sweep is what `sweep(NAME)` in the named file returns: a list of {dotted key: value}. Every override
 is checked against the locked config before anything runs. Each point has a directory of its own. Points
 that are finished are skipped; what they share (the teacher, when only the student is swept) is trained
-once, by the first one, which runs alone, and taken over. The same command again goes on where the last
-one stopped, and ends in one table when all are finished.
+once, by the first point, which runs alone, and reused by the others. The same command again resumes
+where the last one stopped; when all points are finished it prints one table.
 
 --backend=local runs --at_once=N processes side by side, and each sees its share of the GPUs that
 CUDA_VISIBLE_DEVICES lists. slurm submits job arrays and returns; sbatch's own variables, such as
-SBATCH_PARTITION and SBATCH_GRES, say where. print prints the commands for you to run, of which the
-first trains what the others take over.
+SBATCH_PARTITION and SBATCH_GRES, say where. print prints the commands for you to run; the first one
+trains what the others reuse.
 
     python -m launch.sweep --config=experiments/specialists/config.py:paper \\
         --parts=specialists:8 --workdir=runs/specialists --backend=slurm
@@ -109,7 +109,7 @@ def _run_parts(stage_and_count: str, workdir: Path) -> None:
         for i in range(count)
     ]
     _run([] if (workdir / "stages" / stage / "stage.json").exists() else [jobs], workdir)
-    _say(f"when all parts are trained, this goes on: {shlex.join(_main_command(workdir, {}))}")
+    _say(f"when all parts are trained, continue with: {shlex.join(_main_command(workdir, {}))}")
 
 
 def _run(rounds: backends.Rounds, workdir: Path) -> None:

@@ -4,7 +4,7 @@
 #
 #   export ZONE=us-west4-a TYPE=v5litepod-16 VERSION=v2-alpha-tpuv5-lite SHARE=10.0.0.2:/share
 #   NAME=distill launch/tpu_pod.sh mnist paper
-#   NAME=distill SPOT=1 launch/tpu_pod.sh mnist paper       preempted: made anew, and the run goes on
+#   NAME=distill SPOT=1 launch/tpu_pod.sh mnist paper       preempted: made anew, and the run resumes
 #   NAME=distill launch/tpu_pod.sh --dry-run mnist paper    prints the commands, those for a
 #                                                           slice that isn't there yet, and runs nothing
 #
@@ -12,7 +12,7 @@
 # and checkpoints and results are there. VERSION is the runtime, v2-alpha-tpuv6e for v6e. Needs gcloud,
 # logged in, with a project set. Setting up takes some minutes, once for each slice.
 #
-# Process 0 prints. The status is that of the worker that failed; the same command goes on from the last
+# Process 0 prints. The status is that of the worker that failed; the same command resumes from the last
 # checkpoint, once the workers' old processes are gone. The slice stays up, and is paid for, until
 #   gcloud compute tpus tpu-vm delete NAME --zone=ZONE
 set -euo pipefail

@@ -56,7 +56,7 @@ def _wait_for_one(results: Any, workers: set[Any], did: str) -> None:
             if not workers <= set(multiprocessing.active_children()):
                 raise UserError(
                     f"a process that {did} was killed (is there too little memory?); the same "
-                    "command goes on, --processes=1 needs the least memory"
+                    "command resumes, --processes=1 needs the least memory"
                 ) from None
 
 

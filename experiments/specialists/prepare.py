@@ -3,7 +3,7 @@
     python -m experiments.specialists.prepare --out=DIR
 
 About 60 packages, 0.5 GB, are fetched and unpacked to 2.1 GB; then drawing is a minute on two cores.
-After a kill the same command continues. `--config.data.source=DIR` then trains on it.
+The same command resumes a killed one. `--config.data.source=DIR` then trains on it.
 """
 
 import sys
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command continues")
+        sys.exit("\nstopped; the same command resumes")
     print(f"prepared {folder}")
 
 

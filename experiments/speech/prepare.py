@@ -5,7 +5,7 @@
     python -m experiments.speech.prepare --corpus=manifest:FILE.jsonl --out=DIR
 
 Every recording is aligned with its transcript, on all cores, some 60 times as fast as it plays on two.
-The same command goes on where a killed one stopped. `--config.data.source=DIR` then trains on it.
+The same command resumes a killed one. `--config.data.source=DIR` then trains on it.
 """
 
 import sys
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on")
+        sys.exit("\nstopped; the same command resumes")
     print(f"prepared {folder}")
 
 

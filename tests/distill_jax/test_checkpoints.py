@@ -127,7 +127,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, damage, caplog):
         with caplog.at_level(logging.WARNING):
             assert_restored(checkpoints.restore_newest(manager, make_state()), 1)
         assert f"checkpoint {tmp_path}/2 is damaged and skipped" in caplog.text
-        save(manager, 2)  # the run goes on and writes it again
+        save(manager, 2)  # the run resumes and writes it again
         assert_restored(checkpoints.restore_newest(manager, make_state()), 2)
 
 

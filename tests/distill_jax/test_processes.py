@@ -84,7 +84,7 @@ def test_a_lost_process_a_stop_and_fewer_processes(tmp_path, undisturbed):
     (status, output, errors), _ = end_all(running, LIMIT)
     assert time.monotonic() - begun < LIMIT
     assert status == 76 and "Traceback" not in errors, errors
-    assert errors.count("process 1 of 2 was lost; the same command goes on") == 1
+    assert errors.count("process 1 of 2 was lost; the same command resumes") == 1
     assert re.search(r"process 0 of 2 is \d+ on .*: 2 of 4 devices", output)
 
     # Started again, they go on. SIGTERM to one stops both, at the same boundary, all saved.
@@ -140,11 +140,9 @@ def test_an_error_of_all_and_of_one(tmp_path):
     for status, _, errors in ended:
         assert status == 1 and errors.count("error: data.test_examples is 100000") == 1, errors
         assert "lost" not in errors
-    # Of process 1 alone: process 0, which waits for it, is told.
+    # An error of process 1 alone: process 0, which waits for it, gets the message.
     script = "from distill_jax import errors, processes as p; p.start('{}'); "
-    script += (
-        "raises = lambda: p.leave(1, 'error: mine') if not p.is_main() else p.wait(); raises()"
-    )
+    script += "p.wait() if p.is_main() else p.exit_process(1, 'error: mine')"
     (status, _, errors), own = end_all(start_all(["-c", script], 2, 1))
     assert own[0] == 1 and own[2].count("error: mine") == 1, own
     assert status == 1 and errors.count("process 1 of 2 ended with an error") == 1, errors
@@ -163,7 +161,7 @@ def test_same_numbers_on_two_processes_and_across_checkpoints(tmp_path):
     params, history = train(one, tmp_path / "one", 2)
     expected = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
     losses = [record["train_loss"] for record in history]
-    # The last one goes on from a checkpoint of eight devices of one process.
+    # The last one resumes from a checkpoint of eight devices of one process.
     train(sharding.make_mesh(2, 4, 1), tmp_path / "3", 1)
     runs = ["1,8,1:2", "2,2,2:2", "1,1,8:2", "1,2,4:2"]
     script = [str(Path(__file__).with_name("two_processes.py")), "{}", str(tmp_path), *runs]
@@ -172,7 +170,7 @@ def test_same_numbers_on_two_processes_and_across_checkpoints(tmp_path):
     for number in range(len(runs)):
         np.testing.assert_allclose(np.load(tmp_path / f"{number}_loss.npy"), losses, rtol=1e-5)
         np.testing.assert_allclose(np.load(tmp_path / f"{number}.npy"), expected, atol=2e-5)
-    # And back: what two processes wrote, split three ways, goes on in one.
+    # And back: what two processes wrote, split three ways, resumes in one.
     longer, _ = train(one, tmp_path / "one", 3)
     back, records = train(sharding.make_mesh(2, 4, 1), tmp_path / "1", 3)
     assert [record["unit"] for record in records] == [1, 2, 3]

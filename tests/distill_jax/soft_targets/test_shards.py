@@ -191,7 +191,7 @@ def write_as_one_of_two(how, directory):
     try:
         write(Path(directory, "other"), lambda rows: tiny_targets(rows) * np.float32(sign))
     except UserError as error:
-        processes.leave(1, f"error: {error}")
+        processes.exit_process(1, f"error: {error}")
 
 
 def test_processes_of_a_run_share_the_shards_out_and_end_together(whole, tmp_path):

@@ -1,4 +1,4 @@
-"""Preparing a corpus: bad recordings are counted, a killed run goes on, limits are kept."""
+"""Preparing a corpus: bad recordings are counted, a killed run resumes, limits are kept."""
 
 import functools
 import hashlib
@@ -267,7 +267,7 @@ def test_an_interrupted_run_says_that_it_goes_on(tmp_path, undisturbed):
     wait_for(process, (tmp_path / "work/part_00000.pickle").exists)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to its workers too
     _, printed = process.communicate()
-    assert process.returncode == 1 and printed == "\nstopped; the same command goes on\n"
+    assert process.returncode == 1 and printed == "\nstopped; the same command resumes\n"
 
 
 def test_nothing_usable(tmp_path):
@@ -353,7 +353,7 @@ def test_another_corpus_in_the_same_folder(tmp_path, serial):
     recordings = recorded()
     bands = features.Bands()
     pipeline._claim(tmp_path / "work", "first", recordings, bands)
-    pipeline._claim(tmp_path / "work", "first", recordings, bands)  # the same goes on
+    pipeline._claim(tmp_path / "work", "first", recordings, bands)  # the same resumes
     messages = [
         refused(tmp_path, recordings, corpus="second"),
         refused(tmp_path, recordings, corpus="first", high=5000.0),
