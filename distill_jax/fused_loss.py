@@ -1,14 +1,14 @@
-r"""Losses of very many classes that never hold the logits `[B, C]`: fused with the output layer.
+r"""Losses for very many classes, fused with the output layer: the logits `[B, C]` never exist at once.
 
-A chunk of examples is taken from the last hidden layer to its losses, and, where a gradient is wanted,
-back again, before the next one: only the logits of one chunk exist. Any loss of logits serves
-(`train_step.Loss`, built of `distill_jax.losses`), and so does every kind of soft targets: the teacher's
-logits or probabilities, a store's few numbers per example, or the teachers' own hidden activations and
-output layers, whose logits are then not held either (`soft_targets.mean_probs_of_hidden`).
+The batch is processed in chunks of examples: from the last hidden layer to the losses and, if a gradient
+is needed, back. Only the logits of one chunk are in memory. Any loss of logits works (`train_step.Loss`,
+built from `distill_jax.losses`) with every kind of soft targets: the teacher's logits or probabilities,
+the few numbers per example of a store, or the hidden activations and output layers of the teachers,
+whose logits are then computed in chunks too (`soft_targets.mean_probs_of_hidden`).
 
-`mean_loss` computes the gradient in the forward pass, as long as the chunk's logits are there: three
-matrix products as in the dense loss. `per_example` can't know yet how its values will be weighted, and
-makes the logits once more in the backward pass.
+`mean_loss` computes the gradient in the forward pass, while the logits of a chunk are in memory: three
+matrix products, as in the dense loss. `per_example` does not know how its values will be weighted, so it
+computes the logits once more in the backward pass.
 
 The idea of chunks whose gradient is computed in the forward pass is that of Liger-Kernel (Hsu et al.,
 arXiv 2410.10989).
@@ -29,117 +29,157 @@ ChunkLoss = Callable[[Array, Any, Any], Array]
 """`(logits [b, C] float32, fields of these b examples, constants) -> [b]`."""
 
 Over = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Spreads a pass over the devices that have different examples: `sharding.over_data`."""
+"""Runs a pass on each device's own examples: `sharding.over_data`."""
 
 _MOST_ROWS = 2048
 
 
 def on_one_device(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`Over` for a batch that is not split."""
+    """`Over` for a batch that is not split over devices: returns `run`.
+
+    Examples:
+        >>> from distill_jax import fused_loss
+        >>> fused_loss.on_one_device(abs) is abs
+        True
+    """
     return run
 
 
 class Outcome(NamedTuple):
-    """values: `[B]` float32, each example's loss. predicted: int32 `[B]`, the most probable class."""
+    """The result for B examples.
+
+    values: float32 `[B]`, the loss of each example. predicted: int32 `[B]`, the most probable class.
+    """
 
     values: Array
     predicted: Array
 
 
 def chunk_rows(batch_size: int, units: int) -> int:
-    """Examples of a chunk, of hidden activations `[batch_size, units]`; chunks are about equal.
+    """Number of examples in a chunk, for hidden activations `[batch_size, units]`.
 
     On a CPU a sixteenth of the batch, so that a sixteenth of its logits exist; but at least an eighth of
-    the units, as the kernel's gradient is in memory anyway. Every chunk adds to it: 8 bytes of memory
-    traffic per weight, for 6 operations per weight and example. So an accelerator takes an eighth of
-    the batch, of a thousand examples at least; and nobody more than 2048, where that is no matter.
+    the units, since the gradient of the kernel takes memory anyway. Each chunk adds to that gradient: 8
+    bytes of memory traffic per weight, for 6 operations per weight and example. So an accelerator takes
+    an eighth of the batch, but at least 1024 examples. The maximum is 2048, where this traffic no longer
+    matters. Chunks have about equal sizes.
+
+    Examples:
+        >>> from distill_jax import fused_loss
+        >>> fused_loss.chunk_rows(batch_size=16, units=2560)
+        16
     """
     parts, fewest = (16, max(128, units // 8)) if jax.default_backend() == "cpu" else (8, 1024)
     rows = min(max(batch_size // parts, fewest), _MOST_ROWS)
     return -(-batch_size // max(batch_size // rows, 1))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def per_example(
     loss: ChunkLoss,
     hidden: Array,
     layer: Layer,
     fields: Any,
     constants: Any,
+    *,
     rows: int | None = None,
 ) -> Outcome:
-    """Each example's loss, differentiable in `hidden` and `layer`; arguments as for `mean_loss`."""
-    return _values(loss, rows, hidden, layer, fields, constants)
+    """The loss of each example, differentiable in `hidden` and `layer`.
+
+    Arguments as for `mean_loss`. Its values may be weighted afterwards; the price is that the backward
+    pass computes the logits once more.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import fused_loss, losses
+        >>> hidden = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+        >>> layer = {"kernel": 2 * jnp.eye(2), "bias": jnp.zeros(2)}
+        >>> def loss(logits, labels, constants):
+        ...     return losses.hard_cross_entropy(logits, labels)
+        >>> found = fused_loss.per_example(loss, hidden, layer, jnp.array([0, 0]), None)
+        >>> print(found.values, found.predicted)
+        [0.127 2.127] [0 1]
+    """
+
+    @jax.custom_vjp
+    def values(*arguments: Any) -> Outcome:
+        return _values(*arguments, loss=loss, rows=rows)
+
+    def backward(arguments: Any, cotangent: Outcome) -> tuple[Any, ...]:
+        hidden, layer, fields, constants = arguments
+        _, gradients = _gradients(
+            hidden, layer, fields, constants, cotangent.values, loss=loss, rows=rows
+        )
+        return *gradients, None, None
+
+    values.defvjp(lambda *arguments: (values(*arguments), arguments), backward)
+    return values(hidden, layer, fields, constants)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
 def mean_loss(
     loss: ChunkLoss,
     hidden: Array,
     layer: Layer,
     fields: Any,
     constants: Any,
+    *,
     rows: int | None = None,
     over: Over = on_one_device,
 ) -> tuple[Array, Outcome]:
     """The mean of `loss` over a batch, differentiable in `hidden` and `layer`.
 
     Equal to `jnp.mean(loss(hidden @ kernel + bias, fields, constants))`, in value and gradients.
-    Products take the dtype of `hidden` and accumulate in float32; the gradients of the layer are summed
+    Products have the dtype of `hidden` and accumulate in float32; the gradients of the layer are summed
     in float32 over the chunks.
 
     Args:
-        loss: per-example values of logits. It is differentiated in the logits alone: fields and
+        loss: per-example values of logits. Only the gradient in the logits is computed: fields and
             constants count as constants.
         hidden: `[B, D]`, activations of the last hidden layer; B need not be a multiple of `rows`.
-        layer: float32 or in the dtype of `hidden`. A class is left out by a bias of -inf.
+        layer: float32 or in the dtype of `hidden`. To exclude a class, give it a bias of -inf.
         fields: a tree of arrays `[B, ...]`, such as labels and soft targets.
-        constants: a tree of what is the same for all examples: traced scalars, a teacher's layer.
-        rows: examples of a chunk; None: as `chunk_rows` says of those that a device has.
+        constants: a tree of values that all examples share: traced scalars, the layer of a teacher.
+        rows: examples in a chunk; None: `chunk_rows` of the examples of one device.
         over: `sharding.over_data(mesh)` if the batch is split over devices.
 
     Returns:
         The mean, float32, and the outcome, through which no gradient flows.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import fused_loss, losses
+        >>> hidden = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+        >>> layer = {"kernel": 2 * jnp.eye(2), "bias": jnp.zeros(2)}
+        >>> def loss(logits, labels, constants):
+        ...     return losses.hard_cross_entropy(logits, labels)
+        >>> def mean(layer):
+        ...     return fused_loss.mean_loss(loss, hidden, layer, jnp.array([0, 0]), None)[0]
+        >>> value, gradients = jax.value_and_grad(mean)(layer)
+        >>> print(f"{value:.3f}", gradients["bias"])
+        1.127 [-0.5 0.5]
     """
-    outcome = over(functools.partial(_values, loss, rows))(hidden, layer, fields, constants)
-    return jnp.mean(outcome.values), outcome
 
+    @jax.custom_vjp
+    def mean(*arguments: Any) -> tuple[Array, Outcome]:
+        outcome = over(functools.partial(_values, loss=loss, rows=rows))(*arguments)
+        return jnp.mean(outcome.values), outcome
 
-def _per_example_forward(loss: ChunkLoss, *others: Any):
-    *arguments, rows = others
-    return _values(loss, rows, *arguments), arguments
+    def forward(*arguments: Any) -> tuple[tuple[Array, Outcome], Any]:
+        weights = jnp.full(len(hidden), 1.0 / len(hidden), jnp.float32)
+        run = over(functools.partial(_gradients, loss=loss, rows=rows))
+        outcome, gradients = run(*arguments, weights)
+        return (jnp.mean(outcome.values), outcome), gradients
 
+    def backward(gradients: Any, cotangent: Any) -> tuple[Any, ...]:
+        scale, _ = cotangent
+        return *jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), None, None
 
-def _per_example_backward(loss: ChunkLoss, rows: int | None, arguments: Any, cotangent: Outcome):
-    hidden, layer, fields, constants = arguments
-    _, gradients = _gradients(loss, rows, hidden, layer, fields, constants, cotangent.values)
-    return *gradients, None, None
-
-
-per_example.defvjp(_per_example_forward, _per_example_backward)
-
-
-def _mean_loss_forward(loss: ChunkLoss, hidden: Array, *others: Any):
-    *arguments, rows, over = others
-    weights = jnp.full(len(hidden), 1.0 / len(hidden), jnp.float32)
-    outcome, gradients = over(functools.partial(_gradients, loss, rows))(
-        hidden, *arguments, weights
-    )
-    return (jnp.mean(outcome.values), outcome), gradients
-
-
-def _mean_loss_backward(
-    loss: ChunkLoss, rows: int | None, over: Over, gradients: Any, cotangent: Any
-):
-    scale, _ = cotangent
-    return *jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), None, None
-
-
-mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
+    mean.defvjp(forward, backward)
+    return mean(hidden, layer, fields, constants)
 
 
 def _values(
-    loss: ChunkLoss, rows: int | None, hidden: Array, layer: Layer, fields: Any, constants: Any
+    hidden: Array, layer: Layer, fields: Any, constants: Any, *, loss: ChunkLoss, rows: int | None
 ) -> Outcome:
     """The losses, chunk by chunk."""
 
@@ -152,13 +192,14 @@ def _values(
 
 
 def _gradients(
-    loss: ChunkLoss,
-    rows: int | None,
     hidden: Array,
     layer: Layer,
     fields: Any,
     constants: Any,
     weights: Array,
+    *,
+    loss: ChunkLoss,
+    rows: int | None,
 ) -> tuple[Outcome, tuple[Array, Layer]]:
     """The losses, and the gradients of their weighted sum in `hidden` and `layer`."""
 
@@ -198,7 +239,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _chunks(tree: Any, size: int, rows: int) -> Any:
-    """`[size, ...]` -> `[n, rows, ...]`, the last chunk filled up with zeros, which weigh nothing."""
+    """`[size, ...]` -> `[n, rows, ...]`, the last chunk padded with zeros, whose weight is 0."""
     rows = min(rows, size)
     padding = -size % rows
 
@@ -210,5 +251,5 @@ def _chunks(tree: Any, size: int, rows: int) -> Any:
 
 
 def _joined(tree: Any, size: int) -> Any:
-    """The other way round."""
+    """The inverse of `_chunks`."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], tree)

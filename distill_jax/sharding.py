@@ -285,7 +285,7 @@ def shard_batch(mesh: Mesh, batch_size: int) -> Callable[[Batch], Batch]:
 
 
 def over_data(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For `large_output.mean_loss` of a batch that is split over "data".
+    """For `fused_loss.mean_loss` of a batch that is split over "data".
 
     Every device goes through its own examples in chunks and sums the output layer's gradient by itself;
     the sums meet once, after the last chunk. What a pass returns besides is of examples.

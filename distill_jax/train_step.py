@@ -172,7 +172,13 @@ def _fused_mean(model: Model, fused: Fused):
         # A loss of logits has no use for the inputs, and they need not be cut into chunks.
         fields = {name: field for name, field in batch.items() if name != "inputs"}
         mean, (values, predicted) = fused_loss.mean_loss(
-            loss, hidden, params[OUTPUT_LAYER], fields, shared, fused.rows, fused.over
+            loss,
+            hidden,
+            params[OUTPUT_LAYER],
+            fields,
+            shared,
+            rows=fused.rows,
+            over=fused.over,
         )
         counts = metrics.prediction_counts(predicted, batch["label"])
         return mean, {"loss": jnp.sum(values), **counts}
@@ -260,10 +266,10 @@ def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
             probabilities,
             tail,
             batch["label"],
-            hyper["temperature"],
-            hyper["hard_weight"],
-            batch.get("label_known"),
-            weights,
+            temperature=hyper["temperature"],
+            hard_weight=hyper["hard_weight"],
+            label_known=batch.get("label_known"),
+            tail_weights=weights,
         )
 
     return loss
@@ -298,7 +304,7 @@ def label_modified_loss(
         losses.softmax(_teacher_logits(batch), temperature),
         batch["label"],
         hyper["hard_weight"],
-        batch.get("label_known"),
+        label_known=batch.get("label_known"),
     )
     return losses.soft_cross_entropy(logits, targets, temperature)
 
@@ -317,7 +323,7 @@ def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> 
         batch["label"],
         hyper["temperature"],
         hyper["hard_weight"],
-        batch.get("label_known"),
+        label_known=batch.get("label_known"),
     )
 
 

@@ -364,7 +364,8 @@ def _evaluator(
 
     def evaluate(states: steps_of.TrainState) -> dict[str, Array]:
         return {
-            name: processes.serialize_on_cpu(count(states.params, *parts)) for name, parts in sets.items()
+            name: processes.serialize_on_cpu(count(states.params, *parts))
+            for name, parts in sets.items()
         }
 
     return evaluate

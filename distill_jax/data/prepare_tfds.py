@@ -46,7 +46,7 @@ with tfds.core.registered.skip_registration():
         ) -> Iterator[tuple[int, dict[str, Any]]]:
             # The key is the index within the split, as in the stock builder. TFDS orders examples
             # by a hash of split and key: sorting the indices by it gives their order on disk.
-            pairs = zip(examples["image"], examples["label"], strict=True)
+            pairs = zip(examples["inputs"], examples["label"], strict=True)
             for index, (image, label) in enumerate(pairs):
                 # From a pillow image TFDS makes a PNG by pillow, from an array by TensorFlow.
                 yield index, {"image": Image.fromarray(image), "label": int(label)}

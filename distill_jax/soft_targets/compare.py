@@ -69,7 +69,9 @@ def against_dense(
 
     def measure(one: Kept) -> tuple[dict[str, Array], Array]:
         found, gradient = with_gradient(
-            lambda z: losses.top_k_soft_cross_entropy(z, *one, temperature, tail_weights)
+            lambda z: losses.top_k_soft_cross_entropy(
+                z, *one, temperature, tail_weights=tail_weights
+            )
         )
         norms = jnp.linalg.norm(gradient) * jnp.linalg.norm(dense_gradient)
         errors = {

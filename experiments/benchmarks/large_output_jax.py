@@ -101,7 +101,10 @@ def _mean_loss(
         teachers, hyper = constants
         return loss(logits, fields, hyper, teachers)
 
-    return fused_loss.mean_loss(of_chunk, hidden, layer, fields, constants, case.rows or None)[0]
+    mean, _ = fused_loss.mean_loss(
+        of_chunk, hidden, layer, fields, constants, rows=case.rows or None
+    )
+    return mean
 
 
 def _dense(

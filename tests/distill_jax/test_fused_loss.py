@@ -139,7 +139,7 @@ def fused_mean(kind, rows, hidden, layer, batch, hyper):
     loss = chunk_loss(kind)
     return jax.value_and_grad(
         lambda hidden, layer: fused_loss.mean_loss(
-            loss, hidden, layer, fields, (whole, hyper), rows
+            loss, hidden, layer, fields, (whole, hyper), rows=rows
         ),
         argnums=(0, 1),
         has_aux=True,
@@ -152,7 +152,7 @@ def fused_examples(kind, rows, hidden, layer, batch, hyper, weights):
     values, pull_back = jax.vjp(
         lambda hidden, layer: (
             fused_loss.per_example(
-                chunk_loss(kind), hidden, layer, fields, (whole, hyper), rows
+                chunk_loss(kind), hidden, layer, fields, (whole, hyper), rows=rows
             ).values
         ),
         hidden,
@@ -215,7 +215,7 @@ def test_a_dustbin_class_and_classes_left_out():
         return jnp.mean(loss(logits, batch, constants))
 
     def fused(hidden, layer):
-        return fused_loss.mean_loss(loss, hidden, layer, batch, constants, 4)[0]
+        return fused_loss.mean_loss(loss, hidden, layer, batch, constants, rows=4)[0]
 
     found = jax.value_and_grad(fused, (0, 1))(hidden, layer)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))

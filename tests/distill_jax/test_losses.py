@@ -47,17 +47,17 @@ def draw(shape, seed, scale=4.0):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def value(loss, z, *args):
-    return loss(z, *args)
+def value(loss, z, *args, **options):
+    return loss(z, *args, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def jitted_gradient(loss, z, *args):
-    return jax.grad(lambda z: jnp.sum(loss(z, *args)))(z)
+def jitted_gradient(loss, z, *args, **options):
+    return jax.grad(lambda z: jnp.sum(loss(z, *args, **options)))(z)
 
 
-def gradient(loss, z, *args):
-    return np.asarray(jitted_gradient(loss, z, *args))
+def gradient(loss, z, *args, **options):
+    return np.asarray(jitted_gradient(loss, z, *args, **options))
 
 
 zero_meaned = functools.partial(losses.logit_matching, zero_mean=True)
@@ -251,10 +251,12 @@ def test_unknown_label_with_a_masked_first_class():
     z[:, 0] = v[:, 0] = -np.inf
     p = losses.softmax(jnp.asarray(v), 2.0)
     unknown = jnp.zeros(2, bool)
-    args = p, jnp.array([-1, 0]), 2.0, 0.5, unknown
+    args = p, jnp.array([-1, 0]), 2.0, 0.5
     expected = 0.5 * losses.soft_cross_entropy(jnp.asarray(z), p, 2.0)
-    np.testing.assert_array_equal(value(losses.distillation, z, *args), expected)
-    assert np.isfinite(gradient(losses.distillation, z, *args)).all()
+    np.testing.assert_array_equal(
+        value(losses.distillation, z, *args, label_known=unknown), expected
+    )
+    assert np.isfinite(gradient(losses.distillation, z, *args, label_known=unknown)).all()
 
 
 @few
@@ -264,7 +266,7 @@ def test_unknown_labels_leave_the_soft_term_alone(known, wiped, seed):
     known, weight, temperature = np.array(known), 0.3, 4.0
     p = softmax64(v, temperature).astype(np.float32)
     args = p, np.where(known, labels, np.int32(wiped)), temperature, weight
-    values = np.asarray(value(losses.distillation, z, *args, known))
+    values = np.asarray(value(losses.distillation, z, *args, label_known=known))
     soft, hard = soft64(z, p, temperature), hard64(z, labels)
     expected = (1 - weight) * soft.mean() + weight * hard[known].sum() / 8
     np.testing.assert_allclose(values.mean(dtype=np.float64), expected, rtol=1e-5)
@@ -272,7 +274,7 @@ def test_unknown_labels_leave_the_soft_term_alone(known, wiped, seed):
     everything = value(losses.distillation, z, p, labels, temperature, weight)
     np.testing.assert_allclose(values[known], everything[known], rtol=1e-6)
     np.testing.assert_allclose(values[~known], (1 - weight) * soft[~known], rtol=1e-5)
-    grads = gradient(losses.distillation, z, *args, known)
+    grads = gradient(losses.distillation, z, *args, label_known=known)
     expected = (1 - weight) * temperature * (softmax64(z, temperature) - p)
     np.testing.assert_allclose(grads[~known], expected[~known], rtol=1e-5, atol=1e-5)
 
@@ -369,11 +371,20 @@ def test_top_k_values_are_those_of_float64(shape_and_k, temperature, uniform, se
     )
     args = ids.astype(np.uint16), kept, tail
     spread = None if uniform else weights
-    found = value(losses.top_k_soft_cross_entropy, z, *args, temperature, spread)
+    found = value(losses.top_k_soft_cross_entropy, z, *args, temperature, tail_weights=spread)
     assert found.shape == shape[:-1] and found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     known = labels % 2 == 0
-    found = value(losses.top_k_distillation, z, *args, labels, temperature, 0.25, known, spread)
+    found = value(
+        losses.top_k_distillation,
+        z,
+        *args,
+        labels,
+        temperature=temperature,
+        hard_weight=0.25,
+        label_known=known,
+        tail_weights=spread,
+    )
     expected = 0.75 * expected + 0.25 * np.where(known, hard64(z, labels), 0)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -384,6 +395,6 @@ def test_a_tail_keeps_its_precision_where_the_named_classes_have_the_weights():
     weights = np.full(300, 1e-9, np.float32)
     weights[[2, 7]] = 0.5
     expected = top_k64(z, ids, kept, tail, 2.0, weights)
-    args = ids, kept.astype(np.float32), tail.astype(np.float32), 2.0, weights
-    found = value(losses.top_k_soft_cross_entropy, z, *args)
+    args = ids, kept.astype(np.float32), tail.astype(np.float32), 2.0
+    found = value(losses.top_k_soft_cross_entropy, z, *args, tail_weights=weights)
     np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -47,8 +47,8 @@ def mean_of(probabilities):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def value_and_gradient(loss, logits, *args):
-    values, pull_back = jax.vjp(lambda z: loss(z, *args), logits)
+def value_and_gradient(loss, logits, *args, **options):
+    values, pull_back = jax.vjp(lambda z: loss(z, *args, **options), logits)
     return values, pull_back(jnp.ones_like(values))[0]
 
 
@@ -96,7 +96,7 @@ def test_loss_is_that_of_the_densified_targets(shape_and_k, temperature, uniform
     kept, weights = cut(p, k), None if uniform else mean_of(p)
     dense = densify(*kept, weights, shape[-1])
     found, gradient = value_and_gradient(
-        losses.top_k_soft_cross_entropy, z, *kept, temperature, weights
+        losses.top_k_soft_cross_entropy, z, *kept, temperature, tail_weights=weights
     )
     expected, dense_gradient = value_and_gradient(losses.soft_cross_entropy, z, dense, temperature)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -127,7 +127,7 @@ def test_all_classes_kept_are_the_dense_targets(weights):
     expected = value_and_gradient(losses.soft_cross_entropy, z, rounded, 3.0)
     for tail in (kept[2], kept[2] + 0.1):  # a tail that no class can take
         found = value_and_gradient(
-            losses.top_k_soft_cross_entropy, z, *kept[:2], tail, 3.0, weights
+            losses.top_k_soft_cross_entropy, z, *kept[:2], tail, 3.0, tail_weights=weights
         )
         for x, y in zip(found, expected, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -147,7 +147,7 @@ def test_extreme_and_bfloat16_and_left_out_logits():
             log_q -= np.log(np.exp(log_q).sum(-1, keepdims=True))
             terms = np.multiply(dense, log_q, where=dense > 0, out=np.zeros_like(dense))
             found, gradient = value_and_gradient(
-                losses.top_k_soft_cross_entropy, logits, *kept, 2.0, weights
+                losses.top_k_soft_cross_entropy, logits, *kept, 2.0, tail_weights=weights
             )
             assert found.dtype == jnp.float32 and gradient.dtype == dtype
             np.testing.assert_allclose(found, -4 * terms.sum(-1), rtol=1e-5)
@@ -161,7 +161,7 @@ def test_no_gradient_flows_into_the_targets():
 
     def loss(kept, tail, weights):
         return jnp.sum(
-            losses.top_k_soft_cross_entropy(student((4, 6)), ids, kept, tail, 2.0, weights)
+            losses.top_k_soft_cross_entropy(student((4, 6)), ids, kept, tail, 2.0, tail_weights=weights)
         )
 
     for gradient in jax.grad(loss, argnums=(0, 1, 2))(kept, tail, jnp.arange(6.0)):
@@ -233,7 +233,7 @@ def test_the_mean_loss_and_gradient_are_the_dense_ones():
     def mean(z):
         logits = jnp.broadcast_to(z, (UNITS, 12))
         weights = jnp.ones(12)  # of the others, who have nothing
-        values = losses.top_k_soft_cross_entropy(logits, ids, share, tail, temperature, weights)
+        values = losses.top_k_soft_cross_entropy(logits, ids, share, tail, temperature, tail_weights=weights)
         return jnp.mean(values)
 
     dense = functools.partial(losses.soft_cross_entropy, soft_targets=p, temperature=temperature)

@@ -1,0 +1,44 @@
+"""The examples in docstrings run, and the modules that users call most have one for each function.
+
+Arrays are printed with 3 digits.
+"""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import numpy as np
+import pytest
+
+import distill_jax
+
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(distill_jax.__path__, "distill_jax.")
+)
+WITH_EXAMPLES = [
+    "distill_jax.fused_loss",
+    "distill_jax.losses",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_give_what_they_say(name):
+    with np.printoptions(precision=3, suppress=True):
+        result = doctest.testmod(importlib.import_module(name), optionflags=FLAGS)
+    assert not result.failed
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_every_public_function_has_an_example(name):
+    module = importlib.import_module(name)
+    own = {
+        name: function
+        for name, function in vars(module).items()
+        if inspect.isroutine(inspect.unwrap(function)) and not name.startswith("_")
+        if getattr(function, "__module__", None) == module.__name__
+    }
+    assert own and not [
+        name for name, function in own.items() if "Examples:\n" not in (function.__doc__ or "")
+    ]
