@@ -5,7 +5,7 @@ from jax import Array
 
 
 def errors(logits: Array, labels: Array, bias: Array | None = None) -> Array:
-    """Which examples the most probable class gets wrong.
+    """Whether the most probable class of each example is wrong.
 
     Args:
         logits: `[..., C]`.
@@ -14,24 +14,54 @@ def errors(logits: Array, labels: Array, bias: Array | None = None) -> Array:
 
     Returns:
         bool `[...]`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import metrics
+        >>> logits = jnp.array([[2.0, 1.0], [0.0, 1.0]])
+        >>> print(metrics.errors(logits, jnp.array([0, 0])))
+        [False True]
+        >>> print(metrics.errors(logits, jnp.array([0, 0]), bias=jnp.array([2.0, 0.0])))
+        [False False]
     """
-    shifted = logits if bias is None else logits + bias
+    shifted = logits if bias is None else logits + jnp.broadcast_to(bias, logits.shape)
     return jnp.argmax(shifted, axis=-1).astype(labels.dtype) != labels
 
 
 def error_counts(logits: Array, labels: Array) -> dict[str, Array]:
-    """`prediction_counts` of the most probable class of logits `[..., C]`."""
+    """`prediction_counts` of the most probable classes.
+
+    Args:
+        logits: `[..., C]`.
+        labels: int `[...]`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import metrics
+        >>> logits = jnp.array([[2.0, 1.0], [0.0, 1.0]])
+        >>> counts = metrics.error_counts(logits, jnp.array([0, 0]))
+        >>> print(counts["errors"], counts["count"])
+        1 2
+    """
     return prediction_counts(jnp.argmax(logits, axis=-1), labels)
 
 
 def prediction_counts(predicted: Array, labels: Array) -> dict[str, Array]:
-    """Errors and examples as int32 sums: `{"errors": [], "count": []}`.
-
-    A label of -1 is unknown and never counts as an error.
+    """Counts errors and examples.
 
     Args:
         predicted: int `[...]`, classes.
-        labels: int `[...]`.
+        labels: int `[...]`; a label of -1 is unknown and never counts as an error.
+
+    Returns:
+        `{"errors", "count"}`, int32 scalars.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import metrics
+        >>> counts = metrics.prediction_counts(jnp.array([0, 1, 2]), jnp.array([0, 0, -1]))
+        >>> print(counts["errors"], counts["count"])
+        1 3
     """
     wrong = (predicted.astype(labels.dtype) != labels) & (labels >= 0)
     return {

@@ -1,7 +1,7 @@
 """Optimizers as optax transforms.
 
-Every optimizer here takes its learning rate as an extra argument of `update`, a traced scalar, so
-that members with different learning rates train under one `vmap`:
+The learning rate is an extra argument of `update`, a traced scalar, so that members with different
+learning rates train under one `vmap`:
 `optimizer.update(grads, opt_state, params, learning_rate=0.1)`.
 """
 
@@ -21,15 +21,39 @@ def sgd(
     """Stochastic gradient descent with Nesterov momentum.
 
     Args:
-        schedule: step -> the factor on `learning_rate`, such as `cosine(...)`.
+        schedule: step -> factor on `learning_rate`, such as `cosine(...)`.
         momentum: decay of the gradient trace, 0..1.
-        max_norm: if above 0, the longest incoming weight vector of a hidden unit.
+        max_norm: if above 0, the limit on the L2 norm of a hidden unit's incoming weights.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from distill_jax import optimizers
+        >>> optimizer = optimizers.sgd(optax.constant_schedule(1.0), momentum=0.0)
+        >>> params, grads = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -1.0])}
+        >>> updates, _ = optimizer.update(
+        ...     grads, optimizer.init(params), params, learning_rate=0.1
+        ... )
+        >>> print(optax.apply_updates(params, updates)["w"])
+        [0.95 2.1 ]
     """
     return _chain(optax.trace(momentum, nesterov=True), schedule, max_norm)
 
 
 def adam(schedule: optax.Schedule, max_norm: float = 0.0) -> optax.GradientTransformationExtraArgs:
-    """Adam with optax's defaults; arguments as for `sgd`."""
+    """Adam with optax's defaults; arguments as for `sgd`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import optimizers
+        >>> optimizer = optimizers.adam(optimizers.cosine(steps=100))
+        >>> params = {"w": jnp.array([1.0, 2.0])}
+        >>> updates, _ = optimizer.update(
+        ...     params, optimizer.init(params), params, learning_rate=0.1
+        ... )
+        >>> print(updates["w"])
+        [-0.1 -0.1]
+    """
     return _chain(optax.scale_by_adam(), schedule, max_norm)
 
 
@@ -39,9 +63,24 @@ def dropout_2012(
     """The recipe of Hinton et al. 2012 (arXiv 1207.0580, appendix A), the paper's reference [5].
 
     `v <- m v - (1 - m) e g`, `w <- w + v`, where the momentum m rises from 0.5 to 0.99 over 500
-    epochs and the rate e is `learning_rate * 0.998^epoch` (theirs starts at 10). The gradient is
-    scaled before it enters the trace. Their limit of 15 is on the *squared* length of a unit's
-    incoming weights; `max_norm` here is the length, hence the square root.
+    epochs and the rate e is `learning_rate * 0.998^epoch` (in the recipe the first rate is 10). The
+    gradient is scaled before it enters the trace.
+
+    Args:
+        steps_per_epoch: batches in an epoch.
+        max_norm: as for `sgd`. The recipe's limit of 15 is on the *squared* norm, hence the root.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import optimizers
+        >>> optimizer = optimizers.dropout_2012(steps_per_epoch=600)
+        >>> params = {"output": {"kernel": jnp.eye(2)}}
+        >>> updates, _ = optimizer.update(
+        ...     params, optimizer.init(params), params, learning_rate=10.0
+        ... )
+        >>> print(updates["output"]["kernel"])
+        [[-5. 0.]
+         [0. -5.]]
     """
 
     def init(params: optax.Params) -> _MomentumState:
@@ -66,18 +105,29 @@ def dropout_2012(
 
 
 def limit_incoming_weights(max_norm: float) -> optax.GradientTransformation:
-    """Scales back the weights into a unit whose length would exceed `max_norm` after the update.
+    """Limits the L2 norm of each unit's incoming weights to `max_norm` after the update.
 
-    The weight constraint of Hinton et al. 2012: a limit on the L2 norm of each hidden unit's
-    incoming weight vector, in place of a penalty. It must stand last in a chain, where the updates
-    are what will be added to the parameters. A kernel is `[inputs, units]`; other ranks pass.
+    The weight constraint of Hinton et al. 2012, which replaces a penalty. It must be last in a chain,
+    where the updates are what will be added to the parameters. A kernel is `[inputs, units]`; arrays of
+    other ranks are not limited.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from distill_jax import optimizers
+        >>> limit = optimizers.limit_incoming_weights(max_norm=1.0)
+        >>> kernel = jnp.array([[0.6, 3.0], [0.0, 4.0]])
+        >>> updates, _ = limit.update(jnp.zeros((2, 2)), limit.init(kernel), kernel)
+        >>> print(kernel + updates)
+        [[0.6 0.6]
+         [0. 0.8]]
     """
 
     def project(update: Array, kernel: Array) -> Array:
         if kernel.ndim != 2:
             return update
         moved = kernel + update
-        # 1e-12 keeps 0 / 0 away from a unit whose weights are all zero.
+        # 1e-12 avoids 0 / 0 for a unit whose weights are all zero.
         length = jnp.sqrt(jnp.sum(jnp.square(moved), axis=0, keepdims=True) + 1e-12)
         return moved * jnp.minimum(1.0, max_norm / length) - kernel
 
@@ -90,12 +140,29 @@ def limit_incoming_weights(max_norm: float) -> optax.GradientTransformation:
 
 
 def cosine(steps: int, warmup_steps: int = 0) -> optax.Schedule:
-    """Linear warm-up from 0 to 1, then half a cosine down to 0 at `steps`."""
+    """Linear warm-up from 0 to 1, then half a cosine down to 0 at `steps`.
+
+    Examples:
+        >>> from distill_jax import optimizers
+        >>> schedule = optimizers.cosine(steps=100, warmup_steps=10)
+        >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 55, 100)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
     return optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps, steps)
 
 
 def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by `-learning_rate * schedule(step)`, the rate being an extra argument."""
+    """Multiplies updates by `-learning_rate * schedule(step)`; the rate is an extra argument.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from distill_jax import optimizers
+        >>> scale = optimizers.scale_by_learning_rate(optax.constant_schedule(0.5))
+        >>> updates, state = scale.update(jnp.array([1.0]), scale.init(None), learning_rate=0.1)
+        >>> print(updates, state.count)
+        [-0.05] 1
+    """
 
     def update(
         updates: optax.Updates,
@@ -128,7 +195,7 @@ def _chain(
 
 
 def _hidden_only(max_norm: float) -> optax.GradientTransformation:
-    """The limit on hidden units, not on the softmax layer; nothing at all for `max_norm` 0."""
+    """`limit_incoming_weights` for all layers but the softmax layer; no limit for `max_norm` 0."""
     if max_norm <= 0:
         return optax.identity()
     return optax.masked(

@@ -1,8 +1,9 @@
-"""Which classes each specialist gets: section 5.3 of the paper, and section 7's confusion matrix.
+"""The class set of each specialist: section 5.3 of the paper, and the confusion matrix of section 7.
 
-Classes that the generalist predicts together are put together: on-line K-means on the columns of the
-covariance of its predictions, which needs no labels. A specialist takes the classes nearest to a
-centroid (sets of one size, which may overlap: the paper's 61 sets of 300) or a cluster (a partition).
+Classes that the generalist often predicts together form a cluster: on-line K-means on the columns of
+the covariance matrix of its predictions, which needs no labels. The set of a specialist is either the
+classes nearest to a centroid (sets of equal size, which may overlap: the paper's 61 sets of 300) or a
+whole cluster (a partition).
 
 Class sets are int32 `[K, S]`, each row sorted; a smaller set is padded with C, which is no class.
 """
@@ -25,13 +26,13 @@ from distill_jax.errors import UserError
 def prediction_covariance(batches: Iterable[ArrayLike], temperature: float = 1.0) -> Array:
     """The covariance of a generalist's predictions over a data set, in one pass without labels.
 
-    Batches are merged by their means (Chan, Golub, LeVeque 1983), so nothing is lost to subtracting
-    large sums, and what float32 drops in adding them up is carried along (Kahan 1965).
+    Batches are merged by their means (Chan, Golub, LeVeque 1983), which avoids differences of large
+    sums. The rounding errors of the float32 sums are compensated (Kahan 1965).
 
     Args:
-        batches: logits `[B, C]`, each of any B.
-        temperature: of the predictions, scalar above 0; a higher one shows more of the classes that
-            come second and third.
+        batches: logits `[B, C]`; B may differ between batches.
+        temperature: of the predictions, scalar above 0; a higher one gives more weight to the second
+            and third class.
 
     Returns:
         float32 `[C, C]`, divided by N (`np.cov` with ddof=0).
@@ -40,10 +41,12 @@ def prediction_covariance(batches: Iterable[ArrayLike], temperature: float = 1.0
         UserError: for no batch at all, another shape, or logits that are not finite.
 
     Examples:
-        >>> import numpy as np
-        >>> logits = np.random.default_rng(0).normal(size=(100, 5)).astype(np.float32)
-        >>> prediction_covariance([logits[:60], logits[60:]], temperature=2.0).shape
-        (5, 5)
+        >>> import jax.numpy as jnp
+        >>> from distill_jax.specialists import clustering
+        >>> batches = [jnp.array([[0.0, 0.0], [50.0, 0.0]]), jnp.array([[0.0, 50.0]])]
+        >>> print(clustering.prediction_covariance(batches))
+        [[ 0.167 -0.167]
+         [-0.167  0.167]]
     """
     count, moments = 0, None
     for batch in batches:
@@ -60,28 +63,30 @@ def prediction_covariance(batches: Iterable[ArrayLike], temperature: float = 1.0
 
 
 def confusion(batches: Iterable[tuple[ArrayLike, ArrayLike]], temperature: float = 1.0) -> Array:
-    """How often the generalist confuses one class with another: what section 7 clusters by.
+    """How often the generalist confuses two classes: the matrix that section 7 clusters.
 
-    Row c is the mean prediction for the examples of class c, so a frequent class weighs no more than a
-    rare one. The result is the mean of that matrix and its transpose: which of two classes is predicted
-    for the other doesn't matter. Its columns are clustered like a covariance's.
+    Row c is the mean prediction for the examples of class c, so that a frequent class weighs no more
+    than a rare one. The result is the mean of this matrix and its transpose, since the direction of a
+    confusion does not matter. Its columns are clustered like those of a covariance matrix.
 
     Args:
         batches: labels int `[B]` and logits `[B, C]`.
         temperature: of the predictions, scalar above 0; near 0 they become hard decisions.
 
     Returns:
-        float32 `[C, C]`, symmetric. A class without examples adds nothing of its own.
+        float32 `[C, C]`, symmetric. The row of a class without examples counts as 0.
 
     Raises:
         UserError: for no batch at all, another shape, labels outside 0..C-1, or logits that are not
             finite.
 
     Examples:
-        >>> import numpy as np
-        >>> logits = np.array([[9.0, 0.0], [0.0, 0.0]], np.float32)
-        >>> confusion([(np.array([0, 1]), logits)]).round(2).tolist()
-        [[1.0, 0.25], [0.25, 0.5]]
+        >>> import jax.numpy as jnp
+        >>> from distill_jax.specialists import clustering
+        >>> batches = [(jnp.array([0, 1]), jnp.array([[0.0, 0.0], [0.0, 50.0]]))]
+        >>> print(clustering.confusion(batches))
+        [[0.5  0.25]
+         [0.25 1.  ]]
     """
     counts = None
     for labels, batch in batches:
@@ -105,20 +110,22 @@ def confusion(batches: Iterable[tuple[ArrayLike, ArrayLike]], temperature: float
 
 
 def columns(matrix: Array, normalise: bool = True) -> Array:
-    """The points to cluster, one per class: the columns of a `[C, C]` covariance or confusion.
+    """The points to cluster, one per class: the columns of a covariance or confusion matrix.
 
     Args:
         matrix: float32 `[C, C]`.
         normalise: to unit length, so that classes are compared by what they are confused with and not
-            by how often they are predicted; else a few frequent classes take all centroids.
+            by how often they are predicted; otherwise a few frequent classes take all centroids.
 
     Returns:
-        float32 `[C, C]`, a row per class; a column of 0 stays so.
+        float32 `[C, C]`, a row per class; a column of zeros stays 0.
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> columns(jnp.array([[2.0, 0.0], [0.0, 0.0]])).tolist()
-        [[1.0, 0.0], [0.0, 0.0]]
+        >>> from distill_jax.specialists import clustering
+        >>> print(clustering.columns(jnp.array([[3.0, 0.0], [4.0, 2.0]])))
+        [[0.6 0.8]
+         [0.  1. ]]
     """
     points = matrix.astype(jnp.float32).T
     if not normalise:
@@ -133,17 +140,18 @@ def online_k_means(
 ) -> Array:
     """On-line K-means (MacQueen 1967): every point moves the centroid nearest to it by 1/count.
 
-    The seeds are drawn by greedy k-means++ (Arthur, Vassilvitskii 2007). A centroid is the mean of the
-    points that it has counted; those of earlier epochs count as `memory` points at most. Otherwise the
-    points that moved it when it was elsewhere would weigh as much as those near it now, and it would
-    hardly move after the first epoch. Within an epoch the steps still shrink, so it converges.
+    The first centroids are drawn by greedy k-means++ (Arthur, Vassilvitskii 2007). A centroid is the
+    mean of the points that it has counted; those of earlier epochs count as at most `memory` points.
+    Without this limit the early points, from when the centroid was elsewhere, would keep their weight,
+    and it would hardly move after the first epoch. Within an epoch the steps still shrink, so it
+    converges.
 
     Args:
         points: `[N, D]`.
-        k: centroids; static.
-        key: the seeds' and the orders'; the same key gives the same centroids.
+        k: number of centroids; static.
+        key: of the first centroids and of the orders; the same key gives the same centroids.
         epochs: passes over the points, each in a new order; static.
-        memory: the count, at most, that a centroid starts an epoch with.
+        memory: the largest count with which a centroid starts an epoch.
 
     Returns:
         float32 `[k, D]`.
@@ -152,10 +160,13 @@ def online_k_means(
         UserError: if k is not in 1..N.
 
     Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> points = jnp.array([[0.0], [0.0], [8.0], [8.0]])
-        >>> sorted(online_k_means(points, 2, jax.random.key(0)).ravel().tolist())
-        [0.0, 8.0]
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from distill_jax.specialists import clustering
+        >>> points = jnp.array([[0.0], [0.2], [9.0], [9.2]])
+        >>> print(jnp.sort(clustering.online_k_means(points, 2, jax.random.key(0)), axis=0))
+        [[0.103]
+         [9.097]]
     """
     size = len(points)
     if not 1 <= k <= size:
@@ -196,9 +207,11 @@ def class_sets(points: Array, centroids: Array, size: int) -> Array:
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> points, centroids = jnp.array([[0.0], [1.0], [7.0], [9.0]]), jnp.array([[0.0], [8.0]])
-        >>> class_sets(points, centroids, 2).tolist()
-        [[0, 1], [2, 3]]
+        >>> from distill_jax.specialists import clustering
+        >>> points, centroids = jnp.array([[0.0], [2.0], [9.0]]), jnp.array([[0.5], [8.0]])
+        >>> print(clustering.class_sets(points, centroids, size=2))
+        [[0 1]
+         [1 2]]
     """
     if not 1 <= size <= len(points):
         raise UserError(f"a class set has 1 to {len(points)} classes, not {size}")
@@ -207,7 +220,7 @@ def class_sets(points: Array, centroids: Array, size: int) -> Array:
 
 
 def partition(points: Array, centroids: Array) -> list[np.ndarray]:
-    """Every class with the centroid nearest to it, so that each is in exactly one set.
+    """Assigns every class to its nearest centroid, so that each class is in exactly one set.
 
     Args:
         points: `[C, D]`.
@@ -217,12 +230,13 @@ def partition(points: Array, centroids: Array) -> list[np.ndarray]:
         K arrays int32, each sorted; `pad_sets` makes one array of them.
 
     Raises:
-        UserError: naming a cluster that no class is nearest to.
+        UserError: if a centroid gets no class; the message names it.
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> points, centroids = jnp.array([[0.0], [1.0], [9.0]]), jnp.array([[0.0], [8.0]])
-        >>> [classes.tolist() for classes in partition(points, centroids)]
+        >>> from distill_jax.specialists import clustering
+        >>> points, centroids = jnp.array([[0.0], [2.0], [9.0]]), jnp.array([[0.5], [8.0]])
+        >>> [classes.tolist() for classes in clustering.partition(points, centroids)]
         [[0, 1], [2]]
     """
     nearest = np.asarray(jnp.argmin(_all_distances(points, centroids), axis=0))
@@ -237,12 +251,18 @@ def partition(points: Array, centroids: Array) -> list[np.ndarray]:
 
 
 def pad_sets(sets: Sequence[np.ndarray], padding: int) -> np.ndarray:
-    """Sets of unequal sizes as one int32 `[K, S]`, smaller ones padded at their end (with C).
+    """Sets of unequal sizes as one array int32 `[K, S]`; smaller sets are padded at the end.
+
+    Args:
+        sets: K sorted arrays of classes.
+        padding: C.
 
     Examples:
         >>> import numpy as np
-        >>> pad_sets([np.array([0, 4]), np.array([2])], padding=5).tolist()
-        [[0, 4], [2, 5]]
+        >>> from distill_jax.specialists import clustering
+        >>> print(clustering.pad_sets([np.array([0, 1]), np.array([2])], padding=3))
+        [[0 1]
+         [2 3]]
     """
     size = max(len(classes) for classes in sets)
     padded = np.full((len(sets), size), padding, np.int32)
@@ -252,11 +272,15 @@ def pad_sets(sets: Sequence[np.ndarray], padding: int) -> np.ndarray:
 
 
 def random_sets(num_classes: int, k: int, size: int, key: Array) -> Array:
-    """The control: int32 `[k, size]`, each row sorted and drawn without regard to the predictions.
+    """Random class sets, as a control: int32 `[k, size]`, each row sorted.
+
+    Raises:
+        UserError: if the size is not in 1..C.
 
     Examples:
         >>> import jax
-        >>> random_sets(10, k=3, size=4, key=jax.random.key(0)).shape
+        >>> from distill_jax.specialists import clustering
+        >>> clustering.random_sets(num_classes=10, k=3, size=4, key=jax.random.key(0)).shape
         (3, 4)
     """
     if not 1 <= size <= num_classes:
@@ -278,13 +302,15 @@ def check_class_sets(class_sets: np.ndarray, num_classes: int) -> None:
 
 
 def check_disjoint(sets: ArrayLike, num_classes: int) -> None:
-    """Makes sure that no class is in two of the sets `[K, S]`.
+    """Checks that no class is in two of the sets `[K, S]`.
 
     Raises:
-        UserError: naming two sets and a class that they share.
+        UserError: if one is; the message names two sets and a class that they share.
 
     Examples:
-        >>> check_disjoint([[0, 1], [2, 3]], num_classes=4)
+        >>> import numpy as np
+        >>> from distill_jax.specialists import clustering
+        >>> clustering.check_disjoint(np.array([[0, 1], [2, 3]]), num_classes=4)
     """
     members = _members(sets, num_classes)
     shared = np.flatnonzero(members.sum(axis=0) > 1)
@@ -297,25 +323,34 @@ def check_disjoint(sets: ArrayLike, num_classes: int) -> None:
 
 
 def coverage(sets: ArrayLike, num_classes: int) -> np.ndarray:
-    """How many of the sets `[K, S]` hold each class (the rows of Table 4): int32 `[C]`.
+    """How many of the sets `[K, S]` contain each class (the rows of Table 4): int32 `[C]`.
 
     Examples:
-        >>> coverage([[0, 1], [1, 2]], num_classes=4).tolist()
-        [1, 2, 1, 0]
+        >>> import numpy as np
+        >>> from distill_jax.specialists import clustering
+        >>> print(clustering.coverage(np.array([[0, 1], [1, 2]]), num_classes=4))
+        [1 2 1 0]
     """
     return _members(sets, num_classes).sum(axis=0, dtype=np.int32)
 
 
 def coverage_statistics(sets: ArrayLike, num_classes: int) -> dict[str, float]:
-    """How many classes sets `[K, S]` cover, and how often.
+    """Statistics of `coverage`.
+
+    Args:
+        sets: int32 `[K, S]`.
+        num_classes: C.
 
     Returns:
-        "covered": share of the classes that are in any set, 0..1; "mean_cover" and "max_cover": sets
-        of a covered class.
+        "covered": share of the classes that are in any set, 0..1; "mean_cover" and "max_cover": number
+        of sets that contain a covered class.
 
     Examples:
-        >>> coverage_statistics([[0, 1], [1, 2]], num_classes=6)
-        {'covered': 0.5, 'mean_cover': 1.3333333333333333, 'max_cover': 2.0}
+        >>> import numpy as np
+        >>> from distill_jax.specialists import clustering
+        >>> found = clustering.coverage_statistics(np.array([[0, 1], [1, 2]]), num_classes=4)
+        >>> {name: round(value, 3) for name, value in found.items()}
+        {'covered': 0.75, 'mean_cover': 1.333, 'max_cover': 2.0}
     """
     cover = coverage(sets, num_classes)
     covered = cover[cover > 0]
@@ -331,8 +366,8 @@ def mistakes_covered(
 ) -> float:
     """The share of the generalist's mistakes that some specialist could correct.
 
-    A specialist can correct a mistake only if both classes are in its set. So this is a bound on what a
-    choice of sets can gain, known before any specialist is trained.
+    A specialist tells two classes apart only if both are in its set. So this is, before any training, an
+    upper bound on what a choice of sets can gain.
 
     Args:
         sets: int32 `[K, S]`.
@@ -341,10 +376,13 @@ def mistakes_covered(
         predictions: int `[N]`, the generalist's most probable classes.
 
     Returns:
-        The share whose true and predicted class are in one set, 0..1; 1 if there are no mistakes.
+        The share whose true and predicted class are in the same set, 0..1; 1 if there are no mistakes.
 
     Examples:
-        >>> mistakes_covered([[0, 1], [2, 3]], 4, labels=[0, 0, 2, 3], predictions=[1, 2, 2, 3])
+        >>> import numpy as np
+        >>> from distill_jax.specialists import clustering
+        >>> sets = np.array([[0, 1], [2, 3]])
+        >>> clustering.mistakes_covered(sets, 4, np.array([0, 1, 2]), np.array([1, 2, 2]))
         0.5
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
@@ -357,7 +395,7 @@ def mistakes_covered(
 
 
 class _Moments(NamedTuple):
-    """Of the examples so far: mean `[C]`, scatter about it `[C, C]`, and the scatter's excess."""
+    """Of the examples so far: mean `[C]`, scatter about it `[C, C]`, and its rounding error."""
 
     mean: Array
     scatter: Array
@@ -385,7 +423,7 @@ def _count(counts: Array, labels: Array, logits: Array, temperature: ArrayLike) 
 
 
 def _checked(batch: ArrayLike, num_classes: int | None) -> Array:
-    """Logits `[B, C]` of as many classes as those before."""
+    """Checks that a batch is logits `[B, C]` with the same C as earlier batches."""
     logits = jnp.asarray(batch)
     if logits.ndim != 2 or not logits.size or num_classes not in (None, logits.shape[1]):
         expected = "[B, C]" if num_classes is None else f"[B, {num_classes}]"
@@ -400,10 +438,10 @@ def _finite(matrix: Array) -> Array:
 
 
 def _seeds(points: Array, k: int, key: Array) -> Array:
-    """k-means++: points drawn by their squared distance to the nearest seed before.
+    """k-means++: points are drawn in proportion to the squared distance to the nearest earlier seed.
 
-    Of a few drawn each time, the one that lowers the sum of these distances most is kept: a single draw
-    now and then puts two seeds in one cluster, which on-line steps don't undo.
+    Each time a few points are drawn, and the one that lowers the sum of these distances most is kept. A
+    single draw sometimes puts two seeds in one cluster, which on-line steps do not undo.
     """
     trials = 2 + round(math.log(k))
     first_key, key = jax.random.split(key)
@@ -420,7 +458,7 @@ def _seeds(points: Array, k: int, key: Array) -> Array:
 
 
 def _squared_distances(points: Array, point: Array) -> Array:
-    """`[N, D]`, `[D]` -> `[N]`; by differences, as the expanded square cancels in float32."""
+    """`[N, D]`, `[D]` -> `[N]`; from differences, since the expanded square cancels in float32."""
     return jnp.sum(jnp.square(points - point[None]), axis=-1)
 
 
@@ -431,7 +469,7 @@ def _all_distances(points: Array, centroids: Array) -> Array:
 
 
 def _members(sets: ArrayLike, num_classes: int) -> np.ndarray:
-    """Which set holds which class: bool `[K, C]`."""
+    """Which set contains which class: bool `[K, C]`."""
     sets = np.asarray(sets)
     members = np.zeros((len(sets), num_classes + 1), bool)
     np.put_along_axis(members, sets, True, axis=1)

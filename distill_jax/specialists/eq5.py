@@ -5,10 +5,10 @@ Forward, as in the paper: `KL(p^g, q) + sum_m KL(p^m, q)`, over the active speci
 d_m, which is compared with `Q_m = sum_{i not in S_m} q_i`. The generalist is a model that names all
 classes and has no dustbin.
 
-**Patterns.** A pattern is the classes that belong to the same active sets. Every Q_m takes them
-together, so their shares of the pattern are known from the start, and only the patterns' masses y_p
-are sought: at most 2^A numbers instead of C. There are 1 + A models, k_p of which name the classes
-of pattern p.
+**Patterns.** A pattern is a group of classes that belong to the same active sets. They occur in every
+Q_m together, so their shares of the pattern are known from the start, and only the masses y_p of the
+patterns are unknown: at most 2^A numbers instead of C. There are 1 + A models, k_p of which name the
+classes of pattern p.
 
 **Forward.** With a_i the sum of all predictions that name class i, q minimises
 `-sum_i a_i log q_i - sum_m d_m log Q_m`. The shares are those of a, which sums to a_p in a pattern.
@@ -28,20 +28,20 @@ to Z_p in a pattern.
   `log y_p = log Z_p + (s + sum_{m: p inside} t_m) / k_p`, and (s, t) maximises the concave
   `s + sum_m t_m - sum_p k_p y_p - sum_m d_m exp(t_m)`.
 
-**Fixed point.** It spreads each dustbin over the classes outside as q does, then takes the mean of
-all models, arithmetic or geometric. That is EM for partly observed categories (Dempster, Laird, Rubin
-1977), and never increases the objective. With at most one active specialist its first pass is the
-solution in closed form; where all models name all classes, it is the paper's arithmetic or geometric
-mean. It crawls where a dustbin's mass lies on classes that no model gives any. All methods start from
-y in proportion to a_p or Z_p.
+**Fixed point.** A pass spreads each dustbin over the classes outside the set in proportion to q, then
+takes the arithmetic or geometric mean of all models. This is EM for partly observed categories
+(Dempster, Laird, Rubin 1977), and never increases the objective. With at most one active specialist the
+first pass is the solution in closed form; where all models name all classes, it is the paper's
+arithmetic or geometric mean. It converges slowly where the mass of a dustbin lies on classes to which
+no model gives any. All methods start from y in proportion to a_p or Z_p.
 
-**Newton.** Steps in the dual have 1 + A unknowns and converge quadratically. That s is an unknown of
-its own, not a difference, makes float32 enough: s may be 1e-12 of u. With w the largest relative
-increase of a mass that the step promises, its length 1 / (1 + w) keeps r and u positive and is sure
-to ascend by half the promised gain: `-log(1 - x) - x <= x^2 / (2 (1 - x))` forward, and
+**Newton.** Steps in the dual have 1 + A unknowns and converge quadratically. Float32 suffices because s
+is an unknown of its own and not a difference: s may be 1e-12 of u. Let w be the largest relative
+increase of a mass that the full step predicts. The step length 1 / (1 + w) keeps r and u positive and
+ascends by at least half the predicted gain: `-log(1 - x) - x <= x^2 / (2 (1 - x))` forward, and
 `exp(x) <= 1 / (1 - x)` reverse.
 
-A dustbin with probability 0, or with no class outside, has no term; reverse, a probability of 0 is a
+A dustbin with probability 0, or with no class outside, has no term; in reverse, a probability of 0 is a
 veto on the classes outside. Probabilities are at least 1e-30, but 0 for a logit of -inf.
 """
 
@@ -69,8 +69,8 @@ class Problem(NamedTuple):
     """Eq. 5 for one example, in both directions; model 0 is the generalist.
 
     names: float `[1 + A, n]`, 1 where the model names the classes of the pattern, else 0.
-    dustbins: `[1 + A]`, d_m; 0 where it has no term.
-    patterns: int32 `[C]`, each class's.
+    dustbins: `[1 + A]`, d_m; 0 where the dustbin has no term.
+    patterns: int32 `[C]`, the pattern of each class.
     sums: `[C]`, a_i. masses: `[n]`, a_p. log_means: `[C]`, l_i. log_masses: `[n]`, log Z_p.
     """
 
@@ -87,10 +87,10 @@ class Method(NamedTuple):
     """A way to solve Eq. 5.
 
     start: `problem -> state`.
-    step: `(problem, state) -> (state, residual)`, one pass. The residual says how far the state that
-        it started from is from a minimum, in units of probability.
+    step: `(problem, state) -> (state, residual)`, one pass. The residual is the distance of the given
+        state from a minimum, in units of probability.
     solution: `(problem, state) -> q [C]`, with sum 1.
-    start_passes: the passes that the start takes already.
+    start_passes: number of passes that `start` has already made.
     """
 
     start: Callable[[Problem], State]
@@ -100,23 +100,25 @@ class Method(NamedTuple):
 
 
 def pose(generalist: Array, specialists: Array, class_sets: Array, active: Array) -> Problem:
-    """The problem of one example.
+    """States the problem of one example.
 
     Args:
         generalist: logits `[C]`.
-        specialists: logits `[A, S + 1]`, the dustbin's last; -inf where the set is padded.
+        specialists: logits `[A, S + 1]`, that of the dustbin last; -inf where the set is padded.
         class_sets: int32 `[A, S]`; C where padded.
-        active: bool `[A]`; the rest is ignored.
+        active: bool `[A]`; the other specialists are ignored.
 
     Returns:
-        With as many patterns as there may be, 2^A, or one for each class if these are fewer.
+        The problem, with 2^A patterns, or one for each class if that is fewer.
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> generalist, specialist = jnp.zeros(4), jnp.array([[2.0, 0.0, 0.0]])
-        >>> problem = pose(generalist, specialist, jnp.array([[0, 1]]), jnp.array([True]))
-        >>> problem.patterns.tolist(), [f"{mass:.2f}" for mass in problem.masses]
-        ([1, 1, 0, 0], ['0.50', '1.39'])
+        >>> from distill_jax.specialists import eq5
+        >>> generalist = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+        >>> specialists = jnp.log(jnp.array([[0.2, 0.7, 0.1]]))  # classes 0 and 1, and the dustbin
+        >>> problem = eq5.pose(generalist, specialists, jnp.array([[0, 1]]), jnp.array([True]))
+        >>> print(problem.sums, problem.dustbins)
+        [0.7 1. 0.2] [0. 0.1]
     """
     num_classes = generalist.shape[0]
     log_generalist, log_specialists = _log_probs(generalist), _log_probs(specialists)
@@ -148,15 +150,26 @@ def pose(generalist: Array, specialists: Array, class_sets: Array, active: Array
 def solve(
     problem: Problem, method: Method, tolerance: Array, max_passes: Array
 ) -> tuple[Array, Array]:
-    """q `[C]` and the passes it took, int32: until a residual is at most `tolerance`.
+    """Makes passes until the residual is at most `tolerance`.
+
+    Args:
+        problem: from `pose`.
+        method: `newton()`, `fixed_point()` or `descent(...)`.
+        tolerance: float, in units of probability.
+        max_passes: int32.
+
+    Returns:
+        q `[C]`, and the number of passes, int32.
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> generalist, specialist = jnp.zeros(4), jnp.array([[2.0, 0.0, 0.0]])
-        >>> problem = pose(generalist, specialist, jnp.array([[0, 1]]), jnp.array([True]))
-        >>> q, passes = solve(problem, newton(), tolerance=1e-6, max_passes=100)
-        >>> [f"{probability:.2f}" for probability in q]
-        ['0.52', '0.18', '0.15', '0.15']
+        >>> from distill_jax.specialists import eq5
+        >>> generalist = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+        >>> specialists = jnp.log(jnp.array([[0.2, 0.7, 0.1]]))
+        >>> problem = eq5.pose(generalist, specialists, jnp.array([[0, 1]]), jnp.array([True]))
+        >>> q, passes = eq5.solve(problem, eq5.newton(), jnp.float32(1e-6), jnp.int32(20))
+        >>> print(q, passes < 20)
+        [0.35 0.5 0.15] True
     """
 
     def unfinished(carry: tuple[State, Array, Array]) -> Array:
@@ -174,10 +187,15 @@ def solve(
 
 
 def fixed_point(direction: Direction = "forward") -> Method:
-    """The fixed point on the patterns' masses; its residual is how much a pass changes one.
+    """The fixed point on the masses of the patterns; the residual is the largest change in a pass.
 
     Raises:
-        UserError: for another direction than "forward" and "reverse".
+        UserError: for another direction.
+
+    Examples:
+        >>> from distill_jax.specialists import eq5
+        >>> eq5.fixed_point("reverse").start_passes
+        0
     """
     return _either(direction, _FIXED_POINT)
 
@@ -185,10 +203,15 @@ def fixed_point(direction: Direction = "forward") -> Method:
 def newton(direction: Direction = "forward") -> Method:
     """Newton's method in the dual, after one pass of the fixed point.
 
-    Its residual is that of `sum q = 1` and of each `Q_m`, the conditions that the dual relaxes.
+    The residual is that of `sum q = 1` and of each `Q_m`, the conditions that the dual relaxes.
 
     Raises:
-        UserError: for another direction than "forward" and "reverse".
+        UserError: for another direction.
+
+    Examples:
+        >>> from distill_jax.specialists import eq5
+        >>> eq5.newton().start_passes
+        1
     """
     return _either(direction, _NEWTON)
 
@@ -196,16 +219,24 @@ def newton(direction: Direction = "forward") -> Method:
 def descent(optimizer: optax.GradientTransformation, direction: Direction = "forward") -> Method:
     """Gradient descent on logits z with `q = softmax(z)`, as in the paper.
 
-    The objective is Eq. 5 over the number of models, so that one step length suits any; the residual
-    is the largest entry of its gradient. Programs are compiled for a method: make it once.
+    The objective is Eq. 5 divided by the number of models, so that one learning rate suits every number.
+    The residual is the largest entry of its gradient. Programs are compiled for a method object: make
+    it once and reuse it.
 
     Raises:
-        UserError: for another direction than "forward" and "reverse".
+        UserError: for another direction.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> import optax
-        >>> descent(optax.sgd(2.0)).start_passes
-        0
+        >>> from distill_jax.specialists import eq5
+        >>> generalist = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+        >>> specialists = jnp.log(jnp.array([[0.2, 0.7, 0.1]]))
+        >>> problem = eq5.pose(generalist, specialists, jnp.array([[0, 1]]), jnp.array([True]))
+        >>> method = eq5.descent(optax.sgd(1.0))
+        >>> q, _ = eq5.solve(problem, method, jnp.float32(1e-4), jnp.int32(1000))
+        >>> print(q)
+        [0.35 0.5 0.15]
     """
     objective = _either(direction, {"forward": _forward_objective, "reverse": _reverse_objective})
 
@@ -262,7 +293,7 @@ def _over(numerator: Array, denominator: Array) -> Array:
 
 
 def _outside(problem: Problem, y: Array) -> Array:
-    """Q_m `[1 + A]`; a sum of masses, which is more exact than 1 less those inside."""
+    """Q_m `[1 + A]`; a sum of masses, which is more exact than 1 minus those inside."""
     return _dot(1.0 - problem.names, y)
 
 
@@ -273,7 +304,7 @@ def _log_ratios(problem: Problem, outside: Array) -> Array:
 
 
 def _forward_objective(problem: Problem, log_q: Array) -> Array:
-    """Eq. 5 less what does not depend on q."""
+    """Eq. 5 without the terms that do not depend on q."""
     y = jax.ops.segment_sum(jnp.exp(log_q), problem.patterns, len(problem.masses))
     named = problem.sums * jnp.where(problem.sums > 0, log_q, 0.0)
     return -jnp.sum(named) - jnp.sum(problem.dustbins * _log_ratios(problem, _outside(problem, y)))
@@ -330,19 +361,19 @@ def _forward_dual(problem: Problem) -> Array:
     """(s, u) `[1 + A]` after a pass of the fixed point."""
     y, _ = _forward_pass(problem, _forward_start(problem))
     u = _over(problem.dustbins, _outside(problem, y))
-    # The patterns agree on s at the minimum only; the largest keeps every r_p positive.
+    # The patterns agree on s only at the minimum; the largest keeps every r_p positive.
     s = _over(problem.masses, y) - _dot(u, problem.names)
     return u.at[0].set(jnp.max(jnp.where(problem.masses > 0, s, -jnp.inf)))
 
 
 def _forward_newton(problem: Problem, dual: Array) -> tuple[Array, Array]:
     r = _dot(dual, problem.names)
-    y, implied = _over(problem.masses, r), _over(problem.dustbins, dual)  # Q_m by u
+    y, outside = _over(problem.masses, r), _over(problem.dustbins, dual)  # Q_m = d_m / u_m
     excess = jnp.sum(y) - 1.0
-    misfits = jnp.where(problem.dustbins > 0, implied - _outside(problem, y), 0.0)
-    change = _newton_change(problem, _over(y, r), _over(implied, dual), excess, misfits)
+    misfits = jnp.where(problem.dustbins > 0, outside - _outside(problem, y), 0.0)
+    change = _newton_change(problem, _over(y, r), _over(outside, dual), excess, misfits)
     relative = jnp.where(y > 0, -_dot(change, problem.names) / r, 0.0)
-    damping = _damping(relative, jnp.where(implied > 0, -change / dual, 0.0))
+    damping = _damping(relative, jnp.where(outside > 0, -change / dual, 0.0))
     return dual + change * damping, _largest(excess, misfits)
 
 
@@ -357,7 +388,7 @@ def _reverse_dual(problem: Problem) -> Array:
     t = _log_ratios(problem, _outside(problem, y))
     rises = jnp.where(y > 0, log_y - problem.log_masses, 0.0)
     s = jnp.sum(problem.names, axis=0) * rises - _dot(t, problem.names)
-    return t.at[0].set(jnp.sum(y * s))  # the patterns agree on s at the minimum only
+    return t.at[0].set(jnp.sum(y * s))  # the patterns agree on s only at the minimum
 
 
 def _reverse_primal(problem: Problem, dual: Array) -> Array:
@@ -368,10 +399,10 @@ def _reverse_primal(problem: Problem, dual: Array) -> Array:
 def _reverse_newton(problem: Problem, dual: Array) -> tuple[Array, Array]:
     y, models = jnp.exp(_reverse_primal(problem, dual)), jnp.sum(problem.names, axis=0)
     term = problem.dustbins > 0
-    implied = problem.dustbins * jnp.exp(jnp.where(term, dual, 0.0))  # Q_m by t
+    outside = problem.dustbins * jnp.exp(jnp.where(term, dual, 0.0))  # Q_m = d_m exp(t_m)
     excess = 1.0 - jnp.sum(y)
-    misfits = jnp.where(term, _outside(problem, y) - implied, 0.0)
-    change = _newton_change(problem, y / models, implied, excess, misfits)
+    misfits = jnp.where(term, _outside(problem, y) - outside, 0.0)
+    change = _newton_change(problem, y / models, outside, excess, misfits)
     relative = jnp.where(y > 0, _dot(change, problem.names) / models, 0.0)
     damping = _damping(relative, jnp.where(term, change, 0.0))
     return dual + change * damping, _largest(excess, misfits)
@@ -386,7 +417,7 @@ def _newton_change(
 ) -> Array:
     """The full step `[1 + A]`; curvatures are those of the patterns `[n]` and dustbins `[1 + A]`.
 
-    The gradient is `excess + misfits`. An unknown without a term stays.
+    The gradient is `excess + misfits`. An unknown without a term does not change.
     """
     free = (problem.dustbins > 0).at[0].set(True)
     hessian = _dot(problem.names * curvatures[None], problem.names.T) + jnp.diag(dustbin_curvatures)
@@ -400,7 +431,7 @@ def _newton_change(
 
 
 def _damping(*increases: Array) -> Array:
-    """1 / (1 + w), see the module; a little less, so that rounding can't take r or u to 0."""
+    """1 / (1 + w), see the module; a little less, so that rounding can't make r or u 0."""
     return 1.0 / (1.0 + 1.01 * jnp.maximum(0.0, jnp.max(jnp.concatenate(increases))))
 
 

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,12 +21,17 @@ MODULES = sorted(
 WITH_EXAMPLES = [
     "distill_jax.fused_loss",
     "distill_jax.losses",
+    "distill_jax.metrics",
+    "distill_jax.optimizers",
+    "distill_jax.specialists.clustering",
+    "distill_jax.specialists.eq5",
 ]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_give_what_they_say(name):
-    with np.printoptions(precision=3, suppress=True):
+    promotion = "standard" if name == "distill_jax.optimizers" else "strict"  # optax promotes
+    with np.printoptions(precision=3, suppress=True), jax.numpy_dtype_promotion(promotion):
         result = doctest.testmod(importlib.import_module(name), optionflags=FLAGS)
     assert not result.failed
 
