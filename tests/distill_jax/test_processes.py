@@ -164,7 +164,7 @@ def test_same_numbers_on_two_processes_and_across_checkpoints(tmp_path):
     # The last one resumes from a checkpoint of eight devices of one process.
     train(sharding.make_mesh(2, 4, 1), tmp_path / "3", 1)
     runs = ["1,8,1:2", "2,2,2:2", "1,1,8:2", "1,2,4:2"]
-    script = [str(Path(__file__).with_name("two_processes.py")), "{}", str(tmp_path), *runs]
+    script = [str(Path(__file__).parents[1] / "two_processes.py"), "{}", str(tmp_path), *runs]
     ended = end_all(start_all(script, 2, 4))
     assert [status for status, *_ in ended] == [0, 0], ended
     for number in range(len(runs)):

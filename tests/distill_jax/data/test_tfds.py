@@ -114,10 +114,10 @@ class TestTfdsMnist:
 
 class TestTfdsSets:
     def test_colour_images_and_validation_in_place_of_test(self, tmp_path):
-        images = [np.full((4, 5, 3), value, np.uint8) for value in range(5)]
+        pictures = [np.full((4, 5, 3), value, np.uint8) for value in range(5)]
         prepare_tiny(
             tmp_path,
-            {"train": (images[:3], [0, 1, 2]), "validation": (images[3:], [1, 0])},
+            {"train": (pictures[:3], [0, 1, 2]), "validation": (pictures[3:], [1, 0])},
             image_feature=tfds.features.Image(shape=(4, 5, 3)),
         )
         for name in ("tfds:tiny", "tfds:tiny:1.0.0"):
@@ -233,10 +233,10 @@ def frame(height, width, value):
 class TestSide:
     def test_colour_images_of_many_sizes_and_classes(self, tmp_path):
         sizes = [(40, 40), (70, 33), (20, 91), (5, 5)]  # both larger and smaller than the side
-        images = [frame(*sizes[label % 4], label) for label in range(120)]
+        pictures = [frame(*sizes[label % 4], label) for label in range(120)]
         prepare_tiny(
             tmp_path,
-            {"train": (images, range(120)), "test": (images[:7], range(7))},
+            {"train": (pictures, range(120)), "test": (pictures[:7], range(7))},
             image_feature=tfds.features.Image(shape=(None, None, 3)),
             label_feature=tfds.features.ClassLabel(num_classes=120),
         )
@@ -261,8 +261,8 @@ class TestSide:
         assert np.abs(image.astype(int) - 128).max() <= 2
 
     def test_images_of_that_size_are_left_as_they_are(self, tmp_path):
-        images = np.random.default_rng(0).integers(0, 256, (5, 9, 9), np.uint8)
-        prepare_tiny(tmp_path, {"train": (images, [0] * 5), "test": (images, [0] * 5)})
+        pictures = np.random.default_rng(0).integers(0, 256, (5, 9, 9), np.uint8)
+        prepare_tiny(tmp_path, {"train": (pictures, [0] * 5), "test": (pictures, [0] * 5)})
         kept, resized = (images.load("tfds:tiny", str(tmp_path), side=side) for side in (0, 9))
         np.testing.assert_array_equal(resized.train["inputs"], kept.train["inputs"])
 
@@ -325,7 +325,7 @@ class TestAbsentTfdsSets:
     def test_default_data_dir(self, tmp_path, monkeypatch):
         # TFDS reads the variable when it is imported.
         code = (
-            "from distill_jax.data import sources\n"
+            "from distill_jax.data import images\n"
             "try: images.load('tfds:mnist')\n"
             "except ValueError as error: print(error)"
         )
@@ -341,10 +341,10 @@ def test_tensorflow_is_not_imported(tmp_path):
     prepare_tiny(tmp_path, {"train": data, "test": data})
     code = (
         "import sys\n"
-        "from distill_jax.data import sources\n"
-        "sources.load('embedded')\n"
+        "from distill_jax.data import images\n"
+        "images.load('embedded')\n"
         "assert 'tensorflow_datasets' not in sys.modules\n"
-        f"sources.load('tfds:tiny', {str(tmp_path)!r})\n"
+        f"images.load('tfds:tiny', {str(tmp_path)!r})\n"
         "import distill_jax.data.prepare_tfds\n"
         "print('tensorflow' in sys.modules)"
     )
