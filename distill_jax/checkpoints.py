@@ -1,7 +1,7 @@
-"""Checkpoints: a thin layer over orbax. Asynchronous, atomic, the newest good one wins.
+"""Checkpoints: a thin layer over orbax; writes are asynchronous and atomic.
 
-A checkpoint is a training state and its history (a JSON list). Kept are the last two, so that a
-damaged one loses little, and the best by a metric if one is named.
+A checkpoint holds a training state and its history (a JSON list). The last two are kept, so that little
+is lost if one is damaged, and the best by a metric if one is named.
 """
 
 import logging
@@ -29,7 +29,7 @@ History = list[dict[str, Any]]
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     step: int
     state: Any
@@ -39,11 +39,12 @@ class Restored(NamedTuple):
 def open_dir(
     directory: str | os.PathLike[str], best_metric: str | None = None
 ) -> ocp.CheckpointManager:
-    """Opens (and makes) a folder of checkpoints; close it to wait for the last write.
+    """Opens a folder of checkpoints, and makes it if it is missing; `close()` waits for the last write.
 
     Args:
-        directory: one run's own.
-        best_metric: the checkpoint with the lowest value of this entry of `metrics` is kept too.
+        directory: a folder for one run only.
+        best_metric: name of an entry of `metrics` in `save`; the checkpoint with its lowest value is
+            kept too.
     """
     policies: list[PreservationPolicy] = [LatestN(2)]
     get_metric = None if best_metric is None else operator.itemgetter(best_metric)
@@ -53,9 +54,9 @@ def open_dir(
         Path(directory).absolute(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
-            best_fn=get_metric,  # else the metrics are not written, and forgotten in the next process
+            best_fn=get_metric,  # without it orbax does not write the metrics
             best_mode="min",
-            cleanup_tmp_directories=True,  # what a killed run left half written
+            cleanup_tmp_directories=True,  # incomplete writes of a killed run
         ),
     )
 
@@ -70,17 +71,17 @@ def save(
     """Starts writing a checkpoint and returns; the state may be donated at once.
 
     Raises:
-        UserError: if there is no room for it, or the write before this one failed. Earlier
-            checkpoints stay.
+        UserError: if the disk is full, or if the previous write failed. Earlier checkpoints are kept.
     """
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(manager.directory).free
     if free < size:
         raise UserError(
             f"no space left for a checkpoint in {manager.directory}: it takes {size / 1e6:.1f} MB and "
-            f"{free / 1e6:.1f} MB are free; earlier checkpoints are kept, free some space and go on"
+            f"{free / 1e6:.1f} MB are free; earlier checkpoints are kept, free some space and run the "
+            "same command again"
         )
-    # A copy of the list, for it is written later, when the loop has already added to it.
+    # A copy of the list, because it is written later, when the loop may have added to it.
     notes = {"history": [*history], "checksum": int(processes.fetch(checksum(state)))}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
     try:
@@ -90,7 +91,7 @@ def save(
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-    """Waits until everything is on disk; raises a UserError if it couldn't be written."""
+    """Waits until everything is on disk; raises a UserError if a write failed."""
     try:
         manager.wait_until_finished()
     except (OSError, ValueError) as error:
@@ -98,10 +99,10 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 
 def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None:
-    """The newest checkpoint that can be read, or None if there is none.
+    """Reads the newest checkpoint that is not damaged; returns None if the folder is empty.
 
-    A damaged one is skipped with a warning that names it. Once an older one has been read in its
-    place it is deleted, so that the run can write it again.
+    A damaged checkpoint is skipped with a warning that names it. Once an older one has been read, it is
+    deleted, so that the run can write it again.
 
     Args:
         manager: from `open_dir`.
@@ -109,7 +110,7 @@ def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None
             dtypes and shardings to restore onto.
 
     Raises:
-        UserError: if there are checkpoints and none can be read: they may be another net's.
+        UserError: if there are checkpoints and none can be read; they may be those of another net.
     """
     damaged: list[int] = []
     reason = ""
@@ -132,16 +133,20 @@ def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None
     if damaged:
         raise UserError(
             f"none of the checkpoints {sorted(damaged)} in {manager.directory} can be read as this "
-            f"training state; delete the folder to start afresh, or use another one: {reason}"
+            f"training state; delete the folder to start again, or use another one: {reason}"
         )
     return None
 
 
 def restore_best(manager: ocp.CheckpointManager, like: Any, metric: str) -> Restored | None:
-    """The kept checkpoint with the lowest `metric`, or None if none has it; arguments as above.
+    """Reads the checkpoint with the lowest `metric`; returns None if no checkpoint has that metric.
+
+    Args:
+        manager, like: as for `restore_newest`.
+        metric: name of an entry of `metrics` in `save`.
 
     Raises:
-        UserError: if it can't be read; the next best is not taken in its place.
+        UserError: if it can't be read; the next best is not used instead.
     """
     values = {step: manager.metrics(step) or {} for step in manager.all_steps()}
     steps = [step for step in values if metric in values[step]]
@@ -159,10 +164,10 @@ def restore_best(manager: ocp.CheckpointManager, like: Any, metric: str) -> Rest
 
 @jax.jit
 def checksum(tree: Any) -> Array:
-    """A uint32 that any single changed bit of a tree's arrays changes.
+    """A uint32 checksum of a tree of arrays, which changes with any single bit.
 
-    Bit patterns times odd numbers that depend on the position, summed modulo 2^32: exact in any order,
-    so it is the same on every mesh.
+    The sum, modulo 2^32, of bit patterns times odd numbers that depend on the position. It is exact in
+    any order of summation, so it is the same on every mesh.
     """
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
@@ -185,9 +190,9 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Restored:
             state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()
         ),
     )
-    # The storage below detects missing and cut files, but not a changed bit in an array's data.
+    # Orbax detects missing and truncated files, but not a changed bit in the data of an array.
     if int(processes.fetch(checksum(items["state"]))) != items["notes"]["checksum"]:
-        raise ValueError("the arrays' checksum is not the one that was saved with them")
+        raise ValueError("the checksum of the arrays differs from the one that was saved with them")
     return Restored(step, items["state"], items["notes"]["history"])
 
 

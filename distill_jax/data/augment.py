@@ -1,9 +1,9 @@
 """Augmentation of images: `jitter` inside the step, and distorted views of a whole set.
 
-`distort` makes another view of the same thing, for sets with few examples of a class. An image is
-turned, sheared, scaled, stretched and moved (one affine map, bilinear), blurred, faded and given noise,
-in this order, each by a random amount. A difficulty d >= 0 says how far the amounts
-reach; each is drawn uniformly, independently of the others:
+`distort` makes random variants of an image, for sets with few examples per class. An image is rotated,
+sheared, scaled, stretched and shifted (one affine map, bilinear); then it is blurred, its contrast is
+reduced and noise is added. The amounts are random, uniform and independent; a difficulty d >= 0 sets
+their ranges:
 
     rotation             -0.26 d .. 0.26 d rad
     shear                -0.25 d .. 0.25 d, of x by y
@@ -14,8 +14,8 @@ reach; each is drawn uniformly, independently of the others:
     contrast             0.5^d .. 1, a factor
     noise                0.03 d .. 0.15 d of full white, the standard deviation of normal noise
 
-So at 0 an image stays as it is, exactly. For characters of 32 x 32 pixels 1 is a mild distortion, 1.4
-a hard one. What comes in over the edges is black.
+At d = 0 an image is not changed at all. For characters of 32 x 32 pixels, 1 is a mild distortion and
+1.4 a hard one. Pixels from outside the image are black.
 """
 
 from typing import NamedTuple
@@ -49,8 +49,8 @@ def jitter(pixels: int) -> Transform:
     """Moves each image by up to `pixels` in any direction, filling with zeros (section 3).
 
     Raises:
-        UserError: at trace time, if the batch carries cached soft targets. They belong to the images
-            as they were; put `online_teacher` after the jitter instead.
+        UserError: at trace time, if the batch has cached soft targets. They belong to the original
+            images; put `online_teacher` after the jitter instead.
     """
 
     def move(batch: Batch, key: Array, constants: Constants = None) -> Batch:
@@ -63,7 +63,7 @@ def jitter(pixels: int) -> Transform:
         margins = [(0, 0), (pixels, pixels), (pixels, pixels)] + [(0, 0)] * (images.ndim - 3)
         corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * pixels + 1)
 
-        # dynamic_slice of padded uint8 was the fastest of eleven ways on a CPU, by 10x over a roll.
+        # On a CPU dynamic_slice of padded uint8 was the fastest of eleven ways, 10x faster than roll.
         def crop(padded: Array, corner: Array) -> Array:
             start = [corner[0], corner[1]] + [jnp.int32(0)] * (padded.ndim - 2)
             return jax.lax.dynamic_slice(padded, start, images.shape[1:])
@@ -77,8 +77,8 @@ def distort(images: Array, key: Array, difficulty: ArrayLike) -> Array:
     """Distorts each image by its own random amounts.
 
     Args:
-        images: uint8 `[B, H, W]` or `[B, H, W, channels]`; all channels are moved alike.
-        key: of the whole batch.
+        images: uint8 `[B, H, W]` or `[B, H, W, channels]`; all channels get the same distortion.
+        key: one key for the whole batch.
         difficulty: scalar, 0 or more, may be traced; see the module.
 
     Returns:
@@ -95,15 +95,15 @@ def views(
 ) -> Examples:
     """Makes a larger set: `count` distorted views of each example.
 
-    View v of an example is a function of the seed, the example's id and v, so that a part of the
-    examples, or another order of them, gives the same images.
+    View v of an example is a function of the seed, the example's id and v only, so that a subset of the
+    examples, or another order, gives the same images.
 
     Args:
         examples: "id" int32 `[N]` from 0 on, "inputs" as for `distort`, and any other fields.
         count: views of an example.
-        difficulty: 0 or more; 0, with a count of 1, gives the examples as they are.
+        difficulty: 0 or more; 0, which needs a count of 1, returns the examples unchanged.
         seed: of all randomness.
-        batch_size: images distorted at a time, which bounds the memory needed beside the result.
+        batch_size: images that are distorted at a time; it limits the memory.
 
     Returns:
         `[count * N]`, view 0 of all examples, then view 1 of all, and so on. "id" is
@@ -112,7 +112,7 @@ def views(
     Raises:
         UserError: for images that `distort` refuses; a count below 1, or above 1 of undistorted
             images; a difficulty below 0; ids that would not fit int32; cached soft targets, which
-            belong to the images as they were.
+            belong to the original images.
     """
     if count < 1 or (difficulty == 0 and count != 1):
         raise UserError(f"views must be at least 1, and 1 at difficulty 0, not {count}")
@@ -122,8 +122,8 @@ def views(
         return examples
     if {"teacher_logits", "teacher_ids"} & set(examples):
         raise UserError(
-            "cached soft targets can't be joined to distorted images: make the views first, and "
-            "their soft targets after"
+            "cached soft targets can't be joined to distorted images: make the views first, "
+            "then their soft targets"
         )
     ids = examples["id"].astype(np.int64)[None] * count + np.arange(count)[:, None]
     if ids.max(initial=0) > np.iinfo(np.int32).max:
@@ -148,7 +148,7 @@ def _make_views(
     for view in range(count):
         key = jax.random.fold_in(jax.random.key(seed), view)
         for start in range(0, size, batch_size):
-            # The last rows are filled up with the last example: one compiled program serves all.
+            # The last batch is padded with the last example, so that one compiled program suffices.
             rows = np.minimum(start + np.arange(min(batch_size, size)), size - 1)
             batch = _distort_by_id(images[rows], examples["id"][rows], key, difficulty)
             made[view, start : start + batch_size] = np.asarray(batch)[: size - start]
@@ -162,7 +162,7 @@ def _distort_by_id(images: Array, ids: Array, key: Array, difficulty: ArrayLike)
 
 
 def _distort_each(images: Array, keys: Array, difficulty: ArrayLike) -> Array:
-    """`images` as for `distort`, one key for each."""
+    """`distort` with one key for each image."""
     if images.dtype != jnp.uint8 or images.ndim not in (3, 4):
         raise UserError(
             "images to be distorted must be uint8 [B, H, W] or [B, H, W, channels], found "
@@ -210,7 +210,7 @@ def _draw(key: Array, difficulty: Array) -> _Amounts:
 def _move(planes: Array, amounts: _Amounts) -> Array:
     """The affine map about the centre: `[channels, H, W]` uint8 -> float32, 0..255.
 
-    Goes backwards: from where a pixel is to where its value was.
+    The map is inverse: it computes, for each output pixel, where its value comes from.
     """
     _, height, width = planes.shape
     centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
@@ -226,8 +226,8 @@ def _move(planes: Array, amounts: _Amounts) -> Array:
 def _sample(planes: Array, x: Array, y: Array) -> Array:
     """Bilinear values at x, y `[H, W]`, in pixels; all outside the image is 0."""
     _, height, width = planes.shape
-    # A pixel and its neighbours right, below and right below, as the bytes of one word: one gather
-    # in place of four, which is all of the time here.
+    # A pixel and its neighbours to the right, below and diagonally below are the bytes of one word: one
+    # gather instead of four, and gathers take nearly all of the time here.
     padded = jnp.pad(planes, [(0, 0), (1, 1), (1, 1)]).astype(jnp.uint32)
     upper, lower = padded[:, :-1], padded[:, 1:]
     words = upper[..., :-1] | upper[..., 1:] << 8 | lower[..., :-1] << 16 | lower[..., 1:] << 24
@@ -238,7 +238,7 @@ def _sample(planes: Array, x: Array, y: Array) -> Array:
     word = words.at[:, row, column].get(mode="promise_in_bounds")
     corners = [(word >> shift & 255).astype(jnp.float32) for shift in (0, 8, 16, 24)]
 
-    # Beyond the edges the share is 0 or 1, and what it picks is the padding.
+    # Beyond the edges the share is 0 or 1, and selects the padding.
     share_x, share_y = jnp.clip(x - left, 0, 1)[None], jnp.clip(y - top, 0, 1)[None]
     above = corners[0] + share_x * (corners[1] - corners[0])
     below = corners[2] + share_x * (corners[3] - corners[2])

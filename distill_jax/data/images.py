@@ -1,8 +1,8 @@
 """Image classification sets as whole NumPy arrays: the embedded MNIST, or one that TFDS prepared.
 
 `load("embedded")` reads the four canonical idx files of this package, checked by their SHA-256.
-`load("tfds:NAME")` reads what TensorFlow Datasets (TFDS) prepared on disk; neither TensorFlow nor a
-network is used. All mistakes that a user can put right are `UserError`s.
+`load("tfds:NAME")` reads a set that TensorFlow Datasets (TFDS) prepared on disk; it needs neither
+TensorFlow nor a network. All mistakes that a user can correct are `UserError`s.
 """
 
 import gzip
@@ -22,14 +22,14 @@ from PIL import Image
 from distill_jax.errors import UserError
 
 # All arrays share the leading axis N:
-#   "id"     int32 [N], names one example of its source;
+#   "id"      int32 [N], unique in its source;
 #   "inputs"  uint8 [N, H, W] or [N, H, W, channels] (no trailing axis of 1);
-#   "label"  int32 [N].
+#   "label"   int32 [N].
 Examples = dict[str, np.ndarray]
 
 EMBEDDED_DIR = Path(__file__).parent / "mnist"
 
-# SHA-256 of the uncompressed bytes, which are canonical; how they were compressed is not.
+# SHA-256 of the uncompressed bytes; the compression may differ.
 _MNIST_SHA256 = {
     "train-images-idx3-ubyte.gz": (
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
@@ -46,18 +46,18 @@ _MNIST_SHA256 = {
 }
 _MNIST_CLASSES = 10
 
-# NAME[/CONFIG][:VERSION]. TFDS also takes namespaces and builder arguments: the first may go to the
-# network, the second are never prepared data.
+# NAME[/CONFIG][:VERSION]. TFDS also accepts namespaces, which may need the network, and builder
+# arguments, which never name prepared data.
 _TFDS_NAME = re.compile(r"(?P<set>\w+)(/[\w.-]+)?(:[\d.*]+)?")
-# Examples decoded together: photographs as they were taken are about 1 MB each.
+# Examples that are decoded together: original photographs are about 1 MB each.
 _TFDS_CHUNK = 100
 _TEST_SPLITS = ("test", "validation", "val")
-_UNLABELLED = -1  # TFDS's mark of an example whose label isn't known
+_UNLABELLED = -1  # TFDS's label of an example without one
 _PROGRESS_SECONDS = 5
 
 
 class Source(NamedTuple):
-    """A data set. Train ids are 0..N-1, test ids N..N+M-1, so an id names one example of it."""
+    """A data set. Train ids are 0..N-1 and test ids N..N+M-1, so that ids are unique."""
 
     name: str
     num_classes: int
@@ -66,7 +66,7 @@ class Source(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A set that TFDS prepared, opened and not read. test_split: the one that `load` takes."""
+    """A set that TFDS prepared, opened but not read. test_split: the split that `load` uses."""
 
     name: str
     builder: Any
@@ -75,22 +75,21 @@ class Prepared(NamedTuple):
 
 
 def load(name: str, data_dir: str | None = None, side: int = 0) -> Source:
-    """Reads a whole data set into memory; what isn't known by its SHA-256 is validated.
+    """Reads a whole data set into memory; sets other than the embedded one are validated.
 
     Args:
         name: "embedded" for the MNIST of this package (60,000 and 10,000 examples in file order),
             or "tfds:NAME[/CONFIG][:VERSION]" for a prepared TFDS set with the features `image` and
             `label`. Its split "train" is the training set; the test set is the first of "test",
-            "validation" and "val" that it has and that is labelled. A split counts as unlabelled,
-            as the tests of imagenet2012 and i_naturalist2021 are, if its first 100 labels are all
-            -1; the last of the three that there is isn't asked. Ids follow the order on disk, which
-            TFDS hashes from its keys: they are not the embedded ones.
+            "validation" and "val" that it has and that is labelled. A split is unlabelled (as the test
+            splits of imagenet2012 and i_naturalist2021 are) if its first 100 labels are all -1; the
+            last of the three splits that exist is not checked. Ids follow the order on disk, which
+            TFDS derives from hashes: they differ from those of "embedded".
         data_dir: for "embedded", another folder with the four files (still checked); for "tfds:",
             TFDS's data_dir, None for its default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
-        side: of "tfds:" only. 0 leaves images as they are; they must then be of one size. Else
-            each becomes side x side pixels as it is read: the largest square about its centre,
-            which keeps the aspect ratio and cuts off the longer sides' ends, is resized by
-            antialiased bilinear interpolation.
+        side: for "tfds:" only. 0 leaves images unchanged; they must then all have one size. Otherwise
+            each is resized to side x side pixels when it is read: the largest square at its centre,
+            by antialiased bilinear interpolation.
 
     Raises:
         UserError: unknown name; a side below 0, or for "embedded"; a missing or damaged file; a TFDS
@@ -110,18 +109,18 @@ def load(name: str, data_dir: str | None = None, side: int = 0) -> Source:
 
 
 def open_prepared(name: str, data_dir: str | None = None) -> Prepared:
-    """Opens a "tfds:" set; arguments and errors as for `load`."""
+    """Opens a "tfds:" set without reading it; arguments and errors as for `load`."""
     kind, _, set_name = name.partition(":")
     if kind != "tfds" or not _TFDS_NAME.fullmatch(set_name):
         raise UserError(
             f"unknown data source {name!r}: expected 'embedded' (the MNIST of this package) or "
             "'tfds:NAME[/CONFIG][:VERSION]' (a prepared TFDS set, such as 'tfds:mnist')"
         )
-    # Imported here because it can take seconds and the embedded set doesn't need it.
+    # Imported here because it can take seconds, and the embedded set does not need it.
     import tensorflow_datasets as tfds
 
     builder = _prepared_builder(tfds, set_name, data_dir)
-    # Sorted for the message: TFDS keeps them in an order that changes from run to run.
+    # Sorted for the message: in TFDS their order changes from run to run.
     found = dict(sorted(builder.info.features.items()))
     has_images = "image" in found and found["image"].np_dtype == np.uint8
     if not has_images or not isinstance(found.get("label"), tfds.features.ClassLabel):
@@ -133,7 +132,7 @@ def open_prepared(name: str, data_dir: str | None = None) -> Prepared:
 
 
 def read_test(prepared: Prepared, side: int = 0) -> Examples:
-    """The test set in memory; ids, `side` and errors as for `load`."""
+    """Reads the test set into memory; ids, `side` and errors as for `load`."""
     size = prepared.builder.info.splits["train"].num_examples
     return _read_tfds_split(prepared, prepared.test_split, side, first_id=size)
 
@@ -144,11 +143,12 @@ def validate(examples: Examples, num_classes: int, what: str) -> None:
     Args:
         examples: needs "id", "inputs" and "label"; any further arrays are checked too.
         num_classes: labels must be integers in 0..num_classes-1.
-        what: what the examples are, begins each message.
+        what: description of the examples, with which each message begins.
 
     Raises:
-        UserError: an array is missing; lengths differ; no examples; the inputs are neither uint8 nor
-            floating point; a NaN or infinity; labels that aren't integers or are out of range.
+        UserError: if an array is missing; if lengths differ; if there are no examples; if the inputs
+            are neither uint8 nor floating point; for NaN or infinity; if labels are not integers or
+            out of range.
     """
     missing = [key for key in ("id", "inputs", "label") if key not in examples]
     if missing:
@@ -220,7 +220,7 @@ def _read_idx(path: Path) -> np.ndarray:
     # Big-endian: two zero bytes, type code 8 (uint8), the number of axes, their sizes, the data.
     axes = content[3]
     shape = np.frombuffer(content, ">u4", count=axes, offset=4)
-    # Copied, because an array over `bytes` can't be written to.
+    # Copied, because an array over `bytes` is read-only.
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
 
 
@@ -240,16 +240,16 @@ def _find_test_split(builder: Any, source_name: str) -> str:
 
 
 def _prepared_builder(tfds: Any, set_name: str, data_dir: str | None) -> Any:
-    """TFDS's builder of a set that lies on disk in a format with random access.
+    """TFDS's builder of a set that is on disk in a format with random access.
 
-    This is `tfds.data_source(..., download=False)` in its two steps, so that the three ways in
-    which a set can be absent are told apart. Nothing in it asks the network.
+    These are the two steps of `tfds.data_source(..., download=False)`. Done one by one, the three ways
+    in which a set can be absent get messages of their own. No step uses the network.
     """
     where = "TFDS's default data_dir" if data_dir is None else data_dir
     command = _prepare_command(set_name, data_dir)
     try:
         builder = tfds.builder(set_name, data_dir=data_dir, try_gcs=False)
-    # An unknown name or config, an unknown version, a package that TFDS's code for the set needs.
+    # An unknown name, config or version, or a missing package that TFDS needs for the set.
     except (ValueError, AssertionError, ImportError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise UserError(
@@ -288,7 +288,7 @@ def _read_tfds_split(prepared: Prepared, split: str, side: int, first_id: int) -
         image = resize(example["image"], side) if side else example["image"]
         if images is None:
             images = _allocate((size, *image.shape), f"{source_name}, {split}")
-        # Checked as they come, before a set of many large images fills the memory.
+        # Checked one by one, before a set of many large images fills the memory.
         if image.shape != images.shape[1:]:
             raise UserError(
                 f"{source_name}, {split}: all images must have one size, the first is "
@@ -307,7 +307,7 @@ def _read_tfds_split(prepared: Prepared, split: str, side: int, first_id: int) -
 
 
 def _allocate(shape: tuple[int, ...], what: str) -> np.ndarray:
-    """All images at once: a list of them, joined at the end, would need twice the memory."""
+    """One array for all images: a list that is stacked at the end would need twice the memory."""
     try:
         return np.empty(shape, np.uint8)
     except MemoryError as error:
@@ -318,7 +318,7 @@ def _allocate(shape: tuple[int, ...], what: str) -> np.ndarray:
 
 
 def resize(image: np.ndarray, side: int) -> np.ndarray:
-    """The square about the centre of `[H, W, channels]` -> `[side, side, channels]`, all uint8."""
+    """Resizes the central square: uint8 `[H, W, channels]` -> uint8 `[side, side, channels]`."""
     image = np.atleast_3d(image)
     height, width, channels = image.shape
     size = min(height, width)

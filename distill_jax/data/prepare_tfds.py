@@ -2,7 +2,7 @@
 
     python -m distill_jax.data.prepare_tfds --data_dir=DIR
 
-Afterwards the stock `tfds.data_source("mnist", data_dir=DIR, download=False)` reads it, as does
+The result can be read by `tfds.data_source("mnist", data_dir=DIR, download=False)` and by
 `distill_jax.data.images.load("tfds:mnist", DIR)`. TFDS's own preparation needs TensorFlow.
 """
 
@@ -45,15 +45,15 @@ with tfds.core.registered.skip_registration():
             self, examples: images.Examples
         ) -> Iterator[tuple[int, dict[str, Any]]]:
             # The key is the index within the split, as in the stock builder. TFDS orders examples
-            # by a hash of split and key: sorting the indices by it gives their order on disk.
+            # on disk by a hash of split and key.
             pairs = zip(examples["inputs"], examples["label"], strict=True)
             for index, (image, label) in enumerate(pairs):
-                # From a pillow image TFDS makes a PNG by pillow, from an array by TensorFlow.
+                # TFDS encodes a pillow image with pillow, but an array with TensorFlow.
                 yield index, {"image": Image.fromarray(image), "label": int(label)}
 
 
 def prepare(data_dir: str | None = None) -> Path:
-    """Writes MNIST for TFDS, some 25 MB; does nothing where that was done before.
+    """Writes MNIST for TFDS, about 25 MB; does nothing if it is there already.
 
     Args:
         data_dir: TFDS's data_dir; None for its default.
@@ -62,7 +62,7 @@ def prepare(data_dir: str | None = None) -> Path:
         The folder of the prepared set.
 
     Raises:
-        UserError: the set lies there already in a format without random access.
+        UserError: if the folder has the set in a format without random access.
     """
     builder = _EmbeddedMnist(data_dir=data_dir)
     if builder.is_prepared() and _FORMAT not in builder.info.available_file_formats():

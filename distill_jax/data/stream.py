@@ -1,12 +1,12 @@
 """Image classification sets that don't fit in memory, read by number from ArrayRecord files.
 
-An epoch takes the examples in an order that is computed place by place: a function of the seed and the
-epoch alone. Batch b of an epoch takes the places b B..(b+1) B-1, of which each process reads its own
-rows. The unit of reading is a block of S batches, trained on as one scanned program while grain reads
-the next ones in threads.
+The order of the examples in an epoch is a function of the seed and the epoch only, and is computed place
+by place. Batch b of an epoch has the places b B..(b+1) B-1, of which each process reads its own rows. A
+block of S batches is read at a time and trained on as one scanned program, while grain reads the next
+blocks in threads.
 
-What is in block b is a function of the seed and b alone, so a resumed run starts at any of them, with
-any number of processes, and an epoch in two parts has the same examples as one in one part.
+The content of block b is a function of the seed and b only. So a resumed run can start at any block,
+with any number of processes, and sees the same examples as one that was never stopped.
 """
 
 import sys
@@ -27,14 +27,14 @@ from distill_jax.errors import UserError
 from distill_jax.loop import Advance
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
-_CHUNK = 100  # records whose bytes are in memory together: photographs are about 1 MB each
+_CHUNK = 100  # records that are read at a time: photographs are about 1 MB each
 
 Block = dict[str, np.ndarray]
 """The fields of S batches of training, on the host; the same shapes and dtypes for every block."""
 
 Parse = Callable[[bytes], Mapping[str, ArrayLike]]
-"""A record's fields: "inputs" uint8 or floating, "label" an integer, and any others; the same shapes
-and dtypes for all records."""
+"""The fields of a record: "inputs" uint8 or floating point, "label" an integer, and any others; with the
+same shapes and dtypes for all records."""
 
 
 class Records(NamedTuple):
@@ -50,14 +50,14 @@ class Records(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How an epoch is cut. steps: batches in a block, S. blocks: in an epoch."""
+    """How an epoch is cut into blocks. steps: batches in a block, S. blocks: blocks in an epoch."""
 
     steps: int
     blocks: int
 
 
 def from_tfds(prepared: images.Prepared, side: int = 0, split: str = "train") -> Records:
-    """The records of a TFDS set; an id is the example's number on disk, as `images.load` gives it.
+    """The records of a TFDS set. The ids are those of `images.load`: the order on disk.
 
     Args:
         prepared: from `images.open_prepared`.
@@ -65,8 +65,8 @@ def from_tfds(prepared: images.Prepared, side: int = 0, split: str = "train") ->
         split: of the set.
 
     Raises:
-        UserError: here or while reading, for a missing or damaged file, which it names; for images of
-            different sizes; see `images.validate`.
+        UserError: here or while reading, for a missing or damaged file, which the message names; for
+            images of different sizes; as `images.validate`.
     """
     from tensorflow_datasets import decode
 
@@ -91,16 +91,16 @@ def from_files(
 ) -> Records:
     """The records of ArrayRecord files, numbered from 0 in the order of the files.
 
-    They should be written with `group_size:1`; with other sizes, one read decompresses a whole group.
+    Write the files with `group_size:1`; otherwise each read decompresses a whole group of records.
 
     Args:
-        paths: of the files; their order is part of an example's id.
-        parse: makes an example of a record's bytes; called by several threads at once.
+        paths: the files; ids depend on their order.
+        parse: maps the bytes of a record to its fields; called by several threads at once.
         num_classes: C; labels must be in 0..C-1.
         name: of the set, for messages.
 
     Raises:
-        UserError: as `from_tfds`; for a record that `parse` fails on, whatever it raises.
+        UserError: as `from_tfds`; for a record for which `parse` raises any exception.
     """
     import grain
 
@@ -114,33 +114,33 @@ def from_files(
 
 
 def select(records: Records, numbers: np.ndarray) -> Records:
-    """A part of the records; they keep their ids."""
+    """The records with these numbers; they keep their ids."""
     return Records(len(numbers), lambda places: records.read(numbers[places]))
 
 
 def cut(size: int, batch_size: int, block_examples: int) -> Cut:
-    """Cuts epochs of `size` examples into blocks of one size.
+    """Cuts epochs of `size` examples into blocks of equal size.
 
-    A block has at most `block_examples`, more than half as many (or the whole epoch), and of all such
-    sizes the one that leaves the fewest batches of an epoch over. Those are left out, like a last
-    batch that isn't full: other examples every epoch.
+    A block has at most `block_examples` and more than half as many (or it is the whole epoch). Of all
+    such sizes it has the one with the fewest batches left over at the end of an epoch. These are not
+    used, like a last batch that is not full; they are other examples in every epoch.
 
     Raises:
-        UserError: for blocks of less than a batch, or fewer examples than one.
+        UserError: if a block, or the whole set, is smaller than a batch.
     """
     epoch = steps_per_epoch(size, batch_size)
     most = min(block_examples // batch_size, epoch)
     if most < 1:
         raise UserError(
             f"block_examples is {block_examples}, less than one batch of {batch_size}: set it to "
-            "that of many batches"
+            "many times that"
         )
     steps = min(range(most // 2 + 1, most + 1), key=lambda steps: (epoch % steps, -steps))
     return Cut(steps, epoch // steps)
 
 
 def order(size: int, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
-    """Which examples stand at some places of an epoch's order.
+    """The numbers of the examples at some places of an epoch's order.
 
     Args:
         size: N examples.
@@ -153,7 +153,7 @@ def order(size: int, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
     """
     from grain.experimental import index_shuffle
 
-    # Mixed, because grain's own sum of the two gives epoch 1 of seed 0 the order of epoch 0 of seed 1.
+    # Hashed together: with their sum, epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
     mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
     shuffled = (
         index_shuffle(place, max_index=size - 1, seed=mixed, rounds=4) for place in places.tolist()
@@ -175,14 +175,15 @@ def blocks(
 ) -> Iterator[Block]:
     """Reads this process's rows of the blocks `first_block..end-1`, over all epochs.
 
-    With the names of `cut`, step s of block b is step `(b mod blocks) S + s` of epoch `b // blocks`.
+    With S and `blocks` of `Cut`, step s of block b is step `(b mod blocks) S + s` of epoch
+    `b // blocks`.
 
     Args:
         records: all N of them, on every process.
         batch_size: B, over all processes.
         block_examples: as for `cut`.
         seed: of the epochs' orders.
-        rows: the positions in a batch that this process reads (`sharding.own_rows`): int `[b]`.
+        rows: int `[b]`, the positions in a batch that this process reads (`sharding.own_rows`).
         first_block: number of the first block; a resumed run starts at its next one.
         end, read_threads, prefetch: as for `read_ahead`.
 
@@ -190,7 +191,7 @@ def blocks(
         Blocks of fields `[S, b, ...]`.
 
     Raises:
-        UserError: as `cut`, or while reading, as the records do.
+        UserError: as `cut`, and while reading, as `records.read`.
     """
     steps, per_epoch = cut(records.size, batch_size, block_examples)
 
@@ -237,8 +238,8 @@ def make_block_epoch(step: TrainStep, shard_batch: Callable[[Batch], Batch]) -> 
 
     Args:
         step: from `train_step.make_train_step`.
-        shard_batch: from `sharding.shard_batch`. A block's fields are `[S, B, ...]`, laid out by
-            `sharding.put_rows` with a `batch_axis` of 1, so that nothing has to move.
+        shard_batch: from `sharding.shard_batch`. A block's fields are `[S, B, ...]`, put on the
+            devices by `sharding.put_rows` with a `batch_axis` of 1, so that no data has to move.
     """
     run_steps = make_steps(step, shard_batch, take_rows)
 
@@ -292,7 +293,7 @@ def _count(path: str | PathLike[str]) -> int:
 def _records(
     source: Any, shards: Sequence[tuple[str, int]], parse: Parse, name: str, num_classes: int
 ) -> Records:
-    """Records of a source of bytes by number, in files (path, number of records)."""
+    """Records of a source that maps numbers to bytes; shards are (path, number of records)."""
     ends = np.cumsum([size for _, size in shards])
     size = int(ends[-1])
     if size > np.iinfo(np.int32).max:
@@ -310,13 +311,13 @@ def _records(
         except (RuntimeError, OSError) as error:
             if len(numbers) == 1:
                 raise UserError(f"{where(numbers[0])} can't be read ({error})") from error
-            return [fetch([number])[0] for number in numbers]  # which one it is, isn't said
+            return [fetch([number])[0] for number in numbers]  # finds the damaged one
 
     def example(number: int, record: bytes) -> Examples:
         try:
             fields = {name: np.asarray(value) for name, value in parse(record).items()}
             return {**fields, "id": np.array(number, np.int32)}
-        except Exception as error:  # whatever a parser raises
+        except Exception as error:  # a parser may raise anything
             raise UserError(f"{where(number)} is damaged ({error})") from error
 
     first = example(0, fetch([0])[0])
@@ -334,7 +335,7 @@ def _records(
                 if _kinds(one) != kinds:
                     raise UserError(
                         f"{where(number)} has {_listed(one)}, but record 0 has {_listed(first)}; all "
-                        "must be alike, and images of a TFDS set can be resized to one side"
+                        "must be the same, and images of a TFDS set can be resized to one side"
                     )
                 for field, value in one.items():
                     arrays[field][row] = value

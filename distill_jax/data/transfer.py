@@ -1,6 +1,6 @@
 """Transfer sets: the examples that a student is distilled on (sections 1 and 3).
 
-Each function takes and gives examples: a dict of arrays that share their leading axis `[N]`. Soft
+Each function maps examples to examples: a dict of arrays that share their leading axis `[N]`. Soft
 targets that were attached before stay with their examples.
 """
 
@@ -18,7 +18,7 @@ def select(examples: Examples, rows: np.ndarray) -> Examples:
 
 
 def fraction(examples: Examples, share: float, seed: int) -> Examples:
-    """A random share (0..1] of the examples; a smaller share of the same seed is a subset."""
+    """A random share in (0, 1] of the examples; with the same seed, a smaller share is a subset."""
     if not 0 < share <= 1:
         raise UserError(
             f"the fraction of a transfer set must be above 0 and at most 1, not {share}"
@@ -33,26 +33,26 @@ def without_classes(examples: Examples, classes: Collection[int]) -> Examples:
 
 
 def only_classes(examples: Examples, classes: Collection[int]) -> Examples:
-    """The examples of these classes alone."""
+    """The examples of these classes only."""
     return select(examples, np.isin(examples["label"], list(classes)))
 
 
 def labels_known(examples: Examples, share: float, seed: int) -> Examples:
-    """Marks a random share (0..1) of the labels as known and wipes the others (-1).
+    """Keeps a random share, 0..1, of the labels and replaces the others by -1.
 
-    The wiped labels are gone, so nothing downstream can use them by mistake.
+    Adds "label_known", bool `[N]`. The other labels are gone, so no later step can use them by mistake.
     """
     if not 0 <= share <= 1:
         raise UserError(f"the share of known labels must be in 0..1, not {share}")
     order = _order(examples, seed)
     known = np.zeros(len(order), bool)
     known[order[: round(share * len(order))]] = True
-    known &= examples["label"] >= 0  # what was wiped before stays so
+    known &= examples["label"] >= 0  # labels removed before stay unknown
     return {**examples, "label": np.where(known, examples["label"], -1), "label_known": known}
 
 
 def unlabelled(examples: Examples) -> Examples:
-    """The examples with their labels wiped; also a whole other data set's, as section 1 allows."""
+    """The examples without their labels. They may be another data set, as section 1 allows."""
     return labels_known(examples, 0.0, seed=0)
 
 
@@ -60,7 +60,7 @@ def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examp
     """Splits off `count` random examples: (the rest, the held-out ones)."""
     size = len(examples["id"])
     if not 0 <= count < size:
-        raise UserError(f"can't hold {count} examples out of {size}")
+        raise UserError(f"can't hold out {count} of {size} examples")
     order = _order(examples, seed)
     return select(examples, np.sort(order[count:])), select(examples, np.sort(order[:count]))
 

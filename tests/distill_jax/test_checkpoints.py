@@ -144,7 +144,7 @@ def test_when_every_checkpoint_is_damaged_none_is_deleted(tmp_path):
     with checkpoints.open_dir(tmp_path) as manager:
         save(manager, 1)
     flip(biggest_file(tmp_path / "1"))
-    message = "delete the folder to start afresh"
+    message = "delete the folder to start again"
     with checkpoints.open_dir(tmp_path) as manager, pytest.raises(UserError, match=message):
         checkpoints.restore_newest(manager, make_state())
     assert steps_in(tmp_path) == [1]

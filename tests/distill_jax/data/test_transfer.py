@@ -212,5 +212,5 @@ def test_hold_out_is_disjoint_and_complete():
 
 @pytest.mark.parametrize("count", [-1, 40, 41])
 def test_hold_out_of_too_many(count):
-    with pytest.raises(UserError, match=f"can't hold {count} examples out of 40"):
+    with pytest.raises(UserError, match=f"can't hold out {count} of 40 examples"):
         transfer.hold_out(tiny.examples(40), count, seed=0)
