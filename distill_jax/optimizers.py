@@ -79,8 +79,8 @@ def dropout_2012(
         ...     params, optimizer.init(params), params, learning_rate=10.0
         ... )
         >>> print(updates["output"]["kernel"])
-        [[-5. 0.]
-         [0. -5.]]
+        [[-5.  0.]
+         [ 0. -5.]]
     """
 
     def init(params: optax.Params) -> _MomentumState:

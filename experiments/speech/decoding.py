@@ -1,8 +1,8 @@
-"""From a net's log-probabilities of states to words, and the errors in them.
+"""Decoding: from a net's log-probabilities of states to words, and word error rates.
 
-The scores are those of a hybrid system (section 3 of the paper): the logarithm of what the net says of
-a state, less that of the state's prior, stands for the log-likelihood of a frame. No JAX here: what
-comes in is NumPy, and decoders run in threads that don't hold the interpreter's lock.
+The scores are those of a hybrid system (section 4 of the paper): the log-probability of a state minus
+its log prior replaces the log-likelihood of a frame. This module uses no JAX: its inputs are NumPy
+arrays, and the decoders run in threads that release the interpreter's lock.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from experiments.speech.language_model import LanguageModel
 
 
 class Weights(NamedTuple):
-    """What is tuned on validation utterances.
+    """Weights that are tuned on validation utterances.
 
-    acoustic_scale: of the senone scores, against a language model whose scores keep their size.
-    prior_scale: how much of a state's log prior is taken off.
-    language_weight: times the language model's log-probability.
+    acoustic_scale: factor on the senone scores.
+    prior_scale: factor on the log prior, which is subtracted.
+    language_weight: factor on the log-probability of the language model.
     word_insertion_penalty: a factor per word; below 1 for fewer words.
     """
 
@@ -39,12 +39,13 @@ class Weights(NamedTuple):
 
 
 class Search(NamedTuple):
-    """How much of the decoder's search is pruned.
+    """How the decoder prunes its search.
 
-    beam, phone_beam, word_beam: what lies below the best by more than this factor is dropped: states,
-    ends of phones, ends of words. max_states, max_words: kept per frame; -1 for all. second_pass: over
-    a flat lexicon of the words found by the first. best_path: at the end, the best path through the
-    lattice rather than the one that the search followed.
+    beam, phone_beam, word_beam: states, ends of phones and ends of words are dropped if they are worse
+        than the best by more than this factor.
+    max_states, max_words: kept per frame; -1 for all.
+    second_pass: whether to search again, over a flat lexicon of the words that were found.
+    best_path: whether the result is the best path through the lattice, or the path of the search.
     """
 
     beam: float = 1e-48
@@ -61,7 +62,7 @@ FAST = Search(max_states=2000, max_words=20, second_pass=False)
 """Twice as fast as WIDE, for up to 2 more errors in 100 words."""
 
 START = Weights(acoustic_scale=2.0, prior_scale=0.7)
-"""Near the best for a net: the lower the acoustic scale, the less the beams prune, the slower it is."""
+"""Near the optimum for a net. With a lower acoustic scale the beams prune less, which is slower."""
 
 GRID: Mapping[str, Sequence[float]] = {
     "acoustic_scale": (1.0, 1.4, 2.0, 2.8),
@@ -76,27 +77,27 @@ def senone_scores(
 ) -> np.ndarray:
     """A net's log-probabilities as scaled log-likelihoods of the decoder's senones.
 
-    acoustic_scale * (log p(class | frame) - prior_scale * log prior(class)). A senone that the net has
-    no class for gets, in every frame, one nat (before the scale) less than the worst class there: it
-    can still be passed through in the middle of a word, but no other is worse.
+    acoustic_scale * (log p(class | frame) - prior_scale * log prior(class)). A senone without a class in
+    the net gets, in every frame, one nat (before the scale) less than the worst class: it is worse than
+    any other, but a path through it remains possible.
 
     Args:
         log_probs: float `[n, C]`, natural logarithms.
         log_prior: float `[C]`, of the classes' shares of the training frames.
         class_of_senone: int32 `[num_senones]`; -1 where the net has no such class.
-        weights: its first two.
+        weights: only the first two are used.
 
     Returns:
         float32 `[n, num_senones]`.
 
     Raises:
-        UserError: shapes that don't fit, classes outside 0 to C - 1, or numbers that aren't finite.
+        UserError: for shapes that do not match, classes outside -1..C-1, or values that are not finite.
     """
     _check(log_probs, log_prior, class_of_senone)
     prior = np.float32(weights.prior_scale) * np.asarray(log_prior, np.float32)
     likelihoods = np.asarray(log_probs, np.float32) - prior
     if np.isnan(likelihoods).any():
-        raise UserError("log_probs holds NaN: the net that made them has diverged")
+        raise UserError("log_probs has NaN: the net that computed them has diverged")
     floor = likelihoods.min(axis=1, keepdims=True) - np.float32(1)
     scores = np.float32(weights.acoustic_scale) * np.concatenate([likelihoods, floor], axis=1)
     return np.take(scores, class_of_senone, axis=1)  # -1 is the last column: the floor
@@ -130,21 +131,21 @@ def decode(
     threads: int | None = None,
     progress: str | None = "decoding",
 ) -> list[str]:
-    """The words that the decoder finds in utterances, from a net's log-probabilities.
+    """Decodes utterances from a net's log-probabilities.
 
     Args:
-        score_sets: an utterance's log-probabilities `[n, C]` each, 100 frames a second; may be a
-            sequence that makes them when asked, for each is asked for once and dropped after use.
+        score_sets: for each utterance log-probabilities `[n, C]`, 100 frames a second. May be a lazy
+            sequence: each item is read once and dropped after use.
         log_prior: see `senone_scores`.
         class_of_senone: see `senone_scores`.
-        language_model: its words are those that can be found.
-        weights: of the sources of knowledge.
+        language_model: only its words can be found.
+        weights: of acoustic and language model.
         search: pruning.
-        threads: decoders side by side; all processors if None.
-        progress: the name in progress lines; None for none.
+        threads: decoders that run in parallel; None for one per processor.
+        progress: name in progress lines; None for no lines.
 
     Returns:
-        Hypotheses in the order of the utterances, words with spaces between; "" for no frames.
+        Hypotheses in the order of the utterances, words separated by spaces; "" for no frames.
     """
 
     def find(decoder: sphinx.Handle, index: int) -> str:
@@ -164,12 +165,12 @@ def decode_audio(
     threads: int | None = None,
     progress: str | None = "decoding",
 ) -> list[str]:
-    """The words that the decoder finds with its own acoustic model, all else being equal.
+    """Decodes utterances with the decoder's own acoustic model, otherwise like `decode`.
 
     Args:
         audio: int16 `[n]` at 16 kHz each.
         language_model: see `decode`.
-        weights: the last two; the decoder's own scores are not scaled.
+        weights: only the last two are used; the decoder's own scores are not scaled.
         search: see `decode`.
         threads: see `decode`.
         progress: see `decode`.
@@ -178,7 +179,7 @@ def decode_audio(
         As `decode`.
 
     Raises:
-        UserError: samples that aren't int16.
+        UserError: for samples that are not int16.
     """
 
     def find(decoder: sphinx.Handle, index: int) -> str:
@@ -195,7 +196,7 @@ def decode_audio(
 
 
 def _costs(scores: np.ndarray) -> np.ndarray:
-    """Scores `[n, num_senones]` as what `sphinx.decode_costs` takes."""
+    """Scores `[n, num_senones]` as the costs that `sphinx.decode_costs` takes, int16."""
     if not len(scores):
         return np.zeros(scores.shape, np.int16)
     below = scores.max(axis=1, keepdims=True) - scores
@@ -208,7 +209,7 @@ def _options(language_model: LanguageModel, weights: Weights, search: Search) ->
         "lm": str(language_model.trigrams),
         "dict": str(language_model.dictionary),
         "lw": weights.language_weight,
-        # The later passes weigh the language model more, by the ratios of the library's defaults.
+        # Later passes use a larger language weight, in the ratios of the library's defaults.
         "fwdflatlw": weights.language_weight * 8.5 / 6.5,
         "bestpathlw": weights.language_weight * 9.5 / 6.5,
         "wip": weights.word_insertion_penalty,
@@ -229,7 +230,7 @@ def _decode_all(
     threads: int | None,
     progress: str | None,
 ) -> list[str]:
-    """`find(decoder, index)` for every index below `size`, a decoder to a thread."""
+    """Calls `find(decoder, index)` for every index below `size`, with one decoder per thread."""
     threads = max(1, min(threads or os.cpu_count() or 1, size))
     show = _print_progress(progress, size) if progress else lambda done: None
     free: queue.SimpleQueue[sphinx.Handle] = queue.SimpleQueue()
@@ -252,7 +253,7 @@ def _decode_all(
 
 
 def _print_progress(name: str, size: int) -> Callable[[int], None]:
-    """A line with the time to go, every 10 s; one that is rewritten on a terminal."""
+    """Prints a line with the remaining time every 10 s; on a terminal it is rewritten in place."""
     terminal = sys.stdout.isatty()
     started = time.monotonic()
     shown = [started]
@@ -266,7 +267,7 @@ def _print_progress(name: str, size: int) -> Callable[[int], None]:
         left = (now - started) / done * (size - done)
         text = f"{name}: {done}/{size} utterances, {now - started:.0f} s"
         text += f", {int(left // 60)}:{int(left % 60):02d} to go"
-        if terminal:  # cut to a line, for only that much can be rewritten
+        if terminal:  # cut to one line, since only one line can be rewritten
             text = "\r\033[K" + text[: shutil.get_terminal_size().columns - 1]
         print(text, end="" if terminal and not last else "\n", flush=True)
 
@@ -274,21 +275,22 @@ def _print_progress(name: str, size: int) -> Callable[[int], None]:
 
 
 def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
-    """Counts the words that an alignment with the fewest errors finds wrong.
+    """Counts word errors, by an alignment with the fewest errors.
 
-    Fillers such as "<sil>" or "[NOISE]" and the marks of other pronunciations, as in "read(2)", are
-    taken off the hypotheses first.
+    Fillers such as "<sil>" or "[NOISE]" and marks of alternative pronunciations, as in "read(2)", are
+    removed from the hypotheses first.
 
     Args:
-        references: what was said, words with spaces between.
-        hypotheses: as many.
+        references: the correct words of each utterance, separated by spaces.
+        hypotheses: the decoded words of each utterance.
 
     Returns:
         "words" (of the references), "substitutions", "deletions", "insertions", and
         "word_error_rate": their sum per 100 words.
 
     Raises:
-        UserError: other numbers of utterances, no words at all, or jiwer isn't installed.
+        UserError: if the numbers of utterances differ, if the references have no words, or if jiwer is
+            not installed.
     """
     if len(references) != len(hypotheses):
         raise UserError(f"{len(hypotheses)} hypotheses for {len(references)} references")
@@ -300,7 +302,7 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
         ) from error
     words = sum(len(reference.split()) for reference in references)
     if not words:
-        raise UserError("the references hold no words")
+        raise UserError("the references have no words")
     found = jiwer.process_words(list(references), [_spoken(words) for words in hypotheses])
     errors = {
         "substitutions": found.substitutions,
@@ -328,7 +330,7 @@ def tune(
     threads: int | None = None,
     progress: str | None = "tuning",
 ) -> tuple[Weights, list[dict[str, float]]]:
-    """The weights with the lowest word error rate on validation utterances, one weight at a time.
+    """Finds the weights with the lowest word error rate on validation utterances, one after another.
 
     Args:
         score_sets: of validation utterances; see `decode`.
@@ -336,21 +338,21 @@ def tune(
         log_prior: see `senone_scores`.
         class_of_senone: see `senone_scores`.
         language_model: see `decode`.
-        grid: by the weight's name, the values to try, in the order of the search: the first weight is
-            settled, then the second with it, and so on.
-        start: the weights before the search; they win where nothing is better.
+        grid: maps the name of a weight to the values to try. The weights are tuned in this order, each
+            with the best values of the earlier ones.
+        start: the weights before the search; they are kept if no others are better.
         search: see `decode`.
         threads: see `decode`.
-        progress: see `decode`; a line for each point as well.
+        progress: see `decode`; also a line for each point of the grid.
 
     Returns:
-        The best weights, and all that were tried, each as weights and `word_errors` by name.
+        The best weights, and for each point that was tried its weights and `word_errors`, by name.
 
     Raises:
-        UserError: for a name in the grid that is no weight.
+        UserError: if a name in the grid is not one of the weights.
     """
     if unknown := set(grid) - set(Weights._fields):
-        raise UserError(f"grid: {sorted(unknown)} are none of the weights {Weights._fields}")
+        raise UserError(f"grid: {sorted(unknown)} are not among the weights {Weights._fields}")
     tried: dict[Weights, dict[str, float]] = {}
 
     def rate(weights: Weights) -> float:

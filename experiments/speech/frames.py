@@ -1,11 +1,11 @@
-"""Cases of speech: windows of frames, cut on the device and never stored (section 4 of the paper).
+"""Examples of speech: windows of frames, cut on the device and never stored (section 4 of the paper).
 
-An utterance is frames uint8 `[n, 40]` (quantised, normalised log-mel energies, one each 10 ms) and the
-state int32 `[n]` that each belongs to. A case is a window of 26 frames, and its label the state of the
-21st: 20 frames come before the labelled one and 5 after. A frame is part of 26 windows, so windows are
-cut from the frames when a batch is made: they lie once in one array, in which each utterance is
+An utterance has frames uint8 `[n, 40]` (quantised, normalised log-mel energies, one each 10 ms) and the
+state of each frame, int32 `[n]`. An example is a window of 26 frames, labelled with the state of the
+21st: 20 frames come before the labelled one and 5 after. Since each frame is part of 26 windows, windows
+are cut when a batch is gathered. The frames are stored once, in one array, where each utterance is
 preceded by 20 copies of its first frame and followed by 5 copies of its last. So the first and last
-frames have windows too, all of one size, and no window reaches into another utterance.
+frames have windows of the same size, and no window reaches into another utterance.
 """
 
 import functools
@@ -28,7 +28,7 @@ WINDOW = LEFT + 1 + RIGHT
 FEATURES = 40
 
 _NO_FIELDS: Mapping[str, Sequence[np.ndarray]] = types.MappingProxyType({})
-_NOT_OF_CASES = ("frames", "position", "utterance")  # what a batch is not handed
+_NOT_IN_BATCHES = ("frames", "position", "utterance")
 
 
 def pack(
@@ -37,22 +37,22 @@ def pack(
     fields: Mapping[str, Sequence[np.ndarray]] = _NO_FIELDS,
     numbers: Sequence[int] | np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Lays U utterances of F frames in all out as examples, one case for each frame.
+    """Packs U utterances with F frames in all as examples, one for each frame.
 
     Args:
-        frames: of each utterance uint8 `[n, 40]`.
-        states: of each utterance int32 `[n]`.
-        fields: further values of each frame, as each utterance's array `[n, ...]` (soft targets).
-        numbers: each utterance's; None counts them 0..U-1.
+        frames: for each utterance uint8 `[n, 40]`.
+        states: for each utterance int32 `[n]`.
+        fields: further values of the frames, such as soft targets; for each utterance `[n, ...]`.
+        numbers: of the utterances; None for 0..U-1.
 
     Returns:
-        "frames" uint8 `[F + 25 U, 40]`, with the copies at the edges; and for each case "id" int32
+        "frames" uint8 `[F + 25 U, 40]`, with the copies at the edges; and for each example "id" int32
         `[F]` (0..F-1), "position" int32 `[F]` (the row of its labelled frame in "frames"), "label"
         int32 `[F]`, "utterance" int32 `[F]`, and `fields`.
 
     Raises:
-        UserError: naming the utterance, for frames or states of another shape or dtype, for fields
-            of other lengths, or without frames; or for no utterances.
+        UserError: if frames or states have another shape or dtype, if fields have another length, or if
+            an utterance has no frames (the message names the utterance); or for no utterances.
     """
     numbers = np.arange(len(frames)) if numbers is None else np.asarray(numbers)
     _check(frames, states, fields, numbers)
@@ -70,39 +70,38 @@ def pack(
 
 
 def cut(frames: Array, positions: Array) -> Array:
-    """The windows around frames: `[R, 40]`, int32 `[B]` -> `[B, 26, 40]`; "position" of `pack`."""
+    """Cuts windows: frames `[R, 40]`, "position" int32 `[B]` of `pack` -> `[B, 26, 40]`."""
     return jax.vmap(lambda position: jax.lax.dynamic_slice_in_dim(frames, position - LEFT, WINDOW))(
         positions
     )
 
 
 def gather_windows(examples: Batch, rows: Array) -> Batch:
-    """The batch of cases at rows `[B]`, for `epochs.make_epoch`.
+    """The batch of the examples at rows `[B]`, for `epochs.make_epoch`.
 
-    Their fields, and as "inputs" their windows `[B, 26, 40]`; "frames", "position" and "utterance" are
-    left out.
+    It has their fields, and "inputs": their windows `[B, 26, 40]`; but not "frames", "position" and
+    "utterance".
     """
-    image = cut(examples["frames"], examples["position"][rows])
     return {
-        "inputs": image,
-        **{name: field[rows] for name, field in examples.items() if name not in _NOT_OF_CASES},
+        "inputs": cut(examples["frames"], examples["position"][rows]),
+        **{name: field[rows] for name, field in examples.items() if name not in _NOT_IN_BATCHES},
     }
 
 
 def select(examples: Mapping[str, Any], rows: Any) -> dict[str, Any]:
-    """The cases at rows (indices or a mask); their "frames" are the very same array."""
+    """The examples at rows (indices or a mask); "frames" is the same array, not a copy."""
     return {name: field if name == "frames" else field[rows] for name, field in examples.items()}
 
 
 def digests(examples: Mapping[str, np.ndarray], chunk: int = 8192) -> np.ndarray:
-    """`soft_targets.digests` of each case's window, uint64 `[N]`.
+    """`soft_targets.digests` of each example's window, uint64 `[N]`.
 
     Args:
         examples: from `pack`, on the host.
         chunk: windows in memory at a time.
     """
     frames = np.ascontiguousarray(examples["frames"])
-    # Row r of this view is the window that starts at frame r: consecutive bytes, so taking some
+    # Row r of this view is the window that starts at frame r. Its bytes are consecutive, so indexing
     # copies whole windows.
     windows = np.lib.stride_tricks.sliding_window_view(frames.reshape(-1), WINDOW * FEATURES)
     starts = np.asarray(examples["position"]) - LEFT
@@ -120,14 +119,14 @@ def logits_over_windows(
     rows: np.ndarray,
     batch_size: int = 1024,
 ) -> np.ndarray:
-    """A frozen model's logits over the cases at some rows, for soft targets and decoding.
+    """A frozen model's logits for the examples at some rows, for soft targets and decoding.
 
-    The last batch is filled up, so that one program serves every call.
+    The last batch is padded, so that one compiled program serves every call.
 
     Args:
         apply: `(params, inputs [B, 26, 40]) -> logits [B, C]`, in evaluation mode.
-        params: the model's, or a whole ensemble's if `apply` takes that.
-        examples: from `pack`; on the device already, where there is more than one call.
+        params: of the model, or of a whole ensemble if `apply` takes that.
+        examples: from `pack`; put them on the device first if there is more than one call.
         rows: int `[n]`.
         batch_size: windows in memory at a time.
 
@@ -143,7 +142,7 @@ def logits_over_windows(
     previous: tuple[int, Array] | None = None
     for start in range(0, len(padded), batch_size):
         found = _window_logits(apply, params, frames, padded[start : start + batch_size])
-        if previous is not None:  # fetched while the device works on the next
+        if previous is not None:  # fetched while the device computes the next batch
             logits[previous[0] : start] = previous[1]
         previous = start, found
     if previous is not None:
@@ -154,13 +153,13 @@ def logits_over_windows(
 def count_errors(
     apply: Callable[[Params, Array], Array], params: Params, examples: Batch, batch_size: int = 1024
 ) -> dict[str, Array]:
-    """Frames that a model gets wrong, over all cases, as `train_step.make_eval_step` counts them.
+    """Counts the frames that a model gets wrong, like `train_step.make_eval_step`.
 
-    One compiled program that holds `batch_size` windows at a time; may be vmapped over params.
+    One compiled program with `batch_size` windows in memory at a time; it may be vmapped over params.
 
     Args:
         apply: `(params, inputs [B, 26, 40]) -> logits [B, C]`, in evaluation mode.
-        params: the model's.
+        params: of the model.
         examples: from `pack`, on the device.
         batch_size: windows in memory at a time.
 
@@ -193,7 +192,7 @@ def _count_errors(
         logits = apply(params, cut(examples["frames"], positions))
         return metrics.error_counts(logits, labels)["errors"]
 
-    # A label of -1 never counts as an error, so what fills the last batch doesn't either.
+    # The padding of the last batch has the label -1, which never counts as an error.
     wrong = jax.lax.map(
         errors, (batches(examples["position"], LEFT), batches(examples["label"], -1))
     )
@@ -201,7 +200,7 @@ def _count_errors(
 
 
 def _with_edges(frames: Sequence[np.ndarray], lengths: np.ndarray) -> np.ndarray:
-    """All utterances' frames in one array, each with the copies of its first and last."""
+    """The frames of all utterances in one array, with the copies of each first and last frame."""
     packed = np.empty((lengths.sum() + (LEFT + RIGHT) * len(frames), FEATURES), np.uint8)
     start = 0
     for rows in frames:

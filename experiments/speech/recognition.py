@@ -1,4 +1,4 @@
-"""From frames to words: word error rates by a real decoder, and one utterance to look at."""
+"""From frames to words: word error rates with a real decoder, and one utterance as an example."""
 
 import time
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from experiments.speech.data import Data, load_data
 from experiments.speech.speech_frames import Utterance
 from experiments.speech.table1 import distil
 
-_COUNTED = 100  # frames that a phone needs in the test set for its confusions to mean something
+_COUNTED = 100  # a phone with fewer frames in the test set is left out of the confusions
 
 
 def recognise(context: Context) -> list[Row]:
     """Word error rates of members, ensemble, students and of the decoder's own acoustic model.
 
-    The language model is made of the training transcripts. The weights of the decoder are tuned with
-    the ensemble on validation utterances and are the same for all nets; the decoder's own acoustic
-    model has the library's weights and wide beams.
+    The language model is estimated from the training transcripts. The weights of the decoder are tuned
+    with the ensemble on validation utterances and are the same for all nets. The decoder's own acoustic
+    model uses the default weights and wide beams.
     """
     return _recognise(context, nets.load_ensemble(context), _students(context)) or []
 
@@ -39,7 +39,7 @@ def _recognise(context: Context, teacher: nets.Net, students: nets.Net) -> list[
     _print_unknown(spoken, transcripts)
 
     def rates(name: str, row: str, net: nets.Net, count: int, paper: float) -> list[Row]:
-        """The rows of `count` nets, decoded one by one; or of all of a net's members together."""
+        """The rows of `count` single members; for 0, of the mean of all members."""
         begun = time.monotonic()
         parts = [nets.first(net, 1, m) for m in range(count)] if count else [net]
         found = []
@@ -80,7 +80,7 @@ def _own_model(
     references: Sequence[str],
     model: language_model.LanguageModel,
 ) -> list[Row]:
-    """The reference: the aligner's own acoustic model; none where the set has no recordings."""
+    """The rows of the decoder's own acoustic model; none if the set has no recordings."""
     if not all(one.audio for one in spoken):
         return []
     begun = time.monotonic()
@@ -103,13 +103,13 @@ def _print_unknown(spoken: Sequence[Utterance], transcripts: Sequence[Sequence[s
 
 
 def training_transcripts(data: Data) -> list[Sequence[str]]:
-    """The words of the training utterances, those included of which the set has only the transcript."""
+    """The words of all training utterances, including those of which the set has only transcripts."""
     spoken: list[Sequence[str]] = [one.words for one in data.corpus.splits["train"]]
     return spoken + [line.split() for line in data.corpus.metadata["transcripts"]]
 
 
 def first_words(utterances: Sequence[Utterance], words: int) -> list[Utterance]:
-    """The first utterances with at most so many words in all, at least one; 0 stands for all."""
+    """The first utterances with at most `words` words in all, but at least one; all for 0."""
     ends = np.cumsum([len(one.words) for one in utterances])
     count = int(np.searchsorted(ends, words, side="right")) if words else len(utterances)
     return list(utterances[: max(count, 1)])
@@ -141,13 +141,13 @@ def _rows(
 
 
 def _with_audio(data: Data) -> Sequence[Utterance]:
-    """Test utterances whose recordings are in the set, for all rows to be of the same ones."""
+    """Test utterances with recordings, so that all rows have the same utterances; else all."""
     test = data.corpus.splits["test"]
     return [one for one in test if one.audio] or test
 
 
 def _log_probs(net: nets.Net, data: Data, spoken: Sequence[Utterance]) -> list[np.ndarray]:
-    """Every utterance's log-probabilities `[n, C]`."""
+    """The log-probabilities `[n, C]` of every utterance."""
     states = [data.class_of_state[one.states] for one in spoken]
     found = nets.log_probs(net, frames.pack([one.frames for one in spoken], states))
     return np.split(found, np.cumsum([len(own) for own in states])[:-1])
@@ -172,7 +172,7 @@ def _tune(
 
 
 def _phones_of_classes(data: Data) -> list[str]:
-    """The phone that each class is a state of: a class never mixes phones."""
+    """The phone of each class; the states of a class all belong to one phone."""
     names = data.corpus.metadata["phones"]
     phones = [""] * data.num_classes
     for state, number in enumerate(data.class_of_state):
@@ -181,7 +181,7 @@ def _phones_of_classes(data: Data) -> list[str]:
 
 
 def _example(data: Data, teacher: nets.Net, students: nets.Net) -> dict[str, Any]:
-    """One test utterance of some 2 seconds, and what the nets say of each of its frames."""
+    """One test utterance of about 2 seconds, with the predictions of the nets for each frame."""
     spoken = _with_audio(data)
     one = min(spoken, key=lambda one: abs(len(one.states) - 200))
     phones = _phones_of_classes(data)
@@ -212,7 +212,7 @@ def _example(data: Data, teacher: nets.Net, students: nets.Net) -> dict[str, Any
 
 
 def _confusions(data: Data, teacher: nets.Net, students: nets.Net) -> list[dict[str, Any]]:
-    """How often, per cent, frames of a phone are taken for another one; the ensemble's worst first."""
+    """How often, in per cent, a phone is confused with another; sorted by the ensemble's share."""
     phones = np.array(_phones_of_classes(data))
     said = phones[data.test["label"]]
     found = {

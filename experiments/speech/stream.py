@@ -1,10 +1,10 @@
 """Sets of utterances that don't fit on the device, trained on block by block.
 
-Every epoch's utterances are dealt out to blocks anew, each block is packed like a resident set
-(`frames.pack`) and padded to one shape, and trained on as one scanned program, with its frames in an
-order that is drawn over all its utterances. Grain reads the next blocks in threads meanwhile.
+In every epoch the utterances are distributed to blocks at random. A block is packed like a resident set
+(`frames.pack`), padded to one shape, and trained on as one scanned program, with the frames of all its
+utterances in random order. Meanwhile grain reads the next blocks in threads.
 
-What is in block b is a function of the seed and b alone, so a resumed run starts at any of them.
+The content of block b is a function of the seed and b only, so a resumed run can start at any block.
 """
 
 import functools
@@ -26,16 +26,19 @@ from experiments.speech.frames import LEFT, RIGHT, gather_windows, pack
 
 
 class Source(Protocol):
-    """Utterances read by number: "frames" uint8 [n, 40], "states" int32 [n], and any further fields
-    [n, ...] of each frame, the same ones for all utterances. Read by several threads at once."""
+    """Utterances that are read by number, by several threads at once: "frames" uint8 `[n, 40]`, "states"
+    int32 `[n]`, and any further fields `[n, ...]`, the same ones for all utterances."""
 
     def __len__(self) -> int: ...  # noqa: D105
     def __getitem__(self, number: int) -> Mapping[str, np.ndarray]: ...  # noqa: D105
 
 
 class BlockSizes(NamedTuple):
-    """How a set is cut. epoch: blocks in an epoch. least, most: frames in a block, whatever the seed
-    and epoch. utterances: the most in a block."""
+    """Sizes of the blocks of a set.
+
+    epoch: blocks in an epoch. least, most: bounds of the frames in a block, for all seeds and epochs.
+    utterances: upper bound of the utterances in a block.
+    """
 
     epoch: int
     least: int
@@ -44,19 +47,19 @@ class BlockSizes(NamedTuple):
 
 
 def block_sizes(lengths: np.ndarray, block_frames: int) -> BlockSizes:
-    """The sizes that all blocks of all epochs keep to.
+    """The bounds that hold for all blocks of all epochs.
 
-    `plan` deals each utterance to the block with the fewest frames, so with T frames in all, L in the
-    longest utterance and K blocks, every block has T / K frames, give or take L (1 - 1/K). K is the
-    least number for which that is at most `block_frames`.
+    `plan` puts each utterance in the block with the fewest frames. So with T frames in all, L in the
+    longest utterance and K blocks, every block has T / K frames, plus or minus L (1 - 1/K). K is the
+    smallest number for which that is at most `block_frames`.
 
     Args:
         lengths: int `[U]`, frames of every utterance.
-        block_frames: at most so many in a block.
+        block_frames: the maximum of frames in a block.
 
     Raises:
-        UserError: for no utterances or an empty one; for more frames than an int32 counts; or for
-            blocks so small beside the longest utterance that one could be empty.
+        UserError: for no utterances or an empty one; for more frames than int32 can count; or if blocks
+            are so small, compared to the longest utterance, that one could be empty.
     """
     lengths = np.asarray(lengths, np.int64)
     if not len(lengths) or lengths.min() < 1:
@@ -80,13 +83,13 @@ def block_sizes(lengths: np.ndarray, block_frames: int) -> BlockSizes:
 
 
 def steps_per_block(lengths: np.ndarray, block_frames: int, batch_size: int) -> int:
-    """Batches in the smallest possible block, and so in every block.
+    """Number of batches in a block: those of the smallest possible block.
 
-    With the names of `block_sizes`, fewer than `2 L + batch_size` frames of a block and fewer than
-    `L + batch_size` in the mean over an epoch's blocks are left out, other ones every epoch.
+    With L as in `block_sizes`, fewer than `2 L + batch_size` frames of a block are not used, and fewer
+    than `L + batch_size` in the mean over an epoch. They are other frames in every epoch.
 
     Raises:
-        UserError: for blocks too small for that.
+        UserError: if a block may be smaller than a batch.
     """
     least = block_sizes(lengths, block_frames).least
     if least < batch_size:
@@ -99,17 +102,17 @@ def steps_per_block(lengths: np.ndarray, block_frames: int, batch_size: int) -> 
 
 
 def plan(lengths: np.ndarray, block_frames: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Deals an epoch's utterances, in an order drawn from (seed, epoch), out to its blocks.
+    """Distributes the utterances of an epoch, in an order drawn from (seed, epoch), to its blocks.
 
     Args:
         lengths: int `[U]`, frames of every utterance.
-        block_frames: at most so many in a block.
+        block_frames: the maximum of frames in a block.
         seed: at least 0.
         epoch: its number, from 0.
 
     Returns:
-        For each of `block_sizes(...).epoch` blocks the numbers of its utterances, ascending: int64.
-        Every utterance is in one of them.
+        For each of the `block_sizes(...).epoch` blocks the numbers of its utterances, int64, ascending.
+        Every utterance is in exactly one block.
     """
     sizes = block_sizes(lengths, block_frames)
     blocks: list[list[int]] = [[] for _ in range(sizes.epoch)]
@@ -143,14 +146,14 @@ def blocks(
     Args:
         source: of utterances.
         lengths: int `[U]`, frames of every utterance.
-        block_frames: at most so many in a block.
+        block_frames: the maximum of frames in a block.
         seed: of the epochs' orders.
         first_block: number of the first block; a resumed run starts at its next one.
         end, read_threads, prefetch: as for `distill_jax.data.stream.read_ahead`.
 
     Raises:
-        UserError: as `block_sizes`; or, while reading, for an utterance that isn't as long as
-            `lengths` says, has other fields than the others, or that `frames.pack` refuses.
+        UserError: as `block_sizes`; while reading, if an utterance does not have the length in `lengths`
+            or the fields of the others, and as `frames.pack`.
     """
     lengths = np.asarray(lengths, np.int64)
     if len(source) != len(lengths):
@@ -174,14 +177,14 @@ def make_block_epoch(
 ) -> Epoch:
     """Builds `run_block(state, block, key, hyper) -> (state, metrics [steps])`.
 
-    The frames' order within a block is a function of the key and the block's number alone, which is
-    read off `state.step`. The filling is never drawn.
+    The order of the frames in a block is a function of the key and the number of the block, which
+    follows from `state.step`. The padding is never drawn.
 
     Args:
         step: from `train_step.make_train_step`; its batches are those of `frames.gather_windows`.
         batch_size: B.
-        steps: of every block, from `steps_per_block`.
-        shard_batch: lays a gathered batch out over devices (`sharding.shard_batch`).
+        steps: steps in a block, from `steps_per_block`.
+        shard_batch: shards a gathered batch over devices (`sharding.shard_batch`).
     """
     run_steps = make_steps(step, shard_batch, gather_windows)
 
@@ -199,7 +202,7 @@ def make_block_epoch(
 
 
 def _order(key: Array, size: int, count: Array) -> Array:
-    """A permutation of `size` rows: the first `count` of them in random order, then the others."""
+    """A permutation of `size` rows: the first `count` in random order, then the others."""
     bits = jax.random.bits(key, (size,), jnp.uint32) >> jnp.uint32(1)
     filling = jnp.arange(size, dtype=jnp.int32) >= count
     return jnp.argsort(jnp.where(filling, jnp.uint32(2**32 - 1), bits))
@@ -232,7 +235,7 @@ def _read_block(
 
 
 def _fill_up(block: Block, sizes: BlockSizes) -> Block:
-    """One shape for all blocks. The filling's windows are some that exist."""
+    """Pads a block to the shape of all blocks; the windows of the padding are real ones."""
     fillers = {"id": -1, "label": -1, "utterance": -1, "position": LEFT}
     rows = sizes.most + (LEFT + RIGHT) * sizes.utterances
     filled: Block = {"count": np.array(len(block["label"]), np.int32)}

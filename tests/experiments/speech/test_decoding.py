@@ -326,7 +326,7 @@ def test_tune_goes_by_one_weight_after_another(monkeypatch, model, capsys):
     assert asked[1] == start._replace(word_insertion_penalty=1.0)
     assert json.loads(json.dumps(tried)) == tried
     assert capsys.readouterr().out.count(" % at acoustic_scale") == len(tried)
-    with pytest.raises(UserError, match=r"'acoustic'.* none of the weights"):
+    with pytest.raises(UserError, match=r"'acoustic'.* not among the weights"):
         decoding.tune([], ["right"], *identity(), model, grid={"acoustic": [1.0]})
 
 
