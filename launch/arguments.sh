@@ -2,7 +2,7 @@
 # Sourced by the launchers. Reads [--dry-run] STUDY [PRESET] [FLAGS...] and sets:
 #   study, preset       as given; the preset is `default` if not
 #   workdir             ${runs:-runs}/STUDY, with -PRESET after it unless that is `default`
-#   main                the words of the command that runs the study, after the interpreter
+#   main                the arguments of the interpreter that run the study
 #   dry_run             1 or nothing
 
 dry_run=
@@ -21,7 +21,7 @@ workdir=${runs:-runs}/$study
 # shellcheck disable=SC2034  # the launchers read it
 main=(-m launch.main "--config=experiments/$study/config.py:$preset" "--workdir=$workdir" "$@")
 
-# Prints words as a shell reads them.
+# Prints its arguments quoted for a shell.
 quote() {
   local word line=
   for word in "$@"; do
@@ -31,7 +31,7 @@ quote() {
   echo "${line# }"
 }
 
-# Runs a command; a dry run prints it, also where the command's own output is thrown away.
+# Runs a command; a dry run prints it, even where the command's output is discarded.
 exec 3>&1
 run() {
   if [[ $dry_run ]]; then quote "$@" >&3; else "$@"; fi

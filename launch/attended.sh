@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command for as long as this script's input stays open: for launchers, whose processes, near or
-# at the far end of an ssh connection, so stop with them, however they end.
+# Runs a command for as long as this script's input stays open. Launchers use it so that their processes,
+# on this machine or over ssh, stop with them, however they end.
 #
 #   launch/attended.sh SECONDS COMMAND...
 #
@@ -10,7 +10,7 @@ set -uo pipefail
 
 grace=$1
 shift
-# A signal to the whole process group reaches the command by itself; its status is worth waiting for.
+# A signal to the process group reaches the command too; wait for its status.
 trap : TERM HUP
 "$@" </dev/null &
 command=$!

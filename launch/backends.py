@@ -1,4 +1,4 @@
-"""Where jobs run: as processes on this machine, as arrays of Slurm, or by hand from printed commands."""
+"""Back ends for jobs: processes on this machine, Slurm arrays, or printed commands."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ _ARRAY = Path(__file__).with_name("array.sbatch")
 
 
 class Job(NamedTuple):
-    """A command to run. name: in progress and errors. log: where its output goes beside others'."""
+    """A command to run. name: for progress and errors. log: its output, if several jobs run at once."""
 
     name: str
     command: Sequence[str]
@@ -24,25 +24,25 @@ class Job(NamedTuple):
 
 
 Rounds = Sequence[Sequence[Job]]
-"""The jobs of a round can run side by side; a round starts when the one before it has ended."""
+"""The jobs of a round can run in parallel; a round starts when the previous one has ended."""
 
 
 def print_commands(rounds: Rounds) -> None:
-    """Prints one command per job, as a shell reads it."""
+    """Prints one command per job, quoted for a shell."""
     for jobs in rounds:
         for job in jobs:
             print(shlex.join(job.command))
 
 
 def run_here(rounds: Rounds, at_once: int) -> None:
-    """Runs jobs as processes on this machine, so many at a time; one that fails stops no other.
+    """Runs jobs as processes on this machine, `at_once` at a time; a failure does not stop the others.
 
-    One at a time they write to the terminal, else to their logs, and share the GPUs that
-    CUDA_VISIBLE_DEVICES lists.
+    If `at_once` is 1 they write to the terminal. Otherwise they write to their logs, and each gets a
+    share of the GPUs in CUDA_VISIBLE_DEVICES.
 
     Raises:
-        UserError: that names the failed jobs, when all have ended.
-        Stopped: on SIGTERM, which is passed on, when those at work have ended.
+        UserError: if jobs failed, after all have ended; the message names them.
+        Stopped: on SIGTERM, which is passed on to the running jobs, after they have ended.
     """
     before = signal.signal(signal.SIGTERM, _stop)
     try:
@@ -65,7 +65,7 @@ class _Running(NamedTuple):
 
 
 def _run_round(jobs: Sequence[Job], at_once: int) -> list[Job]:
-    """Runs jobs, so many at a time, and returns those that failed."""
+    """Runs jobs, `at_once` at a time, and returns those that failed."""
     waiting, failed = list(reversed(jobs)), []
     places: list[_Running | None] = [None] * at_once
     try:
@@ -76,7 +76,7 @@ def _run_round(jobs: Sequence[Job], at_once: int) -> list[Job]:
                     print(f"{job.name}: started", flush=True)
                     places[place] = _Running(job, _start(job, place, at_once), time.monotonic())
                 elif running is not None and running.process.poll() is not None:
-                    failed += [running.job] if _tell_end(running) else []
+                    failed += [running.job] if _print_end(running) else []
                     places[place] = None
             time.sleep(0.05)
     finally:
@@ -89,7 +89,7 @@ def _run_round(jobs: Sequence[Job], at_once: int) -> list[Job]:
 
 
 def _start(job: Job, place: int, at_once: int) -> subprocess.Popen:
-    """Starts a job; one of several writes to its log, and sees its share of the GPUs."""
+    """Starts a job; if several run at once, it writes to its log and sees its share of the GPUs."""
     if at_once == 1:
         return subprocess.Popen(job.command)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -101,8 +101,8 @@ def _start(job: Job, place: int, at_once: int) -> subprocess.Popen:
         return subprocess.Popen(job.command, stdout=log, stderr=log, env=environment)
 
 
-def _tell_end(running: _Running) -> int:
-    """Prints how a job ended, and returns its status."""
+def _print_end(running: _Running) -> int:
+    """Prints how a job ended and returns its exit status."""
     status, seconds = running.process.returncode, time.monotonic() - running.begun
     ended = f"failed with status {status}" if status else "finished"
     print(f"{running.job.name}: {ended} after {seconds:.0f} s", flush=True)
@@ -110,19 +110,19 @@ def _tell_end(running: _Running) -> int:
 
 
 def submit(rounds: Rounds, at_once: int | None, workdir: Path) -> None:
-    """Submits an array job of Slurm per round, and returns; nothing while some are in the queue.
+    """Submits a Slurm array per round and returns. Does nothing while earlier ones are in the queue.
 
     Options come from sbatch's own environment variables, such as SBATCH_PARTITION and SBATCH_GRES.
 
     Args:
-        rounds: of jobs that see this directory and `workdir` as this machine does.
-        at_once: tasks of an array that may run at the same time; None: all.
-        workdir: gets jobs.txt, a command per line, and the tasks' output.
+        rounds: the jobs; their nodes must see this directory and `workdir` under the same paths.
+        at_once: tasks of an array that may run at the same time; None for all.
+        workdir: gets jobs.txt, with a command per line, and the output of the tasks.
 
     Raises:
-        UserError: if Slurm isn't there, or doesn't take the jobs.
+        UserError: if Slurm is not installed or rejects the jobs.
     """
-    # The queue is asked by name, so that nothing has to be kept of what was submitted.
+    # The queue is searched by name, so that no record of submitted jobs is needed.
     name = f"distill_jax-{hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]}"
     queued = _slurm("squeue", "--me", "--noheader", f"--name={name}", "--format=%i %T")
     if queued:

@@ -57,7 +57,7 @@ def _parse(argv: list[str]) -> list[str]:
         return app.parse_flags_with_usage(argv)
     try:
         rest = flags.FLAGS(argv)
-        # A file that isn't there shows itself only when the config is first looked at.
+        # A missing file is noticed only when the config is read.
         getattr(flags.FLAGS["config"].value, "is_locked", None)
         return rest
     except AttributeError as error:  # ml_collections, for a field that the locked config lacks
@@ -66,7 +66,7 @@ def _parse(argv: list[str]) -> list[str]:
         path = config_flags.get_config_filename(flags.FLAGS["config"])
         sys.exit(f"error: no config file {path!r}: {str(error).strip().splitlines()[-1].strip()}")
     except flags.Error as error:
-        # A config file's own error comes with its traceback, whose last line says it all.
+        # An error in a config file comes with its traceback; the last line is enough.
         sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
 
 

@@ -13,8 +13,8 @@
 #   WORKDIR /distill_jax
 #   RUN pip install -e .[experiments,tpu]
 # with cuda for GPUs. The cluster has JobSet and Kueue, and QUEUE is a Kueue LocalQueue. Checkpoints
-# and results are on the volume of the claim CLAIM (distill-runs), which is made if it isn't there; a
-# claim of your own must be as the file says.
+# and results are on the volume of the claim CLAIM (distill-runs), which is created if it does not exist;
+# a claim of your own must have the properties in that file.
 #
 # It returns at once. Process 0 prints; NAME is STUDY-PRESET if not given:
 #   kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME,batch.kubernetes.io/job-completion-index=0

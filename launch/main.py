@@ -25,25 +25,25 @@ _WORKDIR = flags.DEFINE_string(
 )
 _STAGES = flags.DEFINE_list("stages", [], "Stages to run, by comma; all if not given.")
 _REUSE = flags.DEFINE_list(
-    "reuse", [], "Other workdirs; finished stages of an equal config are taken over from them."
+    "reuse", [], "Other workdirs; finished stages with the same config are reused."
 )
 _PART = flags.DEFINE_string(
     "part",
     None,
-    "I,N: of the one stage in --stages, train the groups of nets I, I+N, I+2N and so on, and leave the "
-    "rest to other processes in the same workdir; the command without it then finishes the stage.",
+    "I,N: of the one stage in --stages, train only the groups of nets I, I+N, I+2N and so on; other "
+    "processes in the same workdir train the rest. The command without it then finishes the stage.",
 )
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     "off",
-    "off: this process alone. auto: one of several, as Slurm, Cloud TPU, Kubernetes or Open MPI say. "
-    "HOST:PORT,COUNT,INDEX: process 0's address, how many there are, which one this is.",
+    "off: a single process. auto: one of several, started by Slurm, Cloud TPU, Kubernetes or Open MPI. "
+    "HOST:PORT,COUNT,INDEX: the address of process 0, the number of processes, and this one's index.",
 )
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the study that the config names."""
-    # Nets of one shape share their programs, over stages, resumptions and the points of a sweep.
+    # Nets of equal shape share compiled programs: over stages, resumed runs and points of a sweep.
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "distill_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -9,7 +9,7 @@
 #   launch/multi_gpu.sh --dry-run mnist paper    prints the commands and runs nothing
 #
 # All hosts see this directory under this path, on a file system that they share. The first starts JAX's
-# coordinator on PORT (by chance if not given), which the others must reach. Process 0 prints.
+# coordinator on PORT (random if not given), which the others must reach. Process 0 prints.
 #
 # Ctrl-C or SIGTERM: all processes save at the same step, and the status is 75. When one process fails,
 # the others are stopped, and the status is that of the first one that failed. In both cases the same
@@ -22,7 +22,7 @@ source launch/arguments.sh
 EXTRAS=${EXTRAS-cuda} PORT=${PORT:-$((20000 + RANDOM % 10000))}
 read -ra hosts <<<"${HOSTS:-127.0.0.1}"
 
-# Sets `command` to what runs the words after the first on the host that is the first.
+# Sets `command` to run the arguments after the first on the host that is the first.
 at() {
   command=("${@:2}")
   [[ -z ${HOSTS:-} ]] || command=(ssh -o BatchMode=yes "$1" "cd $(quote "$PWD") && $(quote "${@:2}")")
@@ -41,7 +41,7 @@ done
 
 run launch/environment.sh ${EXTRAS:+"$EXTRAS"} >/dev/null
 
-# The processes' input: a pipe that ends when this script lets go of it, or is itself no more.
+# The processes' input: a pipe that closes when this script closes it or ends.
 pipe=$(mktemp -u)
 mkfifo "$pipe"
 exec {hold}<>"$pipe"

@@ -52,14 +52,14 @@ _BACKEND = flags.DEFINE_enum("backend", "local", ["local", "slurm", "print"], "W
 _AT_ONCE = flags.DEFINE_integer(
     "at_once",
     None,
-    "Jobs that run side by side; by default 1 on this machine, where more write to WORKDIR/JOB/log.txt, "
-    "and all that Slurm has room for.",
+    "Jobs that run in parallel. Default: 1 on this machine (more write to WORKDIR/JOB/log.txt); all on "
+    "Slurm.",
     lower_bound=1,
 )
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs what isn't finished of a sweep or of a stage."""
+    """Runs the unfinished points of a sweep, or parts of a stage."""
     sweep, stage_and_count, workdir = _SWEEP.value, _PARTS.value, Path(_WORKDIR.value)
     if sweep and not stage_and_count:
         _run_sweep(load_sweep(sweep), workdir)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run_sweep(points: Sequence[Overrides], workdir: Path) -> None:
-    """Checks all points, runs those that are not finished, and joins the rows if all are."""
+    """Checks all points, runs those that are not finished, and joins the rows once all are."""
     configs = {point_name(point): apply_point(_CONFIG.value, point) for point in points}
     check_names(_stages(), _STAGES.value)
     jobs = [
@@ -78,7 +78,7 @@ def _run_sweep(points: Sequence[Overrides], workdir: Path) -> None:
         for point in points
         if not _is_finished(workdir / point_name(point), configs[point_name(point)])
     ]
-    # The first of all trains what is shared; the others would each do the same beside it.
+    # The first point trains what all share; in parallel, each would train it again.
     alone = 1 if len(jobs) == len(points) else 0
     _run([jobs[:alone], jobs[alone:]], workdir)
     left = [name for name in configs if not _is_finished(workdir / name, configs[name])]
@@ -113,7 +113,7 @@ def _run_parts(stage_and_count: str, workdir: Path) -> None:
 
 
 def _run(rounds: backends.Rounds, workdir: Path) -> None:
-    """Hands jobs to the back end."""
+    """Runs jobs on the chosen back end."""
     rounds = [jobs for jobs in rounds if jobs]
     if not rounds:
         return
@@ -126,7 +126,7 @@ def _run(rounds: backends.Rounds, workdir: Path) -> None:
 
 
 def _say(text: str) -> None:
-    """Tells the user; apart from commands that are printed to be run."""
+    """Prints a message; on stderr where stdout has the printed commands."""
     print(text, file=sys.stderr if _BACKEND.value == "print" else sys.stdout)
 
 
@@ -147,7 +147,7 @@ def load_sweep(file_and_name: str) -> list[Overrides]:
 
 
 def apply_point(config: ConfigDict, point: Overrides) -> ConfigDict:
-    """The config of a point; a UserError for a key that it lacks, or a value of another type."""
+    """The config of a point; a UserError for a missing key or a value of another type."""
     config = config.copy_and_resolve_references()
     for key, value in point.items():
         try:
@@ -175,7 +175,7 @@ def join_rows(workdir: Path, points: Sequence[Overrides]) -> list[dict[str, Any]
 
 
 def markdown(points: Sequence[Overrides], rows: Sequence[dict[str, Any]]) -> str:
-    """One table: a line per row and metric that differs between points, a column per point."""
+    """A table with a column per point, and a line for each row and metric that differs."""
     names = [point_name(point) for point in points]
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in rows:
@@ -202,7 +202,7 @@ def _stages() -> Any:
 
 
 def _is_finished(directory: Path, config: ConfigDict) -> bool:
-    """Whether all stages that are asked for are; a UserError if they are another config's."""
+    """Whether the selected stages are finished; a UserError if they have another config."""
     check_same(directory, config)
     names = _STAGES.value or [stage.name for stage in _stages()]
     files = [directory / "stages" / name / "stage.json" for name in names if name != "report"]
@@ -210,7 +210,7 @@ def _is_finished(directory: Path, config: ConfigDict) -> bool:
 
 
 def _point_job(point: Overrides, points: Sequence[Overrides], workdir: Path) -> Job:
-    """Runs a point, as `launch.main` would be by hand; it takes over what others have finished."""
+    """The job that runs a point by `launch.main`; it reuses what other points have finished."""
     directory = workdir / point_name(point)
     others = [str(workdir / point_name(other)) for other in points if other != point]
     reuse = [f"--reuse={','.join(others)}"] if others else []
@@ -220,7 +220,7 @@ def _point_job(point: Overrides, points: Sequence[Overrides], workdir: Path) -> 
 
 
 def _main_command(workdir: Path, point: Overrides, *more: str) -> list[str]:
-    """The words of a `launch.main` with this command's config, and a point's overrides."""
+    """The command of `launch.main` with this command's config and the overrides of a point."""
     given: Mapping[str, Any] = config_flags.get_override_values(flags.FLAGS["config"])
     return [
         sys.executable,

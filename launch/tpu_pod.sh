@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Runs a study on a Cloud TPU slice, with one process per worker: makes the slice, or takes the one of
-# that name, copies this directory to every worker, runs, and fetches the results to runs/.
+# Runs a study on a Cloud TPU slice, with one process per worker: creates the slice if
+# it does not exist, copies this directory to every worker, runs, and fetches the results to runs/.
 #
 #   export ZONE=us-west4-a TYPE=v5litepod-16 VERSION=v2-alpha-tpuv5-lite SHARE=10.0.0.2:/share
 #   NAME=distill launch/tpu_pod.sh mnist paper
-#   NAME=distill SPOT=1 launch/tpu_pod.sh mnist paper       preempted: made anew, and the run resumes
-#   NAME=distill launch/tpu_pod.sh --dry-run mnist paper    prints the commands, those for a
-#                                                           slice that isn't there yet, and runs nothing
+#   NAME=distill SPOT=1 launch/tpu_pod.sh mnist paper       if preempted, it is created again and the run resumes
+#   NAME=distill launch/tpu_pod.sh --dry-run mnist paper    prints the commands for a slice that
+#                                                           does not exist yet, and runs nothing
 #
 # SHARE is an NFS export, such as a Filestore instance's, in the slice's network: every worker mounts it,
 # and checkpoints and results are there. VERSION is the runtime, v2-alpha-tpuv6e for v6e. Needs gcloud,
-# logged in, with a project set. Setting up takes some minutes, once for each slice.
+# logged in, with a project set. The setup takes some minutes, once per slice.
 #
 # Process 0 prints. The status is that of the worker that failed; the same command resumes from the last
-# checkpoint, once the workers' old processes are gone. The slice stays up, and is paid for, until
+# checkpoint, once the old processes of the workers have ended. The slice keeps running, and costs money, until
 #   gcloud compute tpus tpu-vm delete NAME --zone=ZONE
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -54,7 +54,7 @@ copy() {
     everywhere 'mkdir -p distill_jax && tar -xzf tree.tgz -C distill_jax'
 }
 
-# The runtimes' own Python is too old.
+# The Python of the runtimes is too old.
 set_up() {
   local apt='sudo apt-get -q -o DPkg::Lock::Timeout=300'
   everywhere "$apt update && $apt -y install nfs-common python3.11-venv && \
@@ -63,7 +63,7 @@ sudo mkdir -p $runs && sudo chmod a+rwx $runs && \
 cd distill_jax && PYTHON=python3.11 launch/environment.sh tpu"
 }
 
-# The lock: a slice's TPUs serve one run, and an earlier one may not have ended yet.
+# The lock: the TPUs serve only one run at a time, and an earlier one may not have ended yet.
 run_study() {
   everywhere "cd distill_jax && exec flock -F ../lock .venv/bin/python $(quote "${main[@]}") --distributed=auto"
 }
