@@ -10,13 +10,12 @@ from ml_collections import ConfigDict
 
 from distill_jax import soft_targets, train_step
 from distill_jax.data.images import Examples
+from distill_jax.nets import Net
 from distill_jax.soft_targets import Kept
 from distill_jax.soft_targets.compare import against_dense
-from experiments.common import members
 from experiments.common.study import Context, Row, make_row
 from experiments.speech import frames, nets, training_set
 from experiments.speech.data import load_data
-from experiments.speech.table1 import distil
 
 
 def temperature(context: Context) -> list[Row]:
@@ -57,20 +56,21 @@ def compression(context: Context) -> list[Row]:
     probabilities = jnp.exp(jnp.asarray(log_probs))
     mean = jnp.mean(probabilities, axis=0)
 
-    def student(row: str, targets: Sequence[Examples], loss: train_step.Loss) -> members.Net:
+    def student(row: str, targets: Sequence[Examples], loss: train_step.Loss) -> Net:
         print(f"compression, {row}", flush=True)
         joined = [{**examples, **own} for own in targets]
         # Of one name, so that a seed's students begin alike and see the same batches.
         variant = {"temperature": net.temperature, "hard_weight": net.hard_weight}
         directory = context.directory / row.replace("=", "_")
-        return nets.train(context, "student", net, joined, loss, [variant], directory=directory)
+        return nets.train(
+            context, "student", net, joined, loss, variants=[variant], directory=directory
+        )
 
     targets = {"teacher_logits": log_probs * np.float32(net.temperature)}
     dense = student("dense", [targets] * seeds, train_step.distillation_loss)
     rows = _compression_rows(config, "dense", 4 * data.num_classes + _DIGEST, dense, {})
     some = np.arange(len(log_probs))[:: -(-len(log_probs) // _COMPARED)]
-    one = nets.first(nets.Net(dense.model, dense.params), 1)
-    logits = jnp.asarray(nets.log_probs(one, frames.select(examples, some)))
+    logits = jnp.asarray(nets.log_probs(dense.some(0, 1), frames.select(examples, some)))
     for k in [k for k in net.k if k < data.num_classes]:
         for row, size, kept in _encodings(probabilities, k, examples["id"], max(2, seeds)):
             part = jax.tree.map(lambda field: field[some], kept[:4])
@@ -92,7 +92,7 @@ def unlabelled(context: Context) -> list[Row]:
     config, data = context.config, load_data(context.config)
     net = config.unlabelled
     seeds = config.seeds[:1]
-    large = nets.accuracies(nets.first(nets.load_ensemble(context), 1), data.test)
+    large = nets.accuracies(nets.load_ensemble(context).some(0, 1), data.test)
     small = nets.train(
         context,
         "small",
@@ -113,7 +113,9 @@ def unlabelled(context: Context) -> list[Row]:
         (net.temperature, net.hard_weight, None),
     ):
         name = f"one_temperature_{value:g}_{weight:g}"
-        trained = distil(context, name, net, value, seeds, weight, "one")
+        trained = nets.distil(
+            context, name, net, value, seeds=seeds, hard_weight=weight, store="one"
+        )
         found = nets.frame_accuracies(trained, data)
         share = 100.0 * (found - base) / (large - base)
         labels = f"labels at {weight:g}" if weight else "no labels"
@@ -124,17 +126,16 @@ def unlabelled(context: Context) -> list[Row]:
     return rows
 
 
-def _at_temperature(context: Context, value: float) -> members.Net:
-    """A student of the first seed; or all those of Table 1, which were trained before."""
-    config = context.config
-    if value == config.distilled.temperature:
-        finished = context._replace(directory=context.inputs["distilled"])
-        return distil(finished, "distilled", config.distilled, value, config.seeds)
-    return distil(context, f"temperature_{value:g}", config.distilled, value, config.seeds[:1])
+def _at_temperature(context: Context, value: float) -> Net:
+    """A student of the first seed; or all those of Table 1, which are finished."""
+    net, seeds = context.config.distilled, context.config.seeds
+    if value == net.temperature:
+        return nets.load_students(context)
+    return nets.distil(context, f"temperature_{value:g}", net, value, seeds=seeds[:1])
 
 
 def _dense_targets(context: Context) -> tuple[np.ndarray, Examples]:
-    """The logarithm of a part's soft targets at a temperature `[n, C]`, and that part's cases."""
+    """The logarithm of a part's soft targets at a temperature `[n, C]`, and that part's examples."""
     config = context.config
     net = config.compression
     teacher = nets.load_ensemble(context)
@@ -163,7 +164,7 @@ def _compression_rows(
     config: ConfigDict,
     row: str,
     size: int,
-    trained: members.Net,
+    trained: Net,
     measured: Mapping[str, Sequence[float] | np.ndarray],
 ) -> list[Row]:
     """The rows of one form of the targets, with its size to be plotted against."""

@@ -1,4 +1,4 @@
-"""The nets of the speech study: how they are trained, and what they say of frames."""
+"""The nets of the speech study: how they are trained and read, and their frame accuracies."""
 
 import functools
 import json
@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 from distill_jax import soft_targets, train_step
 from distill_jax.data.images import Examples
 from distill_jax.models import Model, Params
+from distill_jax.nets import Net, load, stack
 from distill_jax.soft_targets import Mean
 from experiments.common import members
 from experiments.common.study import Context
@@ -29,23 +29,17 @@ WINDOWS = members.Reader(
 )
 
 
-class Net(NamedTuple):
-    """A trained net, or an ensemble whose params have a leading axis `[M, ...]`."""
-
-    model: Model
-    params: Params
-
-
 def train(
     context: Context,
     name: str,
     net: ConfigDict,
     examples: Sequence[Examples] | members.Stream,
     loss: train_step.Loss,
+    *,
     variants: Sequence[Mapping[str, float]] = ({},),
     seeds: Sequence[int] | None = None,
     directory: Path | None = None,
-) -> members.Net:
+) -> Net:
     """`members.train` for this study: counts frame errors on the test and validation sets."""
     data = load_data(context.config)
     config = context.config
@@ -65,77 +59,68 @@ def train(
     )
 
 
-def train_on_targets(
+def distil(
     context: Context,
     name: str,
     net: ConfigDict,
-    store: soft_targets.Store,
     temperature: float,
-    hard_weight: float,
+    *,
     seeds: Sequence[int],
-) -> members.Net:
-    """Nets distilled on the whole training set with stored soft targets, one for each seed."""
+    hard_weight: float | None = None,
+    store: str = "ensemble",
+) -> Net:
+    """Nets trained on stored soft targets of the whole training set; by default the ensemble's."""
+    targets = load_targets(context.config, context.inputs["soft_targets"] / store)
+    weight = net.hard_weight if hard_weight is None else hard_weight
     return train(
         context,
         name,
         net,
-        training_set.with_targets(context.config, net, store, temperature, len(seeds)),
-        train_step.top_k_distillation_loss(store.tail_weights[temperature]),
-        [{"temperature": temperature, "hard_weight": hard_weight}],
+        training_set.with_targets(context.config, net, targets, temperature, len(seeds)),
+        train_step.top_k_distillation_loss(targets.tail_weights[temperature]),
+        variants=[{"temperature": temperature, "hard_weight": weight}],
         seeds=seeds,
     )
 
 
-def train_ensemble(context: Context, directory: Path | None = None) -> list[members.Net]:
-    """The ensemble in groups of members, each group resumed by itself or restored if it is done."""
-    return [train_group() for train_group in ensemble_groups(context, directory)]
-
-
-def ensemble_groups(
-    context: Context, directory: Path | None = None
-) -> list[Callable[[], members.Net]]:
-    """What trains each of these groups, or restores it."""
-    net = context.config.ensemble
-    seeds = tuple(net.members)
-    groups = [seeds[i : i + net.at_once] for i in range(0, len(seeds), net.at_once)]
-    return [functools.partial(_train_group, context, group, directory) for group in groups]
-
-
-def _train_group(context: Context, group: tuple[int, ...], directory: Path | None) -> members.Net:
-    net = context.config.ensemble
-    return train(
-        context,
-        f"member_{group[0]}" if len(group) == 1 else f"members_{group[0]}_to_{group[-1]}",
-        net,
-        training_set.labelled(context.config, net, len(group)),
-        train_step.label_loss,
-        seeds=group,
-        directory=directory,
-    )
+def ensemble_groups(context: Context) -> list[Callable[[], Net]]:
+    """What trains each group of the ensemble's members; each group is resumed by itself."""
+    groups = _groups(context.config)
+    return [functools.partial(_train_group, context, name, seeds) for name, seeds in groups]
 
 
 def load_ensemble(context: Context) -> Net:
-    """The finished ensemble of the stage of that name, restored once per process."""
-    directory = context.inputs["ensemble"]
-    if directory not in _ENSEMBLES:
-        _ENSEMBLES[directory] = stack(train_ensemble(context, directory))
-    return _ENSEMBLES[directory]
+    """The members of the finished stage "ensemble", read once per process."""
+    names = tuple(name for name, _ in _groups(context.config))
+    return _load_ensemble(context.inputs["ensemble"], names)
 
 
-_ENSEMBLES: dict[Path, Net] = {}
+def load_students(context: Context) -> Net:
+    """The students of the finished stage "distilled"."""
+    return load(context.inputs["distilled"] / "distilled")
 
 
-def stack(groups: Sequence[members.Net]) -> Net:
-    """All groups' members as one ensemble."""
-    params = jax.tree.map(
-        lambda *leaves: jnp.concatenate(leaves), *[group.params for group in groups]
-    )
-    return Net(groups[0].model, params)
+@functools.cache
+def _load_ensemble(folder: Path, names: tuple[str, ...]) -> Net:
+    net = stack([load(folder / name) for name in names])
+    return net._replace(params=jax.tree.map(jnp.asarray, net.params))
 
 
-def first(net: Net, count: int, start: int = 0) -> Net:
-    """Some of an ensemble's members."""
-    return Net(net.model, jax.tree.map(lambda leaf: leaf[start : start + count], net.params))
+def _groups(config: ConfigDict) -> list[tuple[str, tuple[int, ...]]]:
+    """The ensemble's members by groups that are one program each: folders and seeds."""
+    net = config.ensemble
+    seeds = tuple(net.members)
+    groups = [seeds[i : i + net.at_once] for i in range(0, len(seeds), net.at_once)]
+    return [
+        (f"member_{own[0]}" if len(own) == 1 else f"members_{own[0]}_to_{own[-1]}", own)
+        for own in groups
+    ]
+
+
+def _train_group(context: Context, name: str, seeds: tuple[int, ...]) -> Net:
+    net = context.config.ensemble
+    examples = training_set.labelled(context.config, net, len(seeds))
+    return train(context, name, net, examples, train_step.label_loss, seeds=seeds)
 
 
 @functools.cache
@@ -156,14 +141,9 @@ def mean_log_probs(
 
 
 def log_probs(net: Net, examples: Examples) -> np.ndarray:
-    """The logarithm of the members' arithmetic mean `[N, C]`, of all cases, at temperature 1."""
+    """The logarithm of the members' arithmetic mean `[N, C]`, of all examples, at temperature 1."""
     rows = np.arange(len(examples["label"]))
     return frames.logits_over_windows(mean_log_probs(net.model), net.params, examples, rows)
-
-
-def member_count(net: Net) -> int:
-    """How many nets there are in an ensemble."""
-    return len(jax.tree.leaves(net.params)[0])
 
 
 def accuracies(net: Net, examples: Examples) -> np.ndarray:
@@ -258,7 +238,7 @@ def fingerprint(net: Net, section: ConfigDict) -> str:
     return soft_targets.fingerprint(net.params, json.loads(section.to_json()))
 
 
-def frame_accuracies(nets: members.Net, data: Data, split: str = "test") -> np.ndarray:
+def frame_accuracies(nets: Net, data: Data, split: str = "test") -> np.ndarray:
     """Frame accuracies of the members after the last epoch `[M]`, per cent."""
     examples = data.test if split == "test" else data.validation
     errors = np.asarray(nets.history[-1][f"{split}_errors"], np.float64)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from distill_jax import processes
+from distill_jax.nets import Net
 from experiments.common.study import Context, Row, make_row, write_json
 from experiments.speech import decoding, frames, language_model, nets
 from experiments.speech.data import Data, load_data
 from experiments.speech.speech_frames import Utterance
-from experiments.speech.table1 import distil
 
 _COUNTED = 100  # a phone with fewer frames in the test set is left out of the confusions
 
@@ -23,11 +23,11 @@ def recognise(context: Context) -> list[Row]:
     with the ensemble on validation utterances and are the same for all nets. The decoder's own acoustic
     model uses the default weights and wide beams.
     """
-    return _recognise(context, nets.load_ensemble(context), _students(context)) or []
+    return _recognise(context, nets.load_ensemble(context), nets.load_students(context)) or []
 
 
 @processes.main_only  # decoding takes the whole machine
-def _recognise(context: Context, teacher: nets.Net, students: nets.Net) -> list[Row]:
+def _recognise(context: Context, teacher: Net, students: Net) -> list[Row]:
     config, data = context.config, load_data(context.config)
     write_json(context.directory / "example.json", _example(data, teacher, students))
     write_json(context.directory / "confusions.json", _confusions(data, teacher, students))
@@ -38,10 +38,10 @@ def _recognise(context: Context, teacher: nets.Net, students: nets.Net) -> list[
     references = [" ".join(one.words) for one in spoken]
     _print_unknown(spoken, transcripts)
 
-    def rates(name: str, row: str, net: nets.Net, count: int, paper: float) -> list[Row]:
+    def rates(name: str, row: str, net: Net, count: int, paper: float) -> list[Row]:
         """The rows of `count` single members; for 0, of the mean of all members."""
         begun = time.monotonic()
-        parts = [nets.first(net, 1, m) for m in range(count)] if count else [net]
+        parts = [net.some(m, 1) for m in range(count)] if count else [net]
         found = []
         for number, one in enumerate(parts):
             hypotheses = decoding.decode(
@@ -55,23 +55,14 @@ def _recognise(context: Context, teacher: nets.Net, students: nets.Net) -> list[
             found.append(decoding.word_errors(references, hypotheses))
         return _rows(context, row, found, (time.monotonic() - begun) / len(parts), paper=paper)
 
-    together = f"{nets.member_count(teacher)}xEnsemble"
+    together = f"{teacher.members}xEnsemble"
     distilled = f"distilled, T={config.distilled.temperature:g}"
     return [
         *rates("member", "baseline", teacher, config.decoding.members, 10.9),
         *rates("ensemble", together, teacher, 0, 10.7),
-        *rates("student", distilled, students, nets.member_count(students), 10.7),
+        *rates("student", distilled, students, students.members or 1, 10.7),
         *_own_model(context, spoken, references, model),
     ]
-
-
-def _students(context: Context) -> nets.Net:
-    """The finished students of Table 1."""
-    config = context.config
-    finished = context._replace(directory=context.inputs["distilled"])
-    net = config.distilled
-    trained = distil(finished, "distilled", net, net.temperature, config.seeds)
-    return nets.Net(trained.model, trained.params)
 
 
 def _own_model(
@@ -146,7 +137,7 @@ def _with_audio(data: Data) -> Sequence[Utterance]:
     return [one for one in test if one.audio] or test
 
 
-def _log_probs(net: nets.Net, data: Data, spoken: Sequence[Utterance]) -> list[np.ndarray]:
+def _log_probs(net: Net, data: Data, spoken: Sequence[Utterance]) -> list[np.ndarray]:
     """The log-probabilities `[n, C]` of every utterance."""
     states = [data.class_of_state[one.states] for one in spoken]
     found = nets.log_probs(net, frames.pack([one.frames for one in spoken], states))
@@ -154,7 +145,7 @@ def _log_probs(net: nets.Net, data: Data, spoken: Sequence[Utterance]) -> list[n
 
 
 def _tune(
-    context: Context, data: Data, model: language_model.LanguageModel, net: nets.Net
+    context: Context, data: Data, model: language_model.LanguageModel, net: Net
 ) -> decoding.Weights:
     words = context.config.decoding.tuning_words
     if not words:
@@ -180,7 +171,7 @@ def _phones_of_classes(data: Data) -> list[str]:
     return phones
 
 
-def _example(data: Data, teacher: nets.Net, students: nets.Net) -> dict[str, Any]:
+def _example(data: Data, teacher: Net, students: Net) -> dict[str, Any]:
     """One test utterance of about 2 seconds, with the predictions of the nets for each frame."""
     spoken = _with_audio(data)
     one = min(spoken, key=lambda one: abs(len(one.states) - 200))
@@ -191,7 +182,7 @@ def _example(data: Data, teacher: nets.Net, students: nets.Net) -> dict[str, Any
     states = data.class_of_state[one.states]
     probabilities = {
         name: np.exp(_log_probs(net, data, [one])[0])
-        for name, net in (("ensemble", teacher), ("distilled", nets.first(students, 1)))
+        for name, net in (("ensemble", teacher), ("distilled", students.some(0, 1)))
     }
     return {
         "id": one.id,
@@ -211,13 +202,13 @@ def _example(data: Data, teacher: nets.Net, students: nets.Net) -> dict[str, Any
     }
 
 
-def _confusions(data: Data, teacher: nets.Net, students: nets.Net) -> list[dict[str, Any]]:
+def _confusions(data: Data, teacher: Net, students: Net) -> list[dict[str, Any]]:
     """How often, in per cent, a phone is confused with another; sorted by the ensemble's share."""
     phones = np.array(_phones_of_classes(data))
     said = phones[data.test["label"]]
     found = {
         "ensemble": phones[nets.log_probs(teacher, data.test).argmax(axis=-1)],
-        "distilled": phones[nets.log_probs(nets.first(students, 1), data.test).argmax(axis=-1)],
+        "distilled": phones[nets.log_probs(students.some(0, 1), data.test).argmax(axis=-1)],
     }
     pairs: list[dict[str, Any]] = []
     for phone, count in zip(*np.unique(said, return_counts=True), strict=True):

@@ -8,9 +8,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax import models, soft_targets, train_step
+from distill_jax.nets import Net, stack
 from distill_jax.soft_targets import Mean
 from distill_jax.soft_targets.reduction import array_name
-from experiments.common import members
 from experiments.common.study import Context, Row, make_row, read_json, write_json
 from experiments.speech import frames, nets, training_set
 from experiments.speech.data import Data, load_data
@@ -21,13 +21,11 @@ _SHARD_RUNS = 64  # at most so many groups of the stage that writes soft targets
 def ensemble(context: Context) -> list[Row]:
     """Nets that differ in their seeds alone: each is a baseline, together they are the teacher."""
     config, data = context.config, load_data(context.config)
-    groups = nets.train_ensemble(context)
-    net = nets.stack(groups)
+    net = stack([train_group() for train_group in nets.ensemble_groups(context)])
     count = len(config.ensemble.members)
     size = models.parameter_count(net.params) // count
     print(f"{data.num_classes} states, {size:,} parameters in each of {count} nets")
-    seconds = sum(group.seconds for group in groups)
-    single = np.concatenate([nets.frame_accuracies(group, data) for group in groups])
+    seconds, single = net.seconds, nets.frame_accuracies(net, data)
     log_probs = _member_log_probs(net, data)
     arithmetic = {
         number: [
@@ -100,7 +98,7 @@ def _write_soft_targets(context: Context, shards: Sequence[int] | None = None) -
     nets.write_targets(  # one large net's, for a small one to learn from
         context,
         "one",
-        nets.first(net, 1),
+        net.some(0, 1),
         sorted({1.0, config.unlabelled.temperature}),
         mean=None,
         teacher=f"{teacher}, member 0",
@@ -112,7 +110,7 @@ def distilled(context: Context) -> list[Row]:
     """One net of the members' size, distilled from all of them; and the share of their gain it has."""
     config, data = context.config, load_data(context.config)
     net = config.distilled
-    trained = distil(context, "distilled", net, net.temperature, config.seeds)
+    trained = nets.distil(context, "distilled", net, net.temperature, seeds=config.seeds)
     found = nets.frame_accuracies(trained, data)
     before = read_json(context.inputs["ensemble"] / "accuracy.json")
     gain = before["ensemble"] - before["baseline"]
@@ -121,7 +119,7 @@ def distilled(context: Context) -> list[Row]:
     return [
         make_row(config, "speech", row, "frame_accuracy", found, seconds, 60.8),
         make_row(config, "speech", row, "gain_transferred_percent", share, seconds, 86.4),
-        *unheard_rows(context, row, nets.Net(trained.model, trained.params), seconds),
+        *unheard_rows(context, row, trained, seconds),
         *_control(context),
     ]
 
@@ -145,22 +143,7 @@ def _control(context: Context) -> list[Row]:
     return [make_row(config, "speech", row, "frame_accuracy", found, trained.seconds)]
 
 
-def distil(
-    context: Context,
-    name: str,
-    net: ConfigDict,
-    temperature: float,
-    seeds: Sequence[int],
-    hard_weight: float | None = None,
-    store: str = "ensemble",
-) -> members.Net:
-    """Nets trained on stored soft targets of the whole training set; by default the ensemble's."""
-    targets = nets.load_targets(context.config, context.inputs["soft_targets"] / store)
-    weight = net.hard_weight if hard_weight is None else hard_weight
-    return nets.train_on_targets(context, name, net, targets, temperature, weight, seeds)
-
-
-def unheard_rows(context: Context, row: str, net: nets.Net, seconds: float) -> list[Row]:
+def unheard_rows(context: Context, row: str, net: Net, seconds: float) -> list[Row]:
     """Accuracy on speakers who are in training and on those who are not; none if all are of a kind."""
     data = load_data(context.config)
     rows = []
@@ -173,10 +156,10 @@ def unheard_rows(context: Context, row: str, net: nets.Net, seconds: float) -> l
     return rows
 
 
-def _member_log_probs(net: nets.Net, data: Data) -> np.ndarray:
+def _member_log_probs(net: Net, data: Data) -> np.ndarray:
     """Every member's log-probabilities of the test frames `[M, N, C]`."""
-    count = nets.member_count(net)
-    return np.stack([nets.log_probs(nets.first(net, 1, m), data.test) for m in range(count)])
+    each = [net.some(m, 1) for m in range(net.members or 0)]
+    return np.stack([nets.log_probs(one, data.test) for one in each])
 
 
 def _mean(log_probs: np.ndarray, mean: Mean) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from distill_jax import train_step
 from distill_jax.data.images import Examples
 from distill_jax.loop import Record
-from experiments.common import members
+from distill_jax.nets import Net
 from experiments.common.study import Context, Row, make_row, write_json
 from experiments.speech import nets, training_set
 from experiments.speech.data import load_data
@@ -32,7 +32,7 @@ def fractions(context: Context) -> list[Row]:
         net,
         examples,
         train_step.top_k_distillation_loss(store.tail_weights[net.temperature]),
-        [
+        variants=[
             {"temperature": net.temperature, "hard_weight": weight}
             for weight in (1.0, net.hard_weight)
         ],
@@ -73,26 +73,23 @@ def fractions(context: Context) -> list[Row]:
     return rows
 
 
-def _on_own_parts(trained: members.Net, examples: Sequence[Examples]) -> np.ndarray:
+def _on_own_parts(trained: Net, examples: Sequence[Examples]) -> np.ndarray:
     """Frame accuracy of each net `[M]` on the part that it was trained on, per cent."""
     seeds = len(examples)
-    found = [
-        nets.accuracies(
-            nets.Net(trained.model, jax.tree.map(lambda leaf, s=s: leaf[s::seeds], trained.params)),
-            cases,
-        )
-        for s, cases in enumerate(examples)
-    ]
+    found = []
+    for s, own in enumerate(examples):
+        params = jax.tree.map(lambda leaf, s=s: leaf[s::seeds], trained.params)
+        found.append(nets.accuracies(trained._replace(params=params), own))
     return np.stack(found, axis=1).ravel()
 
 
 def _all_data(context: Context, some: Examples) -> list[Row]:
-    """The ensemble's members once more: all data, hard targets; on some of their training cases."""
+    """The ensemble's members once more: all data, hard targets; on some of their training examples."""
     config, data = context.config, load_data(context.config)
-    groups = nets.train_ensemble(context, context.inputs["ensemble"])
-    train = nets.accuracies(nets.stack(groups), some)
-    test = np.concatenate([nets.frame_accuracies(group, data) for group in groups])
-    seconds = sum(group.seconds for group in groups) / len(test)
+    ensemble = nets.load_ensemble(context)
+    train = nets.accuracies(ensemble, some)
+    test = nets.frame_accuracies(ensemble, data)
+    seconds = ensemble.seconds / len(test)
     return [
         make_row(
             config, "speech_fraction", "hard targets, all data", metric, values, seconds, paper

@@ -1,6 +1,6 @@
 """The training set as nets see it: resident on the device, or streamed from disk in blocks.
 
-A case's row is the number of its frame among all training frames; soft targets are kept by it.
+An example's row is the number of its frame among all training frames; soft targets are kept by it.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Utterances:
 
 
 def labelled(config: ConfigDict, net: ConfigDict, seeds: int) -> Sequence[Examples] | Stream:
-    """All cases with their labels, for nets of so many seeds."""
+    """All examples with their labels, for nets of so many seeds."""
     data = load_data(config)
     if config.data.block_frames:
         return _stream(config, net, Utterances(data))
@@ -60,7 +60,7 @@ def with_targets(
     temperature: float,
     seeds: int,
 ) -> Sequence[Examples] | Stream:
-    """All cases with labels and stored soft targets, checked to be made of these windows."""
+    """All examples with labels and stored soft targets, checked to be made of these windows."""
     data = load_data(config)
     whole = np.arange(data.lengths.sum())
     if config.data.block_frames:
@@ -70,7 +70,7 @@ def with_targets(
 
 
 def part(config: ConfigDict, rows: np.ndarray) -> Examples:
-    """The cases at some rows, ascending; their "id" is the row."""
+    """The examples at some rows, ascending; their "id" is the row."""
     data = load_data(config)
     if not config.data.block_frames:
         return frames.select(data.train, rows)
@@ -85,7 +85,7 @@ def part(config: ConfigDict, rows: np.ndarray) -> Examples:
 
 
 def random_parts(config: ConfigDict, percent: float, seeds: Sequence[int]) -> list[Examples]:
-    """Every seed's own random part of the cases, all of one size, over the same frames."""
+    """Every seed's own random part of the examples, all of one size, over the same frames."""
     rows = [_random_rows(config, percent, seed) for seed in seeds]
     size = min(len(own) for own in rows)
     union = part(config, np.unique(np.concatenate([own[:size] for own in rows])))
@@ -100,7 +100,7 @@ def part_with_targets(
 
 
 def _random_rows(config: ConfigDict, percent: float, seed: int) -> np.ndarray:
-    """Random cases; of a streamed set those of random utterances, for they are read whole."""
+    """Random examples; of a streamed set, whole random utterances."""
     data = load_data(config)
     if not config.data.block_frames:
         return transfer.fraction({"id": data.train["id"]}, percent / 100, seed)["id"]
@@ -111,7 +111,7 @@ def _random_rows(config: ConfigDict, percent: float, seed: int) -> np.ndarray:
 
 
 def windows(config: ConfigDict, rows: np.ndarray) -> Array:
-    """The windows `[B, 26, 40]` of the cases at ascending rows, of which the last may be repeated."""
+    """The windows `[B, 26, 40]` of the examples at ascending rows, of which the last may be repeated."""
     data = load_data(config)
     if not config.data.block_frames:
         return _cut(_resident_frames(data), data.train["position"][rows])

@@ -10,6 +10,7 @@ from speech_configs import config_of
 from stores import content
 
 from distill_jax import soft_targets
+from distill_jax.nets import Net
 from experiments.common import members
 from experiments.common.study import Context
 from experiments.speech import nets, study, table1
@@ -24,7 +25,7 @@ def ensemble(monkeypatch):
     model = members.build_model(config.ensemble, data.num_classes, data.byte)
     keys = jax.random.split(jax.random.key(0), 3)
     params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 26, 40), jnp.uint8)))(keys)
-    net = nets.Net(model, jax.tree.map(np.asarray, params))
+    net = Net(model, jax.tree.map(np.asarray, params), [], 0.0, 3, {})
     monkeypatch.setattr(nets, "load_ensemble", lambda context: net)
 
 
