@@ -161,7 +161,9 @@ def test_no_gradient_flows_into_the_targets():
 
     def loss(kept, tail, weights):
         return jnp.sum(
-            losses.top_k_soft_cross_entropy(student((4, 6)), ids, kept, tail, 2.0, tail_weights=weights)
+            losses.top_k_soft_cross_entropy(
+                student((4, 6)), ids, kept, tail, 2.0, tail_weights=weights
+            )
         )
 
     for gradient in jax.grad(loss, argnums=(0, 1, 2))(kept, tail, jnp.arange(6.0)):
@@ -233,7 +235,9 @@ def test_the_mean_loss_and_gradient_are_the_dense_ones():
     def mean(z):
         logits = jnp.broadcast_to(z, (UNITS, 12))
         weights = jnp.ones(12)  # of the others, who have nothing
-        values = losses.top_k_soft_cross_entropy(logits, ids, share, tail, temperature, tail_weights=weights)
+        values = losses.top_k_soft_cross_entropy(
+            logits, ids, share, tail, temperature, tail_weights=weights
+        )
         return jnp.mean(values)
 
     dense = functools.partial(losses.soft_cross_entropy, soft_targets=p, temperature=temperature)
