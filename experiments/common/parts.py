@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from distill_jax import processes
 from distill_jax.errors import UserError
-from experiments.common.study import Context, Stage, claim, hold, stage_inputs
+from experiments.common.study import Stage, claim, hold, make_context, stage_inputs
 
 
 class Part(NamedTuple):
@@ -73,7 +73,7 @@ def run_part(
             return
         directory.mkdir(parents=True, exist_ok=True)
         assert stage.groups is not None
-        groups = stage.groups(Context(config, directory, stage_inputs(workdir, stage)))
+        groups = stage.groups(make_context(config, workdir, stages, stage))
         for number in range(part.first, len(groups), part.step):
             processes.stop_if_asked()
             with hold(directory / f"group_{number}.lock"):

@@ -11,8 +11,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import processes
+from distill_jax import files, processes
 from distill_jax.errors import UserError
+from distill_jax.files import read_json
 from experiments.common import report
 
 Row = dict[str, Any]
@@ -31,12 +30,33 @@ Row = dict[str, Any]
 seconds; and by table what it is plotted against."""
 
 
+ANY_STAGE = ("preset", "mesh")
+"""What every stage may read of the config. Both are free: no part of what a stage is known by."""
+
+
 class Context(NamedTuple):
-    """What a stage is given: the config, its own directory and those of the stages it needs."""
+    """What a stage is given: its part of the config, its directory, and those of the stages it needs."""
 
     config: ConfigDict
     directory: Path
     inputs: Mapping[str, Path]
+
+
+class Sections(ConfigDict):
+    """The part of a config that a stage may read. To read anything else is an error, also with `get`."""
+
+    def __init__(self, stage: str, part: Mapping[str, Any]) -> None:
+        super().__init__(part)
+        object.__setattr__(self, "_stage", stage)
+
+    def __getitem__(self, name: str) -> Any:
+        """A section; a RuntimeError that names it and the stage if it isn't declared."""
+        if name not in self:
+            raise RuntimeError(
+                f"stage {self._stage} reads the config's {name!r}, which neither it nor a stage that it "
+                "needs has among its sections"
+            )
+        return super().__getitem__(name)
 
 
 class Stage(NamedTuple):
@@ -44,8 +64,9 @@ class Stage(NamedTuple):
 
     run: does the work and gives its rows. It may be killed at any moment and is then run again.
     needs: the stages whose files it reads.
-    sections: the config's sections it reads, beside those of the stages it needs.
-    groups: what trains each group of its nets, or restores it; `run` calls all. None: it has no groups.
+    sections: what it reads of the config, beside what the stages that it needs read; no more is there.
+    groups: what trains each group of its nets, or reads it if it is finished; `run` calls all. None: it
+    has no groups.
     """
 
     name: str
@@ -60,6 +81,7 @@ def run_study(
     workdir: Path,
     stages: Sequence[Stage],
     write_report: Callable[[Path], None],
+    *,
     only: Sequence[str],
     reuse: Sequence[Path],
 ) -> None:
@@ -80,11 +102,12 @@ def check_names(stages: Sequence[Stage], only: Sequence[str]) -> None:
 
 def draw_report(
     workdir: Path,
+    rows: Sequence[Row],
+    figures: Sequence[report.NamedFigure],
+    *,
     title: str,
     captions: Mapping[str, str],
-    rows: Sequence[Row],
     reference: Path,
-    figures: Sequence[report.NamedFigure],
 ) -> None:
     """`report.write` with the time of all finished stages, and the published rows if there are any."""
     seconds = sum(read_json(path)["seconds"] for path in workdir.glob("stages/*/stage.json"))
@@ -115,8 +138,8 @@ def run_stages(
         workdir: made if it isn't there.
         stages: in an order in which each stands behind those it needs.
         only: names of the stages to run; empty for all.
-        reuse: other working directories; a finished stage there whose config (and that of all it
-            builds on) is the same is copied instead of being run.
+        reuse: other working directories; a finished stage there whose sections (and those of all
+            that it builds on) are the same is copied instead of being run.
 
     Raises:
         UserError: for a stage that needs an unfinished one, or another config's directory.
@@ -130,19 +153,34 @@ def run_stages(
             if processes.agree((directory / "stage.json").exists()):
                 print(f"{stage.name}: finished before")
                 continue
-            inputs = stage_inputs(workdir, stage)
-            key = _stage_key(config, stage, inputs)
-            taken = processes.is_main() and _take_over(stage.name, key, directory, reuse)
-            if not processes.agree(taken):
+            context = make_context(config, workdir, stages, stage)
+            key = _stage_key(config, stage, context.inputs)
+            copied = processes.is_main() and _copy_finished(directory, key, reuse)
+            if not processes.agree(copied):
                 print(f"{stage.name}: running")
                 directory.mkdir(parents=True, exist_ok=True)
                 begun = time.monotonic()
-                rows = stage.run(Context(config, directory, inputs))
+                rows = stage.run(context)
                 seconds = time.monotonic() - begun
                 write_json(directory / "stage.json", {"key": key, "seconds": seconds, "rows": rows})
                 print(f"{stage.name}: done in {seconds:.0f} s")
             write_json(workdir / "results.json", finished_rows(workdir, stages))
             processes.wait()
+
+
+def make_context(
+    config: ConfigDict, workdir: Path, stages: Sequence[Stage], stage: Stage
+) -> Context:
+    """What a stage is given; a UserError if a stage that it needs isn't finished."""
+    inputs = stage_inputs(workdir, stage)
+    part = {name: config[name] for name in config if name in _readable(stages, stage)}
+    return Context(Sections(stage.name, part), workdir / "stages" / stage.name, inputs)
+
+
+def _readable(stages: Sequence[Stage], stage: Stage) -> set[str]:
+    """The sections that a stage may read: all that its key covers, and those of any stage."""
+    needed = [_readable(stages, other) for other in stages if other.name in stage.needs]
+    return {*ANY_STAGE, *stage.sections}.union(*needed)
 
 
 def stage_inputs(workdir: Path, stage: Stage) -> dict[str, Path]:
@@ -196,27 +234,16 @@ def make_row(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is either there whole or not at all; of several processes, the first does."""
-    if not processes.is_main():
-        return
-    # Another run that shares the directory may be writing the same file.
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+    """Writes a JSON file, whole; of several processes, the first does."""
+    if processes.is_main():
+        files.write_json(path, value)
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
-    """Writes arrays as an npz file; of several processes, the first does."""
+    """Writes arrays as an npz file, whole; of several processes, the first does."""
     if processes.is_main():
-        np.savez(path, **arrays)
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file; a damaged one is a UserError that names it."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        with files.write_whole(path) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
 
 
 @contextlib.contextmanager
@@ -252,16 +279,14 @@ def check_same(workdir: Path, config: ConfigDict) -> None:
     """
     mine, path = json.loads(config.to_json()), workdir / "config.json"
     theirs = read_json(path) if path.exists() else mine
-    old, new = (_flat({**fields, "mesh": None}) for fields in (theirs, mine))
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if keys:
-        differences = ", ".join(
-            f"{key} is {old.get(key)!r} there and {new.get(key)!r} now" for key in keys
-        )
-        raise UserError(
-            f"{workdir} belongs to another config: {differences}. Choose another --workdir "
-            "(with --reuse it takes over what is the same), or the config it was made with"
-        )
+    there, now = (_flat({**fields, "mesh": None}) for fields in (theirs, mine))
+    files.check_same(
+        f"{workdir} belongs to another config",
+        there,
+        {name: now.get(name) for name in sorted({**there, **now})},
+        "Choose another --workdir (with --reuse it copies the stages that are the same), or the "
+        "config it was made with",
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -283,16 +308,14 @@ def _stage_key(config: ConfigDict, stage: Stage, inputs: Mapping[str, Path]) -> 
     ).hexdigest()
 
 
-def _take_over(name: str, key: str, directory: Path, reuse: Sequence[Path]) -> bool:
+def _copy_finished(directory: Path, key: str, reuse: Sequence[Path]) -> bool:
     """Copies a finished stage of the same key from another working directory, if one has it."""
     for other in reuse:
-        theirs = other / "stages" / name
+        theirs = other / "stages" / directory.name
         if (theirs / "stage.json").exists() and read_json(theirs / "stage.json")["key"] == key:
-            partial = directory.with_name(name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(theirs, partial)
-            shutil.rmtree(directory, ignore_errors=True)
-            os.replace(partial, directory)
-            print(f"{name}: taken over from {other}")
+            with files.write_whole(directory) as partial:
+                shutil.copytree(theirs, partial)
+                files.remove(directory)  # what an unfinished run left
+            print(f"{directory.name}: reused from {other}")
             return True
     return False

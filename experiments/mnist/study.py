@@ -28,7 +28,7 @@ CAPTIONS = {
 
 def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[Path]) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
-    run_study(config, workdir, STAGES, write_report, only, reuse)
+    run_study(config, workdir, STAGES, write_report, only=only, reuse=reuse)
 
 
 def write_report(workdir: Path) -> None:
@@ -41,7 +41,7 @@ def write_report(workdir: Path) -> None:
     rows = finished_rows(workdir, STAGES)
     reference = Path(__file__).with_name("reference.json")
     drawn = figures.all_figures(rows, curves, read_json(digits) if digits.exists() else [])
-    draw_report(workdir, TITLE, CAPTIONS, rows, reference, drawn)
+    draw_report(workdir, rows, drawn, title=TITLE, captions=CAPTIONS, reference=reference)
 
 
 STAGES = (

@@ -38,7 +38,7 @@ CAPTIONS = {
 
 def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[Path]) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
-    run_study(config, workdir, STAGES, write_report, only, reuse)
+    run_study(config, workdir, STAGES, write_report, only=only, reuse=reuse)
 
 
 def write_report(workdir: Path) -> None:
@@ -60,7 +60,7 @@ def write_report(workdir: Path) -> None:
         named = read_json(pictures[0].with_suffix(".json"))
         sets = "; ".join(f"{i}: {', '.join(names)}" for i, names in enumerate(named, 1))
         captions["specialists_clusters"] += f" The classes nearest to each centroid are {sets}."
-    draw_report(workdir, TITLE, captions, rows, reference, drawn)
+    draw_report(workdir, rows, drawn, title=TITLE, captions=captions, reference=reference)
 
 
 def _side_by_side(rows: Sequence[Row]) -> list[Row]:

@@ -33,7 +33,7 @@ CAPTIONS = {
 
 def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[Path]) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
-    run_study(config, workdir, STAGES, write_report, only, reuse)
+    run_study(config, workdir, STAGES, write_report, only=only, reuse=reuse)
 
 
 def write_report(workdir: Path) -> None:
@@ -49,7 +49,14 @@ def write_report(workdir: Path) -> None:
         )
         if (workdir / "stages" / path).exists()
     }
-    draw_report(workdir, TITLE, CAPTIONS, rows, reference, figures.all_figures(rows, **left))
+    draw_report(
+        workdir,
+        rows,
+        figures.all_figures(rows, **left),
+        title=TITLE,
+        captions=CAPTIONS,
+        reference=reference,
+    )
 
 
 def _side_by_side(rows: Sequence[Row]) -> list[Row]:

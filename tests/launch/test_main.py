@@ -88,7 +88,7 @@ def test_a_workdir_belongs_to_one_config(smoke):
     assert (smoke / "results.json").read_bytes() == before
 
 
-def test_stages_of_an_equal_config_are_taken_over(smoke, tmp_path):
+def test_stages_of_an_equal_config_are_reused(smoke, tmp_path):
     output = run(
         SMOKE,
         f"--workdir={tmp_path}",
@@ -98,7 +98,7 @@ def test_stages_of_an_equal_config_are_taken_over(smoke, tmp_path):
         "--config.distilled.temperature=8",
         "--stages=teacher,soft_targets,distilled",
     )
-    assert output.count("taken over") == 2 and "distilled: running" in output
+    assert output.count("reused") == 2 and "distilled: running" in output
     rows = read_json(tmp_path / "results.json")
     assert [row["row"] for row in rows] == ["teacher 2x256", "distilled 2x128, T=8"]
 

@@ -75,7 +75,7 @@ def test_points_side_by_side(tmp_path):
     assert "the loss of member 0" in (runs / failing / "log.txt").read_text()
     assert "teacher: running" in (runs / NAMES[0] / "log.txt").read_text()
     for name in (*NAMES[1:], failing):
-        assert "teacher: taken over from" in (runs / name / "log.txt").read_text()
+        assert "teacher: reused from" in (runs / name / "log.txt").read_text()
 
     left = run(*sweep(tmp_path, "failing", "--backend=print"), module="launch.sweep")
     (line,) = left.splitlines()

@@ -11,7 +11,13 @@ from experiments.common.parts import Part, parse_part, run_part
 from experiments.common.study import Stage, make_row, read_json, run_stages
 
 CONFIG = ConfigDict(
-    {"preset": "smoke", "selection": "last", "data": {"source": "none"}, "nets": {"count": 5}}
+    {
+        "preset": "smoke",
+        "mesh": {},
+        "selection": "last",
+        "data": {"source": "none"},
+        "nets": {"count": 5},
+    }
 )
 
 
@@ -39,8 +45,8 @@ def make_stages(tries=None, during=lambda number: None):
 
     return (
         Stage("first", lambda context: []),
-        Stage("nets", nets, ("first",), ("nets",), groups),
-        Stage("others", nets, (), ("nets",), groups),
+        Stage("nets", nets, ("first",), ("selection", "data", "nets"), groups),
+        Stage("others", nets, (), ("selection", "data", "nets"), groups),
     )
 
 

@@ -1,0 +1,110 @@
+"""What the stages of a study may read of its config, and what of it makes them run again."""
+
+import re
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from distill_jax.errors import UserError
+from experiments.common.study import Stage, make_context, read_json, run_stages, write_arrays
+
+CONFIG = {"preset": "smoke", "mesh": {"data": -1}, "a": {"x": 1}, "b": {"x": 2}, "c": 3}
+
+
+def stage(name, needs=(), sections=(), reads=(), ran=None):
+    """One that reads some sections, and makes a row of their values."""
+
+    def run(context):
+        if ran is not None:
+            ran.append(name)
+        return [{"row": name, "values": [str(context.config[read]) for read in reads]}]
+
+    return Stage(name, run, needs, sections)
+
+
+def test_a_stage_reads_its_sections_and_those_of_all_that_it_builds_on(tmp_path):
+    stages = (
+        stage("first", sections=("a",), reads=("a", "preset", "mesh")),
+        stage("second", needs=("first",), sections=("b",), reads=("a", "b")),
+        stage("third", needs=("second",), reads=("a", "b")),
+    )
+    run_stages(ConfigDict(CONFIG), tmp_path, stages)
+    rows = read_json(tmp_path / "results.json")
+    assert rows[1]["values"] == rows[2]["values"] == [str(ConfigDict(CONFIG)[n]) for n in "ab"]
+    third = make_context(ConfigDict(CONFIG), tmp_path, stages, stages[2]).config
+    assert third.to_dict() == {name: CONFIG[name] for name in ("preset", "mesh", "a", "b")}
+    assert third.a.x == 1 and third["b"].x == 2 and "c" not in third
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda config: config.c,
+        lambda config: config["c"],
+        lambda config: config.get("c"),
+        lambda config: config.study,
+    ],
+)
+def test_what_a_stage_does_not_declare_is_an_error_that_names_both(tmp_path, read):
+    stages = (stage("other", sections=("c",)), Stage("wrong", lambda c: read(c.config), (), ("a",)))
+    message = (
+        r"stage wrong reads the config's '(c|study)', which neither it nor a stage that it needs"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        run_stages(ConfigDict(CONFIG), tmp_path, stages)
+    assert not (tmp_path / "stages/wrong/stage.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ({"a": {"x": 5}}, ["first", "second", "third"]),
+        ({"b": {"x": 5}}, ["second", "third"]),
+        ({"c": 5}, []),
+        ({"preset": "full", "mesh": {"data": 1}}, []),
+    ],
+)
+def test_only_stages_that_build_on_what_changed_run_again(tmp_path, changed, again):
+    ran: list[str] = []
+    stages = (
+        stage("first", sections=("a",), ran=ran),
+        stage("second", ("first",), ("b",), ran=ran),
+        stage("third", ("second",), ran=ran),
+    )
+    run_stages(ConfigDict(CONFIG), tmp_path / "one", stages)
+    ran.clear()
+    other = ConfigDict({**CONFIG, **changed})
+    (tmp_path / "two/stages/first").mkdir(parents=True)
+    (tmp_path / "two/stages/first/left").touch()
+    run_stages(other, tmp_path / "two", stages, reuse=[tmp_path / "nothing", tmp_path / "one"])
+    assert ran == again
+    assert (tmp_path / "two/stages/first/left").exists() == ("first" in again)
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_a_working_directory_belongs_to_one_config(tmp_path):
+    run_stages(ConfigDict(CONFIG), tmp_path, ())
+    run_stages(ConfigDict({**CONFIG, "mesh": {"data": 4}}), tmp_path, ())
+    message = re.escape(
+        f"{tmp_path} belongs to another config: a.x is 1 there and 7 now, c is 3 there and None now, "
+        "d is None there and 'new' now. Choose another --workdir"
+    )
+    other = {name: CONFIG[name] for name in ("preset", "mesh", "b")} | {"a": {"x": 7}, "d": "new"}
+    with pytest.raises(UserError, match=message):
+        run_stages(ConfigDict(other), tmp_path, ())
+
+
+def test_arrays_are_there_whole_or_not_at_all(tmp_path):
+    write_arrays(tmp_path / "a.npz", x=np.arange(3), y=np.eye(2))
+    with np.load(tmp_path / "a.npz") as arrays:
+        np.testing.assert_array_equal(arrays["x"], [0, 1, 2])
+
+    class Fails:
+        def __array__(self, *arguments, **options):
+            raise RuntimeError("no array")
+
+    with pytest.raises(RuntimeError, match="no array"):
+        write_arrays(tmp_path / "a.npz", x=np.arange(5), y=Fails())
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert len(arrays["x"]) == 3 and len(list(tmp_path.iterdir())) == 1
