@@ -292,7 +292,16 @@ def random_sets(num_classes: int, k: int, size: int, key: Array) -> Array:
 
 
 def check_class_sets(class_sets: np.ndarray, num_classes: int) -> None:
-    """Raises a UserError unless all classes are in 0..C, C being padding."""
+    """Checks that all classes are in 0..C, where C is padding.
+
+    Raises:
+        UserError: if one is not; the message names it.
+
+    Examples:
+        >>> import numpy as np
+        >>> from distill_jax.specialists import clustering
+        >>> clustering.check_class_sets(np.array([[0, 1], [3, 4]]), num_classes=4)
+    """
     wrong = class_sets[(class_sets < 0) | (class_sets > num_classes)]
     if len(wrong):
         raise UserError(
