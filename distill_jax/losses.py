@@ -168,8 +168,8 @@ def top_k_soft_cross_entropy(
     """`soft_cross_entropy` with soft targets for k classes and one sum for all other classes.
 
     `T^2 * -(sum_j p_j log q_{id_j} + tail * sum_i s_i log q_i)` with `s = tail_distribution(...)`.
-    Value and gradient are those of the dense targets, which are not built. The k classes may be the
-    most probable ones or random draws.
+    Value and gradient are those of the dense targets (`soft_targets.densify`), which are not built. The
+    k classes may be the most probable ones or random draws.
 
     Args:
         logits: `[..., C]` of the student.
