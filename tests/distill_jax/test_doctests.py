@@ -23,7 +23,9 @@ WITH_EXAMPLES = [
     "distill_jax.losses",
     "distill_jax.metrics",
     "distill_jax.optimizers",
+    "distill_jax.soft_targets.compare",
     "distill_jax.specialists.clustering",
+    "distill_jax.specialists.enrichment",
     "distill_jax.specialists.eq5",
 ]
 
