@@ -4,30 +4,6 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def errors(logits: Array, labels: Array, bias: Array | None = None) -> Array:
-    """Whether the most probable class of each example is wrong.
-
-    Args:
-        logits: `[..., C]`.
-        labels: int `[...]`.
-        bias: `[C]`, added to the logits; the bias shifts of section 3.
-
-    Returns:
-        bool `[...]`.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from distill_jax import metrics
-        >>> logits = jnp.array([[2.0, 1.0], [0.0, 1.0]])
-        >>> print(metrics.errors(logits, jnp.array([0, 0])))
-        [False True]
-        >>> print(metrics.errors(logits, jnp.array([0, 0]), bias=jnp.array([2.0, 0.0])))
-        [False False]
-    """
-    shifted = logits if bias is None else logits + jnp.broadcast_to(bias, logits.shape)
-    return jnp.argmax(shifted, axis=-1).astype(labels.dtype) != labels
-
-
 def error_counts(logits: Array, labels: Array) -> dict[str, Array]:
     """`prediction_counts` of the most probable classes.
 

@@ -73,12 +73,12 @@ def jitter(pixels: int) -> Transform:
     return move
 
 
-def distort(images: Array, key: Array, difficulty: ArrayLike) -> Array:
+def distort(images: Array, keys: Array, difficulty: ArrayLike) -> Array:
     """Distorts each image by its own random amounts.
 
     Args:
         images: uint8 `[B, H, W]` or `[B, H, W, channels]`; all channels get the same distortion.
-        key: one key for the whole batch.
+        keys: `[B]`, one for each image.
         difficulty: scalar, 0 or more, may be traced; see the module.
 
     Returns:
@@ -87,7 +87,15 @@ def distort(images: Array, key: Array, difficulty: ArrayLike) -> Array:
     Raises:
         UserError: for images of another dtype or rank.
     """
-    return _distort_each(images, jax.random.split(key, len(images)), difficulty)
+    if images.dtype != jnp.uint8 or images.ndim not in (3, 4):
+        raise UserError(
+            "images to be distorted must be uint8 [B, H, W] or [B, H, W, channels], found "
+            f"{images.dtype} {list(images.shape)}"
+        )
+    planes = jnp.moveaxis(images.reshape(*images.shape[:3], -1), -1, 1)
+    difficulty = jnp.asarray(difficulty, jnp.float32)
+    distorted = jax.vmap(_distort_one, (0, 0, None))(planes, keys, difficulty)
+    return jnp.moveaxis(distorted, 1, -1).reshape(images.shape)
 
 
 def views(
@@ -158,20 +166,7 @@ def _make_views(
 @jax.jit
 def _distort_by_id(images: Array, ids: Array, key: Array, difficulty: ArrayLike) -> Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
-    return _distort_each(images, keys, difficulty)
-
-
-def _distort_each(images: Array, keys: Array, difficulty: ArrayLike) -> Array:
-    """`distort` with one key for each image."""
-    if images.dtype != jnp.uint8 or images.ndim not in (3, 4):
-        raise UserError(
-            "images to be distorted must be uint8 [B, H, W] or [B, H, W, channels], found "
-            f"{images.dtype} {list(images.shape)}"
-        )
-    planes = jnp.moveaxis(images.reshape(*images.shape[:3], -1), -1, 1)
-    difficulty = jnp.asarray(difficulty, jnp.float32)
-    distorted = jax.vmap(_distort_one, (0, 0, None))(planes, keys, difficulty)
-    return jnp.moveaxis(distorted, 1, -1).reshape(images.shape)
+    return distort(images, keys, difficulty)
 
 
 def _distort_one(planes: Array, key: Array, difficulty: Array) -> Array:

@@ -51,11 +51,6 @@ def labels_known(examples: Examples, share: float, seed: int) -> Examples:
     return {**examples, "label": np.where(known, examples["label"], -1), "label_known": known}
 
 
-def unlabelled(examples: Examples) -> Examples:
-    """The examples without their labels. They may be another data set, as section 1 allows."""
-    return labels_known(examples, 0.0, seed=0)
-
-
 def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
     """Splits off `count` random examples: (the rest, the held-out ones)."""
     size = len(examples["id"])

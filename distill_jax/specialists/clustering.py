@@ -109,13 +109,14 @@ def confusion(batches: Iterable[tuple[ArrayLike, ArrayLike]], temperature: float
     return _finite((rates + rates.T) / 2)
 
 
-def columns(matrix: Array, normalise: bool = True) -> Array:
+def columns(matrix: Array) -> Array:
     """The points to cluster, one per class: the columns of a covariance or confusion matrix.
+
+    They have unit length, so that classes are compared by what they are confused with and not by how
+    often they are predicted; otherwise a few frequent classes take all centroids.
 
     Args:
         matrix: float32 `[C, C]`.
-        normalise: to unit length, so that classes are compared by what they are confused with and not
-            by how often they are predicted; otherwise a few frequent classes take all centroids.
 
     Returns:
         float32 `[C, C]`, a row per class; a column of zeros stays 0.
@@ -128,8 +129,6 @@ def columns(matrix: Array, normalise: bool = True) -> Array:
          [0.  1. ]]
     """
     points = matrix.astype(jnp.float32).T
-    if not normalise:
-        return points
     length = jnp.linalg.norm(points, axis=1, keepdims=True)
     return points / jnp.where(length > 0, length, 1.0)
 

@@ -159,7 +159,6 @@ def decode(
 def decode_audio(
     audio: Sequence[np.ndarray],
     language_model: LanguageModel,
-    weights: Weights = Weights(),  # noqa: B008 - immutable
     *,
     search: Search = FAST,
     threads: int | None = None,
@@ -170,7 +169,6 @@ def decode_audio(
     Args:
         audio: int16 `[n]` at 16 kHz each.
         language_model: see `decode`.
-        weights: only the last two are used; the decoder's own scores are not scaled.
         search: see `decode`.
         threads: see `decode`.
         progress: see `decode`.
@@ -191,7 +189,7 @@ def decode_audio(
             )
         return sphinx.decode_samples(decoder, samples)
 
-    options = _options(language_model, weights, search)
+    options = _options(language_model, Weights(), search)
     return _decode_all(find, len(audio), options, threads, progress)
 
 
@@ -327,7 +325,6 @@ def tune(
     grid: Mapping[str, Sequence[float]] = GRID,
     start: Weights = START,
     search: Search = FAST,
-    threads: int | None = None,
     progress: str | None = "tuning",
 ) -> tuple[Weights, list[dict[str, float]]]:
     """Finds the weights with the lowest word error rate on validation utterances, one after another.
@@ -342,7 +339,6 @@ def tune(
             with the best values of the earlier ones.
         start: the weights before the search; they are kept if no others are better.
         search: see `decode`.
-        threads: see `decode`.
         progress: see `decode`; also a line for each point of the grid.
 
     Returns:
@@ -364,7 +360,6 @@ def tune(
                 language_model,
                 weights,
                 search=search,
-                threads=threads,
                 progress=progress,
             )
             tried[weights] = word_errors(references, hypotheses)

@@ -183,7 +183,9 @@ def test_a_wiped_label_never_becomes_known_again():
     once = transfer.labels_known(tiny.examples(40), 0.5, seed=1)
     twice = transfer.labels_known(once, 0.5, seed=2)
     assert (twice["label"][twice["label_known"]] >= 0).all()
-    assert not transfer.labels_known(transfer.unlabelled(once), 1.0, seed=0)["label_known"].any()
+    assert not transfer.labels_known(transfer.labels_known(once, 0.0, seed=0), 1.0, seed=0)[
+        "label_known"
+    ].any()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
@@ -192,8 +194,8 @@ def test_known_share_out_of_range(share):
         transfer.labels_known(tiny.examples(4), share, seed=0)
 
 
-def test_unlabelled():
-    wiped = transfer.unlabelled(tiny.examples(10))
+def test_no_label_is_known():
+    wiped = transfer.labels_known(tiny.examples(10), 0.0, seed=0)
     assert (wiped["label"] == -1).all() and not wiped["label_known"].any()
 
 
