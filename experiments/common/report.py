@@ -112,14 +112,6 @@ def format_number(value: float | None, decimals: int | None = None) -> str:
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.{_decimals(value)}f}"
 
 
-def format_measured(row: Row) -> str:
-    """`value` with its spread, the mark of a number chosen on the test set, and the seeds.
-
-    The mean shows as many decimals as the spread needs for one digit of its own.
-    """
-    return "".join(_measured(row))
-
-
 class _Measured(NamedTuple):
     """A measured number in the pieces that a page may style, with the spaces between them."""
 
@@ -129,6 +121,7 @@ class _Measured(NamedTuple):
 
 
 def _measured(row: Row | None) -> _Measured:
+    """The mean shows as many decimals as the spread needs for one digit of its own."""
     if row is None or row["value"] is None:
         return _Measured(_MISSING, "", "")
     value, std = row["value"], row["std"]

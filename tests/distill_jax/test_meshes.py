@@ -183,7 +183,7 @@ SPLIT = {
     "top k": TOP_K,
     "modified labels": train_step.label_modified_loss,
     "logit matching": train_step.logit_matching_loss,
-    "errors": lambda logits, batch, hyper, constants: (
+    "errors": lambda logits, batch, hyper, constants=None: (
         jnp.argmax(logits, axis=-1).astype(jnp.int32) != batch["label"]
     ).astype(jnp.float32),
 }

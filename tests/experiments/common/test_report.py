@@ -169,9 +169,9 @@ def test_format_number(value, text):
         (None, None, 1, "test", DASH),
     ],
 )
-def test_format_measured(value, std, seeds, selection, text):
+def test_a_measured_number(value, std, seeds, selection, text):
     row = make_row(value=value, std=std, seeds=seeds, selection=selection)
-    assert report.format_measured(row) == text
+    assert "".join(report._measured(row)) == text
 
 
 # The two documents.
