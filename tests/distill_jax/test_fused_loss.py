@@ -270,7 +270,8 @@ def test_logits_of_a_chunk_are_all_that_is_in_memory(kind):
 
     def dense(hidden, layer, batch, hyper):
         logits = hidden @ layer["kernel"] + layer["bias"][None]
-        values = loss_of(kind)(logits, batch, hyper)
+        fields, whole = split(batch)
+        values = loss_of(kind)(logits, fields, hyper, whole)
         return jnp.mean(values), (values, jnp.argmax(logits, -1))
 
     def temporary_bytes(run):
