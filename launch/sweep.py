@@ -33,8 +33,8 @@ from ml_collections import ConfigDict, config_flags
 
 from distill_jax.errors import UserError
 from experiments.common import extras, parts
+from experiments.common.config import Overrides
 from experiments.common.study import check_names, check_same, read_json, write_json
-from experiments.common.sweeps import Overrides
 from launch import backends, command
 from launch.backends import Job
 

@@ -20,7 +20,7 @@ from distill_jax.models import Model, Params
 from distill_jax.optimizers import OUTPUT_LAYER
 from experiments.benchmarks.measure import seconds
 from experiments.benchmarks.scaling_plan import parameter_count
-from experiments.common.members import build_model, build_optimizer, dtype_of
+from experiments.common.training import build_model, build_optimizer, dtype_of
 
 FRAMES = (26, 40)
 KEPT = 64  # of a store's soft targets

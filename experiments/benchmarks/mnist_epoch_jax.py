@@ -15,7 +15,7 @@ from distill_jax import sharding, train_step
 from distill_jax.data import images
 from distill_jax.data.augment import jitter
 from distill_jax.epochs import make_epoch, steps_per_epoch
-from experiments.common.members import build_model, build_optimizer
+from experiments.common.training import build_model, build_optimizer
 from experiments.mnist.config import get_config
 
 TRAIN_EXAMPLES, PIXELS, CLASSES = 60000, 28 * 28, 10

@@ -46,8 +46,8 @@ from distill_jax.errors import UserError
 from experiments.benchmarks import command, scaling_plan
 from experiments.benchmarks.collectives import collectives
 from experiments.benchmarks.command import Ask
-from experiments.common import sections
-from experiments.common.members import build_model, build_optimizer
+from experiments.common.config import net_section
+from experiments.common.training import build_model, build_optimizer
 from experiments.mnist.config import get_config
 
 _NETS = flags.DEFINE_list("nets", ["mnist", "acoustic"], "What to train; none: only the plan.")
@@ -83,7 +83,7 @@ NETS = {
     "mnist": Net(get_config().teacher, (28, 28), 10, 4096, 4),
     # SGD: Adam's moments on 8 devices of one machine would take 5 GB.
     "acoustic": Net(
-        ConfigDict(sections.net(hidden=scaling_plan.ACOUSTIC[1:-1], optimizer="sgd")),
+        ConfigDict(net_section(hidden=scaling_plan.ACOUSTIC[1:-1], optimizer="sgd")),
         (26, 40),
         scaling_plan.ACOUSTIC[-1],
         1024,

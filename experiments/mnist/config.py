@@ -9,8 +9,7 @@ can be set: --config.distilled.temperature=8
 
 from ml_collections import ConfigDict
 
-from experiments.common import sections
-from experiments.common.sweeps import Overrides, product
+from experiments.common.config import Overrides, net_section, product
 
 PRESETS = ("smoke", "default", "paper")
 TEMPERATURES = (1.0, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 32.0)  # section 3's range
@@ -39,7 +38,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "validation": 0,  # examples held out of training; the paper trains on all 60,000
         "seed": 0,  # of the held-out examples, of partial transfer sets and of a stream's order
     }
-    config.teacher = sections.net(
+    config.teacher = net_section(
         hidden=(1200, 1200),
         input_dropout=0.1,
         hidden_dropout=0.3,
@@ -48,8 +47,8 @@ def get_config(preset: str = "default") -> ConfigDict:
         learning_rate=2e-3,
         epochs=36,
     )
-    student = sections.net(hidden=(800, 800), learning_rate=2e-3, epochs=16)
-    config.baseline = sections.net(hidden=(800, 800), learning_rate=1e-3, batch_size=256, epochs=15)
+    student = net_section(hidden=(800, 800), learning_rate=2e-3, epochs=16)
+    config.baseline = net_section(hidden=(800, 800), learning_rate=1e-3, batch_size=256, epochs=15)
     config.distilled = {**student, "epochs": 20, "temperature": 20.0, "hard_weight": 0.02}
     config.sweep = {
         **student,

@@ -10,7 +10,7 @@ from distill_jax import train_step
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net
 from distill_jax.trainer import Stream
-from experiments.common import members
+from experiments.common import training
 from experiments.common.study import Context, Row, make_row
 from experiments.mnist.data import open_data
 
@@ -25,22 +25,22 @@ def train(
     variants: Sequence[dict[str, float]] = ({},),
     passes: int = 1,
 ) -> Net:
-    """`members.train` for this study: counts errors on the test set and on what is held out."""
+    """`training.train` for this study: counts errors on the test set and on what is held out."""
     data = open_data(context.config)
     evaluation = {"test_errors": data.test}
     if len(data.validation["id"]):
         evaluation["validation_errors"] = data.validation
-    return members.train(
-        net,
+    return training.train(
         context.config,
-        context.directory / name,
-        name,
-        members.build_model(net, data.num_classes),
+        net,
+        training.build_model(net, data.num_classes),
         examples,
         loss,
-        variants,
-        evaluation,
-        passes,
+        directory=context.directory / name,
+        name=name,
+        variants=variants,
+        evaluation=evaluation,
+        passes=passes,
     )
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from distill_jax.nets import read_meta
-from experiments.common import members
 from experiments.common.study import Stage, draw_report, finished_rows, read_json, run_study
+from experiments.common.training import curve
 from experiments.mnist import distillation, figures, transfer_sets
 
 TITLE = "Distilling the Knowledge in a Neural Network, section 3: MNIST"
@@ -34,7 +34,7 @@ def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[
 def write_report(workdir: Path) -> None:
     """Draws report.md and report.html from results.json and what the stages left beside it."""
     curves = {
-        path.parent.name: members.curve(read_meta(path.parent)["history"])
+        path.parent.name: curve(read_meta(path.parent)["history"])
         for path in sorted(workdir.glob("stages/*/*/net.json"))
     }
     digits = workdir / "stages" / "soft_targets" / "digits.json"

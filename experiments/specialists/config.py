@@ -10,8 +10,7 @@ accelerator and a set of 2,965 characters (python -m experiments.specialists.pre
 
 from ml_collections import ConfigDict
 
-from experiments.common import sections
-from experiments.common.sweeps import Overrides, product, zipped
+from experiments.common.config import Overrides, net_section, product, zipped
 
 PRESETS = ("smoke", "default", "paper")
 
@@ -37,7 +36,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "seed": 0,
     }
     config.generalist = {
-        **sections.net(
+        **net_section(
             hidden=(32,),
             learning_rate=2e-3,
             batch_size=256,

@@ -16,7 +16,7 @@ from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 from distill_jax.nets import Net
-from experiments.common import members
+from experiments.common import training
 from experiments.common.study import Context
 from experiments.specialists.data import BYTE, Data, load_data
 
@@ -61,7 +61,7 @@ def _arithmetic(net: ConfigDict) -> dict[str, Any]:
         raise UserError(
             f"activation must be one of {', '.join(models.ACTIVATIONS)}, not {net.activation!r}"
         )
-    return {"dtype": members.dtype_of(net), "activation": models.ACTIVATIONS[net.activation]}
+    return {"dtype": training.dtype_of(net), "activation": models.ACTIVATIONS[net.activation]}
 
 
 def train_generalists(context: Context) -> Net:
@@ -94,16 +94,16 @@ def train(
         group = slice(first, first + net.at_once)
         seeds = tuple(config.seeds)[group]
         parts.append(
-            members.train(
-                net,
+            training.train(
                 ConfigDict({**config.to_dict(), "seeds": seeds}),
-                context.directory / name / f"seeds_{seeds[0]}_to_{seeds[-1]}",
-                name,
+                net,
                 net_of(net, data.num_classes),
                 examples[group],
                 loss,
-                [variant],
-                evaluation,
+                directory=context.directory / name / f"seeds_{seeds[0]}_to_{seeds[-1]}",
+                name=name,
+                variants=[variant],
+                evaluation=evaluation,
                 start=jax.tree.map(lambda leaf, group=group: leaf[group], start),
             )
         )

@@ -19,8 +19,8 @@ from distill_jax.errors import UserError
 from distill_jax.nets import Net
 from distill_jax.specialists import enrichment, heads, inference, store
 from distill_jax.specialists.heads import Head
-from experiments.common import members
 from experiments.common.study import Context
+from experiments.common.training import make_recipe, member_keys
 from experiments.specialists import generalists
 from experiments.specialists.data import load_data
 from experiments.specialists.generalists import Generalist
@@ -173,11 +173,9 @@ def train_group(
         build_network(config, generalist, head.outputs(sets.shape[1], classes)),
         [enriched.examples[m] for m in group],
         head.loss,
-        dataclasses.replace(
-            members.make_recipe(section), transforms=head.transforms(generalist.net.model)
-        ),
+        dataclasses.replace(make_recipe(section), transforms=head.transforms(generalist.net.model)),
         # The keys are those of this name, which says nothing of the group.
-        keys=members.member_keys(numbers, "specialist", 1),
+        keys=member_keys(numbers, "specialist", 1),
         hyper={"learning_rate": net.learning_rate, "temperature": net.get("temperature", 1.0)},
         constants=constants,
         evaluation=evaluation,

@@ -9,8 +9,7 @@ and a prepared corpus: --config.data.source=DIR. Any field can be set: --config.
 
 from ml_collections import ConfigDict
 
-from experiments.common import sections
-from experiments.common.sweeps import Overrides, product
+from experiments.common.config import Overrides, net_section, product
 
 PRESETS = ("smoke", "default", "paper")
 
@@ -34,7 +33,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "block_frames": 0,  # above 0: training is streamed from disk, so many frames at a time
         "stream_seed": 0,  # of the order in which utterances are dealt to blocks
     }
-    net = sections.net(
+    net = net_section(
         hidden=(256, 256, 256),
         learning_rate=2e-3,
         warmup_epochs=0,

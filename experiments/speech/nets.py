@@ -18,12 +18,13 @@ from distill_jax.data.images import Examples
 from distill_jax.models import Model, Params
 from distill_jax.nets import Net, load, stack
 from distill_jax.soft_targets import Mean
-from experiments.common import members
+from distill_jax.trainer import Reader, Stream
+from experiments.common import training
 from experiments.common.study import Context
 from experiments.speech import frames, training_set
 from experiments.speech.data import Data, load_data
 
-WINDOWS = members.Reader(
+WINDOWS = Reader(
     frames.gather_windows,
     lambda model, params, examples: frames.count_errors(model.apply, params, examples)["errors"],
 )
@@ -33,28 +34,28 @@ def train(
     context: Context,
     name: str,
     net: ConfigDict,
-    examples: Sequence[Examples] | members.Stream,
+    examples: Sequence[Examples] | Stream,
     loss: train_step.Loss,
     *,
     variants: Sequence[Mapping[str, float]] = ({},),
     seeds: Sequence[int] | None = None,
     directory: Path | None = None,
 ) -> Net:
-    """`members.train` for this study: counts frame errors on the test and validation sets."""
+    """`training.train` for this study: counts frame errors on the test and validation sets."""
     data = load_data(context.config)
     config = context.config
     if seeds is not None:
         config = ConfigDict({**config.to_dict(), "seeds": tuple(seeds)})
-    return members.train(
-        net,
+    return training.train(
         config,
-        (directory or context.directory) / name,
-        name,
-        members.build_model(net, data.num_classes, data.byte),
+        net,
+        training.build_model(net, data.num_classes, data.byte),
         examples,
         loss,
-        variants,
-        {"test_errors": data.test, "validation_errors": data.validation},
+        directory=(directory or context.directory) / name,
+        name=name,
+        variants=variants,
+        evaluation={"test_errors": data.test, "validation_errors": data.validation},
         reader=WINDOWS,
     )
 

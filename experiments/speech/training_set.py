@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from distill_jax import sharding, soft_targets
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
-from experiments.common.members import Stream
+from distill_jax.trainer import Stream
 from experiments.speech import frames, stream
 from experiments.speech.data import Data, load_data
 

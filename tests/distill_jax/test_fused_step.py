@@ -15,7 +15,8 @@ from distill_jax import models, optimizers, sharding, soft_targets, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 from experiments.benchmarks.collectives import collectives
-from experiments.common import members, sections
+from experiments.common import training
+from experiments.common.config import net_section
 
 M, K = 3, 2
 # LLVM's level, after XLA has split the work: programs that compile in half the time.
@@ -153,16 +154,25 @@ def test_a_study_fuses_the_loss_of_batches_with_many_logits(batch_logits, tmp_pa
         return two_losses(logits, batch, hyper, constants)
 
     net = ConfigDict(
-        sections.net(
+        net_section(
             hidden=(8,), epochs=1, batch_size=BATCH, optimizer="sgd", fused_logits=batch_logits
         )
     )
     mesh = {"member": 1, "data": -1, "model": 1}
     config = ConfigDict({"seeds": (0,), "selection": "last", "mesh": mesh})
-    model = members.build_model(net, CLASSES)
+    model = training.build_model(net, CLASSES)
     variant = {"temperature": 2.0, "hard_weight": 0.5}
     with jax.numpy_dtype_promotion("standard"):  # for optax's schedules
-        members.train(net, config, tmp_path, "net", model, [examples()], loss, [variant])
+        training.train(
+            config,
+            net,
+            model,
+            [examples()],
+            loss,
+            directory=tmp_path,
+            name="net",
+            variants=[variant],
+        )
     # One of 8 devices sees its own examples of a fused loss; all see the whole batch of a dense one.
     fused = batch_logits == BATCH * CLASSES
     assert set(seen) == {(BATCH // 8 if fused else BATCH, CLASSES)}

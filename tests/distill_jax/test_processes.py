@@ -22,7 +22,7 @@ from two_processes import train
 from distill_jax import sharding
 from distill_jax.data import images
 from distill_jax.nets import read_meta
-from experiments.common.members import curve
+from experiments.common.training import curve
 
 LIMIT = 60  # seconds within which the others must have noticed a lost process
 RUN = (

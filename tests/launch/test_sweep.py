@@ -13,8 +13,8 @@ import pytest
 from command import ROOT, SMOKE, fails, run
 
 from distill_jax.errors import UserError
+from experiments.common.config import product, zipped
 from experiments.common.study import read_json
-from experiments.common.sweeps import product, zipped
 from experiments.mnist.config import get_config
 from launch import backends
 from launch.backends import Job

@@ -8,8 +8,8 @@ import pytest
 from command import SMOKE, run, start
 
 from distill_jax.nets import read_meta
-from experiments.common.members import curve
 from experiments.common.study import read_json
+from experiments.common.training import curve
 
 # Wide enough that a checkpoint takes a while to write, on few enough examples that epochs are short.
 RUN = (

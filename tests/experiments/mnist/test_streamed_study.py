@@ -15,8 +15,8 @@ from distill_jax import soft_targets
 from distill_jax.data import stream
 from distill_jax.errors import UserError
 from distill_jax.nets import read_meta
-from experiments.common.members import curve
 from experiments.common.study import read_json
+from experiments.common.training import curve
 from experiments.mnist import study
 from experiments.mnist.config import get_config
 from experiments.mnist.data import load_data, open_data

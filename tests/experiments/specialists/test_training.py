@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from distill_jax import models, train_step, trainer
 from distill_jax.epochs import take_rows
-from experiments.common import members, sections
+from experiments.common import training
+from experiments.common.config import net_section
 from experiments.specialists.training import count_errors
 
 N, C, D = 60, 7, 5
@@ -40,20 +41,20 @@ M, OWN_SETS = 2, (SET, PADDED)
 
 def net(**changes):
     recipe = {"batch_size": 8, "epochs": 2, "save_every": 1, "warmup_epochs": 0}
-    return ConfigDict(sections.net(**{**recipe, **changes}))
+    return ConfigDict(net_section(**{**recipe, **changes}))
 
 
 def train(directory, examples, start, evaluation=None, reader=trainer.PLAIN, **changes):
     mesh = {"member": 2, "data": 4, "model": 1}
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic promotes
-        return members.train(
-            net(**changes),
+        return training.train(
             ConfigDict({"seeds": (0, 1), "selection": "last", "mesh": mesh, "data": {}}),
-            directory,
-            "test",
+            net(**changes),
             GENERALIST,
             examples,
             train_step.label_loss,
+            directory=directory,
+            name="test",
             evaluation=evaluation or {},
             reader=reader,
             start=start,

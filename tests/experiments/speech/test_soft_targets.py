@@ -11,7 +11,7 @@ from stores import content
 
 from distill_jax import soft_targets
 from distill_jax.nets import Net
-from experiments.common import members
+from experiments.common import training
 from experiments.common.study import Context
 from experiments.speech import nets, study, table1
 from experiments.speech.data import load_data
@@ -22,7 +22,7 @@ def ensemble(monkeypatch):
     """Three nets that were never trained."""
     config = config_of()
     data = load_data(config)
-    model = members.build_model(config.ensemble, data.num_classes, data.byte)
+    model = training.build_model(config.ensemble, data.num_classes, data.byte)
     keys = jax.random.split(jax.random.key(0), 3)
     params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 26, 40), jnp.uint8)))(keys)
     net = Net(model, jax.tree.map(np.asarray, params), [], 0.0, 3, {})

@@ -14,7 +14,7 @@ from command import fails, run, start
 
 from distill_jax import models, soft_targets
 from experiments.common import report
-from experiments.common.members import build_model
+from experiments.common.training import build_model
 from experiments.speech.config import PRESETS, get_config
 
 SMOKE = "--config=experiments/speech/config.py:smoke"

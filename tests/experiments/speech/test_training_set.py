@@ -9,7 +9,7 @@ from speech_configs import config_of
 from distill_jax import soft_targets
 from distill_jax.errors import UserError
 from distill_jax.nets import Net
-from experiments.common import members
+from experiments.common import training
 from experiments.common.study import Context
 from experiments.speech import frames, nets, recognition, training_set
 from experiments.speech.data import load_data
@@ -28,7 +28,7 @@ def streamed():
 @pytest.fixture(scope="module")
 def ensemble(resident):
     data = load_data(resident)
-    model = members.build_model(resident.ensemble, data.num_classes, data.byte)
+    model = training.build_model(resident.ensemble, data.num_classes, data.byte)
     keys = jax.random.split(jax.random.key(0), 3)
     params = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 26, 40), jnp.uint8)))(keys)
     return Net(model, params, [], 0.0, 3, {})

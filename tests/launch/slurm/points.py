@@ -1,6 +1,6 @@
 """A sweep of four points, for run.sh."""
 
-from experiments.common.sweeps import Overrides, product
+from experiments.common.config import Overrides, product
 
 
 def sweep(name: str) -> list[Overrides]:

@@ -1,9 +1,27 @@
-"""The part of a config that describes one net; `experiments.common.members` builds and trains it."""
+"""What the studies' config files are built from: the section of a net, and sweeps.
 
+Nothing here imports JAX: configs are read before it is set up.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+Overrides = dict[str, Any]
+"""Dotted config keys and their values: one point of a sweep."""
 
-def net(**changes: Any) -> dict[str, Any]:
+
+def product(values: Mapping[str, Sequence[Any]]) -> list[Overrides]:
+    """Every combination: `product({"a": [1, 2], "b": [3, 4]})` has four points."""
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+
+
+def zipped(values: Mapping[str, Sequence[Any]]) -> list[Overrides]:
+    """The first values together, the second together, and so on; all of one length."""
+    return [dict(zip(values, point, strict=True)) for point in zip(*values.values(), strict=True)]
+
+
+def net_section(**changes: Any) -> dict[str, Any]:
     """How one net is built and trained, with the given fields changed."""
     fields = {
         "hidden": (800, 800),

@@ -24,13 +24,14 @@ from distill_jax.trainer import PLAIN, Reader, Recipe, Stream
 
 
 def train(
-    net: ConfigDict,
     config: ConfigDict,
-    directory: Path,
-    name: str,
+    net: ConfigDict,
     model: models.Model,
     examples: Sequence[Examples] | Stream,
     loss: train_step.Loss,
+    *,
+    directory: Path,
+    name: str,
     variants: Sequence[Mapping[str, float]] = ({},),
     evaluation: Mapping[str, Examples | Sequence[Examples]] = types.MappingProxyType({}),
     passes: int = 1,
@@ -41,13 +42,13 @@ def train(
     """Trains one net per variant and seed as one vmapped program, or reads them if they are finished.
 
     Args:
+        config: of the study: its seeds, selection, mesh and data.
         net: the config's section with sizes and recipe.
-        config: the whole config: its seeds, selection and mesh.
-        directory: this training's own.
-        name: shown in progress, and part of the randomness: other names, other initial weights.
         model: from `build_model`.
         examples: each seed's own; or a stream.
         loss: of `distill_jax.train_step`.
+        directory: this training's own.
+        name: shown in progress, and part of the randomness: other names, other initial weights.
         variants: further traced numbers per net ("temperature", "hard_weight", "learning_rate").
             Member `v * len(seeds) + s` is variant v of seed s.
         evaluation: sets to count errors on.
