@@ -1,6 +1,6 @@
 """A small training run on any mesh, in this process or (as a script) in one of several.
 
-    python tests/two_processes.py HOST:PORT,COUNT,INDEX DIRECTORY MEMBER,DATA,MODEL:UNITS ...
+    python -m tests.two_processes HOST:PORT,COUNT,INDEX DIRECTORY MEMBER,DATA,MODEL:UNITS ...
 
 trains on one mesh after another, each in a folder of its own, from whatever checkpoint is there.
 """

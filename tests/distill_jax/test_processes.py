@@ -164,8 +164,9 @@ def test_same_numbers_on_two_processes_and_across_checkpoints(tmp_path):
     # The last one resumes from a checkpoint of eight devices of one process.
     train(sharding.make_mesh(2, 4, 1), tmp_path / "3", 1)
     runs = ["1,8,1:2", "2,2,2:2", "1,1,8:2", "1,2,4:2"]
-    script = [str(Path(__file__).parents[1] / "two_processes.py"), "{}", str(tmp_path), *runs]
-    ended = end_all(start_all(script, 2, 4))
+    # As a module from the root: beside the script, tests/distill_jax would be found first.
+    command = ["-m", "tests.two_processes", "{}", str(tmp_path), *runs]
+    ended = end_all(start_all(command, 2, 4))
     assert [status for status, *_ in ended] == [0, 0], ended
     for number in range(len(runs)):
         np.testing.assert_allclose(np.load(tmp_path / f"{number}_loss.npy"), losses, rtol=1e-5)

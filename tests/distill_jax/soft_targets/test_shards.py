@@ -72,7 +72,7 @@ def kill(process):
     assert process.wait() == -signal.SIGKILL
 
 
-def test_a_killed_writer_goes_on_to_the_same_bytes(whole, tmp_path):
+def test_a_killed_writer_resumes_to_the_same_bytes(whole, tmp_path):
     process = start(f"write_slowly({str(tmp_path)!r})")
     wait_for(tmp_path / "shards/00001", process)
     kill(process)
@@ -103,7 +103,7 @@ def test_what_a_kill_during_a_shard_leaves_is_written_over(whole, tmp_path):
     assert content(tmp_path) == content(whole)
 
 
-def test_independent_writers_are_killed_and_go_on(tmp_path):
+def test_independent_writers_are_killed_and_resume(tmp_path):
     running = [
         start(f"write_until_killed({str(tmp_path)!r}, {first}, {first + 2})") for first in (0, 1)
     ]

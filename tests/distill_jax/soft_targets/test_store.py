@@ -75,7 +75,7 @@ def test_batches_all_have_one_size_and_do_not_change_the_store(batch_size, whole
     assert content(tmp_path) == content(whole)
 
 
-def test_another_run_can_not_go_on_with_a_store(whole):
+def test_another_run_can_not_continue_a_store(whole):
     before = content(whole)
     write(whole, never)
     for name, there, here in (
