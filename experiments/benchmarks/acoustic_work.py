@@ -138,7 +138,7 @@ def measure_job(job: Job, matrix: int, rounds: int) -> tuple[float, dict[Way, Fi
 
 
 def _figures(job: Job, way: Way, step: float, rate: float) -> Figures:
-    """Of a way whose step takes so many seconds, on a device with such a rate."""
+    """The figures of a way whose step takes `step` seconds, on a device with this rate."""
     flops = step_flops(job.parameters, job.net.batch_size, TEACHERS[way.targets])
     return {
         "seconds": step,

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their command lines, and processes of their own that measure."""
+"""Shared by the benchmarks: running a command, and worker processes that measure."""
 
 import json
 import subprocess
@@ -12,14 +12,14 @@ from absl import app, logging
 from distill_jax.errors import UserError
 
 Ask = Callable[[Any], dict[str, Any]]
-"""Sends a process a question as a line of JSON, and returns its answer, another one."""
+"""Sends a worker a request as a line of JSON, and returns its answer."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a benchmark's command line; a UserError ends it with one line and status 1."""
+    """Runs a benchmark; a UserError ends it with one line and exit status 1."""
 
     def guarded(argv: Sequence[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # not what JAX has to say of backends it didn't find
+        logging.set_verbosity(logging.WARNING)  # hides JAX's messages about missing backends
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}")
         try:
@@ -32,7 +32,7 @@ def run(main: Callable[[], None]) -> None:
 
 @contextmanager
 def worker(module: str, flags: Sequence[str], env: Mapping[str, str]) -> Iterator[Ask]:
-    """A process that runs a module, and answers until its standard input ends.
+    """Starts a process that runs a module and answers requests until its standard input ends.
 
     The `Ask` raises a UserError if the process has ended.
     """

@@ -76,7 +76,7 @@ DTYPE = {"cpu": "float32", "gpu": "bfloat16"}
 
 
 def main() -> None:
-    """Measures, or is one of the processes that do."""
+    """Measures, or is one of the worker processes."""
     _serve() if _WORKER.value else _report()
 
 
@@ -224,7 +224,7 @@ def _serve() -> None:
             except (RuntimeError, ImportError) as error:
                 if case.way == "fused":
                     raise
-                # No C++ compiler or Triton, or too little memory. The message goes on for pages.
+                # No C++ compiler or Triton, or too little memory. The message has many lines.
                 answer = {"error": str(error).strip().split("\n", 1)[0]}
         print(json.dumps(answer), flush=True)
 

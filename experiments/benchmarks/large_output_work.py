@@ -1,4 +1,4 @@
-"""The work that `large_output` measures, the same in every framework, and what is said of it."""
+"""The work that `large_output` measures, the same in every framework, and its ratios."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ KEPT = 64  # of the soft targets that come from a store
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # relative; float32 is TF32 on a GPU
 
 Figures = dict[str, float]
-"""Of one way: "seconds", "peak_bytes", "temporary_bytes" and so on; what can't be had is absent."""
+"""Of one way: "seconds", "peak_bytes", "temporary_bytes" and so on, if they can be measured."""
 
 
 class Shape(NamedTuple):
@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What forward and backward are done on.
+    """The inputs of the forward and backward pass.
 
     hidden, teacher_hidden: `[B, D]`; kernel, teacher_kernel: `[D, C]`; bias, teacher_bias: `[C]`;
     label: int32 `[B]`; ids: int32 `[B, 64]`; probabilities: `[B, 64]`; tail: `[B]`.

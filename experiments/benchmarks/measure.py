@@ -1,4 +1,4 @@
-"""The time and the memory that a piece of work takes, in whatever framework."""
+"""Measures time and memory of a function, in any framework."""
 
 import ctypes
 import re
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 PROCESS = Path("/proc/self")
-LEAST_SECONDS = 0.2  # so long the work is repeated
-SETTLE_SECONDS = 0.5
+LEAST_SECONDS = 0.2  # the function is repeated for at least this long
+PAUSE_SECONDS = 0.5
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Seconds of one `run`, which waits for its result: the mean of as many as fill a fifth of one."""
+    """Mean seconds of `run`, which waits for its result, over repeated calls."""
     runs, start = 0, time.perf_counter()
     while not runs or time.perf_counter() - start < LEAST_SECONDS:
         run()
@@ -22,13 +22,13 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def peak_resident(run: Callable[[], Any]) -> int | None:
-    """Bytes by which the resident memory of this process grows at most while `run` runs, on a CPU.
+    """The largest growth in bytes of the resident memory of this process during `run`, on a CPU.
 
-    None where that can't be measured: it takes Linux and glibc.
+    None where it can't be measured: this needs Linux and glibc.
     """
-    # Threads of XLA free a program's buffers a little after its result is there. What is freed, malloc
-    # keeps in part; it is given back here, so that it counts when it is used again.
-    time.sleep(SETTLE_SECONDS)
+    # XLA frees the buffers of a program a little after its result is ready, and malloc keeps a part of
+    # freed memory. It is returned to the system here, so that it counts when it is used again.
+    time.sleep(PAUSE_SECONDS)
     try:
         ctypes.CDLL(None).malloc_trim(0)
         # Sets VmHWM back to VmRSS: man proc_pid_clear_refs.

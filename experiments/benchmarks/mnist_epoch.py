@@ -68,7 +68,7 @@ class Times(NamedTuple):
 
 
 def main() -> None:
-    """Measures, or is one of the two processes that train."""
+    """Measures, or is one of the two worker processes."""
     _serve() if _WORKER.value else _report()
 
 
@@ -105,7 +105,7 @@ def _find_torch() -> bool:
 
 def _common_device(pytorch: bool) -> str:
     """GPU if every framework that is measured has one."""
-    # Asked in processes of their own: whoever opens a GPU takes a part of its memory.
+    # In processes of their own, because opening a GPU takes a part of its memory.
     questions = ["import jax; print(jax.default_backend() == 'gpu')"]
     if pytorch:
         questions.append("import torch; print(torch.cuda.is_available())")
@@ -142,7 +142,7 @@ def _workers(frameworks: Sequence[str], device: str) -> Iterator[dict[str, Ask]]
 
 
 def _worker_env(framework: str, device: str, cache: str) -> dict[str, str]:
-    """The environment of a worker that is to see one device and to compile anew."""
+    """The environment of a worker that sees one device and compiles without a cache."""
     env = dict(os.environ)
     xla_flags = env.get("XLA_FLAGS", "").split()
     env["XLA_FLAGS"] = " ".join(f for f in xla_flags if "host_platform_device_count" not in f)
@@ -228,7 +228,7 @@ def _serve() -> None:
         except RuntimeError as error:
             if case.way != "pytorch_compile":
                 raise
-            # No C++ compiler, mostly. The message goes on for pages.
+            # No C++ compiler, mostly. The message has many lines.
             _answer(error=str(error).strip().split("\n", 1)[0])
         else:
             _answer(seconds=time.perf_counter() - start)

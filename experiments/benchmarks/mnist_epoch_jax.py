@@ -20,7 +20,7 @@ from experiments.mnist.config import get_config
 
 TRAIN_EXAMPLES, PIXELS, CLASSES = 60000, 28 * 28, 10
 MEMBERS = 5
-EPOCHS = 40  # the learning rate's schedule is planned for so many
+EPOCHS = 40  # length of the learning rate schedule
 SECTIONS = {"teacher": "teacher", "student": "distilled"}  # of the config
 
 RunEpoch = Callable[[], None]
@@ -87,7 +87,7 @@ def section(net: str) -> ConfigDict:
 
 
 def load_examples(work: Work) -> images.Examples:
-    """The training examples of so many steps, with random teacher logits."""
+    """The training examples of these steps, with random teacher logits."""
     train = images.load("embedded").train
     logits = np.random.default_rng(0).normal(0, 5, (TRAIN_EXAMPLES, CLASSES)).astype(np.float32)
     # A whole epoch is shuffled out of all; its remainder of a batch is left out afterwards.
@@ -115,7 +115,7 @@ def _case(work: Work, case: Case) -> RunEpoch:
 
 @functools.cache
 def _program(work: Work, net: str, members: int) -> Callable[[int], list[RunEpoch]]:
-    """One program with so many members, set up as a study does it: starts some runs of it."""
+    """One program for all members, built as in a study; returns a function that starts runs of it."""
     config, mesh = section(net), sharding.make_mesh()
     model = build_model(config, CLASSES)
     optimizer = build_optimizer(config, work.steps, EPOCHS)

@@ -56,7 +56,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 0, "Examples per step, of the largest number of devices; 0: as many as the net's."
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements of each kind.", lower_bound=1)
-_WORKER = flags.DEFINE_integer("worker", 0, "Internal: be a process with so many devices.")
+_WORKER = flags.DEFINE_integer("worker", 0, "Internal: be a worker with this number of devices.")
 
 COUNT_FLAG = "--xla_force_host_platform_device_count"
 
@@ -113,7 +113,7 @@ class Point(NamedTuple):
 
 
 def main() -> None:
-    """Measures, or is one of the processes that train."""
+    """Measures, or is one of the worker processes."""
     _serve() if _WORKER.value else _report()
 
 
@@ -149,7 +149,7 @@ def _report() -> None:
 
 def _devices() -> tuple[str, list[int]]:
     """The back end, and the numbers of devices that it can have."""
-    # Asked in a process of its own: whoever opens a GPU takes a part of its memory.
+    # In a process of its own, because opening a GPU takes a part of its memory.
     question = "import jax; print(jax.default_backend(), jax.local_device_count())"
     answer = subprocess.run([sys.executable, "-c", question], stdout=subprocess.PIPE, text=True)
     if answer.returncode:
@@ -220,7 +220,7 @@ def _compare(
 
 
 def _worker(backend: str, count: int) -> AbstractContextManager[Ask]:
-    """A process with so many devices, which measures a `Case` once more when asked.
+    """Starts a worker with `count` devices, which measures a `Case` on request.
 
     It answers with a step's "seconds" and "cpu_seconds", and the bytes "sent" in it.
     """
@@ -229,7 +229,7 @@ def _worker(backend: str, count: int) -> AbstractContextManager[Ask]:
 
 
 def _environment(backend: str, count: int) -> dict[str, str]:
-    """Of a process that is to see so many devices."""
+    """The environment of a process that sees `count` devices."""
     env = dict(os.environ)
     if backend == "cpu":
         kept = [flag for flag in env.get("XLA_FLAGS", "").split() if COUNT_FLAG not in flag]

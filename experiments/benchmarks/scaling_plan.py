@@ -1,4 +1,4 @@
-"""Communication on paper, and what it leaves of larger machines than are at hand.
+"""A model of communication, and the predicted efficiency of larger machines.
 
 A step's time on a chip is taken as the sum of three parts that don't overlap: the matrix products (or,
 if that takes longer, reading and writing their weights), the optimizer's update, the communication.
@@ -65,7 +65,7 @@ class Job(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A way to train a job: so many nets at once, each on a mesh of `data` x `model` chips.
+    """A way to train a job: `at_once` nets at a time, each on a mesh of `data` x `model` chips.
 
     step: seconds; efficiency: share of the rate that all chips would have if they did nothing but
     matrix products; split_efficiency: if the update were split over "data" (arXiv 2004.13336); hours: of
@@ -116,7 +116,7 @@ def step_bytes(layers: Sequence[int], batch: int, data: int, model: int) -> floa
 
 
 def ring_bytes(kind: str, result: float, devices: int) -> float:
-    """Bytes that each of so many devices sends for a collective with a result of `result` bytes."""
+    """Bytes that each of `devices` devices sends for a collective with a result of `result` bytes."""
     shares = {
         "all-reduce": 2 * (devices - 1) / devices,
         "all-gather": (devices - 1) / devices,
@@ -178,7 +178,7 @@ def _plan(job: Job, cluster: Cluster, data: int, model: int) -> Plan:
 
 
 def _step_seconds(job: Job, cluster: Cluster, data: int, model: int, update_parts: int) -> float:
-    """A step of one net; its update is split over so many devices of "data"."""
+    """Seconds of a step of one net; its update is split over `update_parts` devices of "data"."""
     weights = job.parameters / model
     products = job.flops * job.batch / (data * model) / (cluster.flops * USED)
     passes = weights * WEIGHT_BYTES / cluster.memory

@@ -1,4 +1,4 @@
-"""What few bytes per example cost soft targets of very many classes, and students of them.
+"""The loss of accuracy if soft targets of very many classes are stored in few bytes per example.
 
     python -m experiments.benchmarks.soft_target_storage
 

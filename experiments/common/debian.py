@@ -1,7 +1,7 @@
-"""Fetches packages of Debian's archive for the data that studies are made on.
+"""Fetches packages of Debian's archive that contain the studies' data.
 
-A cache is a folder with the packages' files, a folder each with what was in them, and `licences/` with
-their copyright files.
+A cache is a folder with the files of the packages, a folder with the content of each, and `licences/`
+with their copyright files.
 """
 
 import os
@@ -19,12 +19,12 @@ def unpacked(cache: str | os.PathLike[str], name: str, tried: str) -> Path:
     """The folder with a package's files, fetched and unpacked on the first call.
 
     Args:
-        cache: made if it isn't there; the folder appears in it whole or not at all.
+        cache: created if missing; the folder appears in it only once it is complete.
         name: of the package.
-        tried: the version that the caller was tried with, for messages.
+        tried: the version with which the caller was tested, for messages.
 
     Raises:
-        UserError: the package can't be fetched or unpacked, or has no copyright file.
+        UserError: if the package can't be fetched or unpacked, or has no copyright file.
     """
     cache = Path(cache).absolute()
     cache.mkdir(parents=True, exist_ok=True)
@@ -39,19 +39,19 @@ def unpacked(cache: str | os.PathLike[str], name: str, tried: str) -> Path:
 
 
 def version(cache: str | os.PathLike[str], name: str) -> str:
-    """The version of a package in the cache, read off its file's name; "" if the file is gone."""
+    """The version of a package in the cache, from its file name; "" if the file is missing."""
     packages = sorted(Path(cache).glob(f"{name}_*.deb"))
     return unquote(packages[-1].name.split("_")[1]) if packages else ""
 
 
 def _package(cache: Path, name: str, tried: str) -> Path:
-    """A package's file in the cache, fetched if it isn't there."""
+    """The file of a package in the cache, fetched if missing."""
     if not any(cache.glob(f"{name}_*.deb")):
         remedy = (
             f"if the package is not known, apt-get update may help; or place {name}_*.deb of Debian "
             f"(tried with version {tried}) in {cache}"
         )
-        # Not straight into the cache: what a broken download leaves must not be taken for the package.
+        # Not directly into the cache: an incomplete download must not be mistaken for the package.
         with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as download:
             _run(["apt-get", "download", name], Path(download), name, remedy)
             for package in Path(download).glob("*.deb"):

@@ -1,4 +1,4 @@
-"""What the studies' figures have in common: colours, sizes, and how rows become lines and bars.
+"""Shared by the studies' figures: colours, sizes, and functions that draw rows as lines and bars.
 
 Figures are made without pyplot, so nothing is registered globally. Ink is black and backgrounds are
 left empty, so that a report can show them on a light and on a dark page.
@@ -39,7 +39,7 @@ def spreads(rows: Sequence[Row]) -> np.ndarray:
 
 
 def draw_line(axes: Axes, rows: Sequence[Row], key: str, **style: Any) -> None:
-    """A line of the rows' values against what stands at `key`, with error bars."""
+    """A line of the rows' values against their `key`, with error bars."""
     line = sorted(rows, key=lambda row: row[key])
     x, y = [row[key] for row in line], [row["value"] for row in line]
     style = {"yerr": spreads(line), "markersize": 4, "linewidth": 1.5, "capsize": 2, **style}
@@ -67,7 +67,7 @@ def draw_levels(axes: Axes, levels: Sequence[tuple[Row, str, str]]) -> None:
         axes.axhline(value, color=color, linewidth=1.2)
         if std:
             axes.axhspan(value - std, value + std, color=color, alpha=0.2, linewidth=0)
-        # Names of lines that lie close: the lower's below, the upper's above.
+        # Names of close lines: the lower one's below, the upper one's above.
         va = "center" if len(ordered) == 1 else ("bottom" if index else "top")
         place, system = (1.0, value), axes.get_yaxis_transform()
         note(axes, f"{name}: {value:.1f}", place, (4, 0), system, ha="left", va=va)
@@ -87,7 +87,7 @@ def note(
 
 
 def widen(axes: Axes, least: float) -> None:
-    """Lets the vertical axis span `least` or more, lest seed noise look like an effect."""
+    """Lets the vertical axis span `least` or more, so that noise does not look like an effect."""
     low, high = axes.get_ylim()
     missing = max(least - (high - low), 0.0) / 2
     axes.set_ylim(low - missing, high + missing)

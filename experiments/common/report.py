@@ -1,4 +1,4 @@
-"""Reports drawn from a study's rows alone: report.md, report.html and the figures beside them.
+"""Reports made from the rows of a study only: report.md, report.html and the figures.
 
 A row is one measured number, a plain dict with the keys of `KEYS`: the paper's number or null, the
 mean and the sample standard deviation (null for one seed) over `seeds` runs, and `selection` saying
@@ -67,7 +67,7 @@ def write(
 ) -> None:
     """Writes report.md, report.html and figures/NAME.png.
 
-    The HTML is one file that asks for nothing else: its style and figures are inside. In a figure,
+    The HTML is a single file with its style and figures inside. In a figure,
     pure black stands for ink and follows the page's text colour; other colours stay as they are.
 
     Args:
@@ -173,7 +173,7 @@ def _table(
     """What a template shows of a table; the metrics of a row, from the same runs, are a group."""
     groups = []
     for (row, seconds), group in itertools.groupby(rows, lambda r: (r["row"], r["seconds"])):
-        # Tenths of a second tell nothing once there are many seconds.
+        # Tenths of a second do not matter for long times.
         decimals = 0 if seconds is not None and seconds >= 100 else 1
         lines = [_line(one, references.get(_key(one))) for one in group]
         groups.append({"row": row, "seconds": format_number(seconds, decimals), "lines": lines})

@@ -1,4 +1,4 @@
-"""Tasks spread over processes, with progress."""
+"""Runs tasks in parallel processes, with progress."""
 
 import multiprocessing
 import os
@@ -13,23 +13,22 @@ from distill_jax.errors import UserError
 def run_all(
     function: Callable[[Any], Any], tasks: Sequence[Any], processes: int, did: str, unit: str
 ) -> None:
-    """Calls `function` on every task, in parallel, for the files that it leaves.
+    """Calls `function` on every task, in parallel; its results are the files that it writes.
 
     Args:
-        function: of a module, since it is called in fresh processes.
-        tasks: its argument, one each.
-        processes: at most so many at a time; 0 for one per core.
-        did: what it does in the past tense, and
-        unit: of what, in the plural, for the lines of progress: "aligned 3/20 parts".
+        function: at the top level of a module, because it is called in spawned processes.
+        tasks: the argument of each call.
+        processes: maximum of parallel processes; 0 for one per core.
+        did, unit: verb and noun for progress lines such as "aligned 3/20 parts".
 
     Raises:
-        UserError: a process was killed. What `function` raises is passed on.
+        UserError: if a process was killed. Exceptions of `function` are passed on.
     """
     if not tasks:
         return
     begun = time.monotonic()
     count = min(processes or os.cpu_count() or 1, len(tasks))
-    # Fresh processes: what the parent has loaded, and its threads, stay out of them.
+    # Spawned, so that they inherit no modules or threads of the parent.
     context = multiprocessing.get_context("spawn")
     with context.Pool(count, _leave_interrupts_to_the_parent) as pool:
         workers = set(multiprocessing.active_children())
@@ -47,7 +46,7 @@ def run_all(
 
 
 def _wait_for_one(results: Any, workers: set[Any], did: str) -> None:
-    """Waits for the next task. The pool itself would wait forever for that of a worker that died."""
+    """Waits for the next task; the pool itself would wait for ever for a worker that died."""
     while True:
         try:
             results.next(timeout=1.0)

@@ -41,7 +41,7 @@ class Glyphs(NamedTuple):
     equal (typeface * C + label), uint8 "inputs" `[n, 32, 32]`, white on black, int32 "label" `[n]` and
     int32 "typeface" `[n]`.
 
-    metadata: what the set was made by. fingerprint: 16 hex digits of all of the set's content.
+    metadata: how the set was made. fingerprint: 16 hex digits, a hash of the whole content.
     """
 
     characters: tuple[str, ...]
@@ -65,10 +65,10 @@ def write(
         characters: the classes.
         typefaces: as in `Glyphs`.
         splits: by name, at most one sheet per typeface.
-        metadata: kept in the set's metadata.json.
+        metadata: stored in metadata.json of the set.
 
     Returns:
-        The folder of the set; one that is there already is left as it is.
+        The folder of the set; an existing one is not changed.
     """
     import tensorflow_datasets as tfds
 
@@ -79,7 +79,7 @@ def write(
 
 
 def folder_of(directory: Path) -> Path:
-    """Where `write` puts a set; the folder exists once it is whole."""
+    """The folder that `write` makes; it exists only once the set is complete."""
     return directory / "glyphs" / _VERSION
 
 
@@ -90,7 +90,7 @@ def load(source: str | Path = "embedded") -> Glyphs:
         source: "embedded", or a folder that the preparation made (the set's own or a data_dir).
 
     Raises:
-        UserError: for a folder that holds no such set, a half-written or damaged one.
+        UserError: if the folder has no such set, or an incomplete or damaged one.
     """
     folder = _find(source)
     import tensorflow_datasets as tfds

@@ -1,4 +1,4 @@
-"""The words a decoder may find: trigrams counted in transcripts, and how their words are spoken."""
+"""The language model of a decoder: trigrams of transcripts, and pronunciations of their words."""
 
 import functools
 import re
@@ -18,19 +18,19 @@ class LanguageModel(NamedTuple):
 
 
 def vocabulary() -> frozenset[str]:
-    """The words of the wheel's dictionary, in lower case, without the marks of other pronunciations."""
+    """The words of the wheel's dictionary, in lower case, without alternative pronunciations."""
     return frozenset(word for word, _ in _pronunciations())
 
 
 def write(sentences: Iterable[Sequence[str]], directory: Path) -> LanguageModel:
-    """Makes a decoder's language model out of transcripts.
+    """Makes the language model of a decoder from transcripts.
 
-    The dictionary is cut to the words of the trigrams: the decoder could find no others, and starts
-    in a quarter of the time.
+    The dictionary has only the words of the trigrams: the decoder can find no others, and starts in a
+    quarter of the time.
 
     Args:
         sentences: words in lower case; see `write_trigrams`.
-        directory: made if it isn't there; gets trigrams.arpa and words.dict.
+        directory: created if missing; gets trigrams.arpa and words.dict.
     """
     directory.mkdir(parents=True, exist_ok=True)
     model = in_directory(directory)
@@ -46,12 +46,12 @@ def in_directory(directory: Path) -> LanguageModel:
 def write_trigrams(sentences: Iterable[Sequence[str]], path: Path) -> set[str]:
     """Counts trigrams and writes them as an ARPA file.
 
-    Half of the mass at every history is left to shorter histories (the fixed discount of
+    Half of the probability of every history backs off to shorter histories (the fixed discount of
     `pocketsphinx.lm.ArpaBoLM`).
 
     Args:
-        sentences: words in lower case. One with a word outside `vocabulary()` is left out as a whole,
-            for the decoder can't find that word; so is one without words.
+        sentences: words in lower case. A sentence without words, or with a word outside `vocabulary()`,
+            is not counted: the decoder could not find that word.
         path: of the file.
 
     Returns:

@@ -4,7 +4,7 @@
     python -m experiments.speech.prepare --corpus=librispeech:FOLDER --out=DIR
     python -m experiments.speech.prepare --corpus=manifest:FILE.jsonl --out=DIR
 
-Every recording is aligned with its transcript, on all cores, some 60 times as fast as it plays on two.
+Every recording is aligned with its transcript, on all cores: on two, about 60 times real time.
 The same command resumes a killed one. `--config.data.source=DIR` then trains on it.
 """
 
@@ -54,7 +54,7 @@ _AUDIO_WORDS = flags.DEFINE_integer(
 
 
 def recordings(corpus: str, out: Path) -> list[Recording]:
-    """The recordings of the corpus that a command line names."""
+    """The recordings of the corpus named by --corpus."""
     kind, _, where = corpus.partition(":")
     if kind == "debian" and not where:
         return debian.recordings(out / "packages")

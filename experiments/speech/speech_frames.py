@@ -47,7 +47,7 @@ class Utterance(NamedTuple):
 
 
 class Records(Sequence[Utterance]):
-    """Utterances that are read from disk when they are asked for."""
+    """Utterances that are read from disk on access."""
 
     def __init__(self, source: Any, numbers: range):
         self.source, self.numbers = source, numbers
@@ -84,10 +84,10 @@ def write(
     Args:
         directory: TFDS's data_dir.
         splits: by name, a function that gives the utterances.
-        metadata: kept in the set's metadata.json.
+        metadata: stored in metadata.json of the set.
 
     Returns:
-        The folder of the set; one that is there already is left as it is.
+        The folder of the set; an existing one is not changed.
     """
     builder = _make_builder(directory, splits, metadata)
     import tensorflow_datasets as tfds
@@ -102,10 +102,10 @@ def load(source: str, splits: tuple[str, ...] = SPLITS, on_disk: tuple[str, ...]
     Args:
         source: "embedded", or a folder that the preparation made (the set's own or a data_dir).
         splits: to read.
-        on_disk: those that are not read into memory, but opened as `Records`.
+        on_disk: splits that are opened as `Records` and not read into memory.
 
     Raises:
-        UserError: for a folder that holds no such set, a half-written or damaged one.
+        UserError: if the folder has no such set, or an incomplete or damaged one.
     """
     folder = find(source)
     sources, metadata = open_sources(folder, splits)
@@ -122,7 +122,7 @@ def load(source: str, splits: tuple[str, ...] = SPLITS, on_disk: tuple[str, ...]
 
 
 def folder_of(directory: Path) -> Path:
-    """Where `write` puts a set; the folder exists once it is whole."""
+    """The folder that `write` makes; it exists only once the set is complete."""
     return directory / "speech_frames" / _VERSION
 
 
@@ -175,7 +175,7 @@ def utterance(record: Mapping[str, Any]) -> Utterance:
 
 
 def alignment_fingerprint(corpus: Corpus, split: str) -> str:
-    """16 hex digits that name a split's ids and states in their order: soft targets belong to one."""
+    """16 hex digits, a hash of the ids and states of a split; soft targets belong to one."""
     digest = hashlib.sha256()
     for one in corpus.splits[split]:
         digest.update(one.id.encode() + b"\0" + np.ascontiguousarray(one.states).tobytes())

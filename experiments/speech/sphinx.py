@@ -2,8 +2,8 @@
 
 The wheel's Python classes decode audio only with the wheel's own acoustic model. Its C library also
 takes the scores of all senones (tied states of triphones) from a file, and ctypes reaches that. This
-is the only file that knows the library's signatures. ctypes lets go of the interpreter's lock during
-a call, so several decoders run side by side in threads. No JAX here.
+is the only file that knows the library's signatures. ctypes releases the interpreter's lock during a
+call, so several decoders run in parallel threads. This module uses no JAX.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def model_file(*names: str) -> Path:
     """A file or folder of the wheel's model for American English.
 
     Raises:
-        UserError: pocketsphinx isn't installed, or came without that file.
+        UserError: if pocketsphinx is not installed, or has no such file.
     """
     try:
         import pocketsphinx
@@ -53,7 +53,7 @@ def model_file(*names: str) -> Path:
 
 
 def acoustic_model() -> Path:
-    """The folder of the wheel's own acoustic model, whose senones are the classes of a net here."""
+    """The folder of the wheel's acoustic model; its senones are the classes of the nets."""
     folder = model_file("en-us")
     model_file("en-us", "mdef")
     return folder
@@ -70,7 +70,7 @@ class _Senones(NamedTuple):
 
 
 def num_senones() -> int:
-    """How many senones the wheel's acoustic model has (5126)."""
+    """Number of senones of the wheel's acoustic model (5126)."""
     return len(_senones().states)
 
 
@@ -119,21 +119,21 @@ def _senones() -> _Senones:
 
 @contextlib.contextmanager
 def open_decoder(options: Mapping[str, Any]) -> Iterator[Handle]:
-    """A decoder; only one thread at a time may use it.
+    """Opens a decoder; only one thread at a time may use it.
 
     Args:
         options: the library's own: "lm", "dict", "lw", "beam" and so on.
 
     Raises:
-        UserError: the library doesn't take these options or can't read the files they name.
+        UserError: if the library rejects these options or can't read the files that they name.
     """
     library = _library()
     settings = {
         "hmm": str(acoustic_model()),
         "dict": str(dictionary()),
-        "cmn": "batch",  # by the utterance, so that no result depends on the one before
-        "compallsen": True,  # each frame's scores are all there, and read once
-        "pl_window": 0,  # looking ahead needs frames that a file of scores hasn't given yet
+        "cmn": "batch",  # per utterance, so that results do not depend on earlier ones
+        "compallsen": True,  # all scores of a frame are given, and read once
+        "pl_window": 0,  # a look-ahead would need frames that were not read yet
         "loglevel": "FATAL",
         **options,
     }
@@ -143,7 +143,7 @@ def open_decoder(options: Mapping[str, Any]) -> Iterator[Handle]:
     config = library.ps_config_parse_json(None, json.dumps(settings).encode())
     handle = library.ps_init(config) if config else None
     if config:
-        library.ps_config_free(config)  # the decoder holds on to it
+        library.ps_config_free(config)  # the decoder keeps its own reference
     if not handle:
         raise UserError(f"pocketsphinx can't make a decoder with the options {dict(options)}")
     try:
@@ -153,15 +153,15 @@ def open_decoder(options: Mapping[str, Any]) -> Iterator[Handle]:
 
 
 def decode_costs(handle: Handle, costs: np.ndarray) -> str:
-    """The words that a decoder finds for one utterance's senone scores.
+    """Decodes the senone scores of one utterance.
 
     Args:
         handle: from `open_decoder`.
-        costs: int16 `[n, num_senones]` within 0 and MAX_COST, a frame's best senone 0: how far each
-            lies below it in the logarithm, in steps of NATS_PER_COST.
+        costs: int16 `[n, num_senones]` in 0..MAX_COST: the log-score of a frame's best senone minus
+            that of each senone, in steps of NATS_PER_COST.
 
     Returns:
-        Words with spaces between; "" where the decoder finds none, and for no frames.
+        Words separated by spaces; "" if the decoder finds none, and for no frames.
     """
     if not len(costs):
         return ""
@@ -186,7 +186,7 @@ def decode_costs(handle: Handle, costs: np.ndarray) -> str:
 
 
 def decode_samples(handle: Handle, samples: np.ndarray) -> str:
-    """The words that a decoder finds in audio with its own acoustic model.
+    """Decodes audio with the decoder's own acoustic model.
 
     Args:
         handle: from `open_decoder`.
@@ -197,7 +197,7 @@ def decode_samples(handle: Handle, samples: np.ndarray) -> str:
     """
     library = _library()
     samples = np.ascontiguousarray(samples)
-    library.ps_start_stream(handle)  # forget the noise of the utterance before
+    library.ps_start_stream(handle)  # forgets the noise of the previous utterance
     if library.ps_start_utt(handle) < 0:
         raise RuntimeError("pocketsphinx can't start an utterance")
     try:

@@ -1,4 +1,4 @@
-"""Groups typefaces by how alike they draw characters, and holds groups out."""
+"""Groups typefaces by the similarity of their characters, and holds groups out."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from scipy.spatial.distance import squareform
 
 from distill_jax.errors import UserError
 
-_BLUR = 0.8  # pixels, so that a small shift or another weight doesn't make a glyph another
+_BLUR = 0.8  # pixels, so that small shifts and other weights matter little
 
 
 def distances(glyphs: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """How differently faces draw the same characters: 1 less the mean correlation of their pixels.
+    """How differently faces draw the same characters: 1 minus the mean correlation of their pixels.
 
     Args:
         glyphs: uint8 `[faces, characters, height, width]`.
@@ -50,14 +50,13 @@ def groups(apart: np.ndarray, threshold: float) -> np.ndarray:
 def hold_out(
     group: Sequence[int], names: Sequence[str], fractions: dict[str, float], rest: str
 ) -> list[str]:
-    """Splits faces by whole groups, which come in an order by hash, not by anyone's choice.
+    """Splits faces by whole groups, in an order by hash.
 
     Args:
         group: of each face.
         names: of each face; a group's place in the order is by that of its first face.
-        fractions: by split, the part of the faces that it may have at most, but one at least. They
-            are filled in this order; a group that is too large for what is left of one goes on to
-            the next.
+        fractions: by split, the maximal share of the faces, but at least one face. Splits are filled in
+            this order; a group that is too large for the rest of one goes to the next.
         rest: the split that all others go to.
 
     Returns:

@@ -17,7 +17,7 @@ class Package(NamedTuple):
     licence: str
 
 
-# Left out: fonts-misaki, whose 8 x 8 dots can't tell many of the characters apart.
+# Without fonts-misaki: in its 8 x 8 dots many characters look the same.
 PACKAGES = {
     "fonts-aoyagi-kouzan-t": Package("20160404-6", "public domain"),
     "fonts-aoyagi-soseki": Package("20070207-17", "public domain"),
@@ -86,7 +86,7 @@ def fetch(cache: str | os.PathLike[str]) -> dict[str, Path]:
     """The folder of each package's files, by its name, fetched and unpacked on the first call.
 
     Args:
-        cache: a folder of 2.1 GB, made if it isn't there; packages that are in it aren't fetched.
+        cache: a folder of 2.1 GB, created if missing; packages that are in it are not fetched.
 
     Raises:
         UserError: a package can't be fetched or unpacked.

@@ -1,10 +1,10 @@
 """From typefaces to a prepared set: draw, group, split, write.
 
-In the folder that is asked for:
+The output folder has:
 
-    work/               what was drawn of every typeface, until the set is written
+    work/               the drawn characters of every typeface, until the set is written
     licences/           the copyright file of every package that has a part in the set
-    report.json         what became of every typeface
+    report.json         the status of every typeface
     glyphs/             the set
 """
 
@@ -36,14 +36,14 @@ def prepare(
 ) -> Path:
     """Prepares a set, or continues one.
 
-    Of typefaces that are nearly copies of each other, one is kept. Similar ones fall to the same
-    split, so that validation and test have kinds of typefaces that training has not.
+    Of typefaces that are near copies of each other, one is kept. Similar ones are in the same split,
+    so that validation and test have kinds of typefaces that training does not have.
 
     Args:
         faces: that may be near copies of each other.
         characters: C of them, the classes.
         out: folder for all files.
-        processes: that draw at a time; 0 for one per core.
+        processes: number of parallel processes; 0 for one per core.
 
     Returns:
         The folder of the set.
@@ -89,7 +89,7 @@ def prepare(
 
 
 def _claim(work: Path, faces: Sequence[Typeface], characters: Sequence[str]) -> None:
-    """Makes the folder for the unfinished work this set's own, or finds that it is."""
+    """Reserves the folder of unfinished work for this set, or checks that it is for this set."""
     mine = {
         "characters": "".join(characters),
         "typefaces": {face.name: face.source.version for face in faces},
@@ -107,7 +107,7 @@ def _claim(work: Path, faces: Sequence[Typeface], characters: Sequence[str]) -> 
 def _render_all(
     faces: Sequence[Typeface], characters: Sequence[str], folder: Path, processes: int
 ) -> list[Rendered]:
-    """Draws what no earlier run has, in parallel, with progress; the result by face."""
+    """Draws the faces that no earlier run has, in parallel, with progress; the result by face."""
     folder.mkdir(exist_ok=True)
     paths = [folder / (face.name.replace("/", "_") + ".npz") for face in faces]
     tasks = [
@@ -122,10 +122,10 @@ def _render_all(
 
 
 def _render(task: tuple[Path, Path, int, Sequence[str]]) -> None:
-    """Draws a face in a worker and leaves it in a file, whole or not at all."""
+    """Draws a face in a worker and writes it to a file atomically."""
     path, font, number, characters = task
     images, drawn = rendering.render(font, number, characters)
-    # A killed run's worker may still be at the same face: each writes a partial file of its own.
+    # A worker of a killed run may still write the same face, so each has its own partial file.
     with files.write_whole(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, images=images, drawn=drawn)
 
@@ -157,7 +157,7 @@ def _sheets(
     rendered: Sequence[Rendered],
     characters: Sequence[str],
 ) -> dict[str, list[Sheet]]:
-    """The splits: whole faces, but that a tenth of the examples of train, by hash, is `seen`."""
+    """The splits: whole faces, except that a tenth of the training examples, by hash, is `seen`."""
     sheets: dict[str, list[Sheet]] = {name: [] for name in glyphs.SPLITS}
     for number, (face, name, (images, drawn)) in enumerate(
         zip(faces, split, rendered, strict=True)
@@ -173,7 +173,7 @@ def _sheets(
 def _about(
     faces: Sequence[Typeface], group: Sequence[int], split: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """What the set says of its faces."""
+    """The metadata of the faces in the set."""
     return [
         {
             "name": face.name,

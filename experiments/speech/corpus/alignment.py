@@ -1,7 +1,7 @@
-"""Forced alignment: which tied HMM state (senone) each frame of a recording is in, given its words.
+"""Forced alignment: the tied HMM state (senone) of each frame of a recording, given its words.
 
-By pocketsphinx with the acoustic model of its own wheel. It aligns twice: words first, which inserts
-silences and picks pronunciations, then the phones and states within them.
+It uses pocketsphinx with the acoustic model of its wheel, and aligns twice: first the words, which
+inserts silences and selects pronunciations, then the phones and states within them.
 """
 
 import functools
@@ -13,7 +13,7 @@ from pocketsphinx import Decoder
 
 from distill_jax.errors import UserError
 
-# So wide that no path is lost: an alignment is wanted of every recording.
+# So wide that no path is lost: every recording needs an alignment.
 _BEAMS = {"beam": 1e-200, "wbeam": 1e-200, "pbeam": 1e-200}
 
 
@@ -34,16 +34,16 @@ def align(samples: np.ndarray, words: Sequence[str]) -> Alignment | None:
 
     Args:
         samples: int16 `[samples]` at 16 kHz.
-        words: in the dictionary's spelling; `unknown_words` tells those that it lacks.
+        words: in the spelling of the dictionary; `unknown_words` lists those that it lacks.
 
     Returns:
         The alignment, or None if there is no path through the words: the recording is too short for
-        them, or there are none. Other words than those spoken are aligned as well as they go.
+        them, or there are no words. Words that were not spoken are aligned as well as possible.
     """
     if not len(samples) or not words:
         return None
     decoder = _decoder()
-    decoder.reinit_feat()  # forgets the last recording's noise, so that the order doesn't matter
+    decoder.reinit_feat()  # resets the noise estimate, so that the order of recordings does not matter
     audio = samples.tobytes()
     try:
         decoder.set_align_text(" ".join(words))
@@ -69,7 +69,7 @@ def align(samples: np.ndarray, words: Sequence[str]) -> Alignment | None:
 
 
 def unknown_words(words: Sequence[str]) -> list[str]:
-    """Those words that the aligner's dictionary lacks."""
+    """The words that the aligner's dictionary lacks."""
     decoder = _decoder()
     return [word for word in words if decoder.lookup_word(word) is None]
 

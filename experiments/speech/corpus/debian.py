@@ -1,7 +1,7 @@
-"""Fetches the corpus that the study's tables are made on: two talking games in Debian's free archive.
+"""Fetches the corpus of the study's tables: two games with speech in Debian's free archive.
 
-Their licences let anyone pass the games on, changed ones too if they are marked as such, if the notices
-are kept and no fee is asked for the games themselves; so the notices are kept in the cache.
+Their licences allow copies, also changed ones if they are marked as such, if the notices are kept and
+the games themselves are free of charge. So the notices are kept in the cache.
 """
 
 import gzip
@@ -12,8 +12,8 @@ from experiments.common.debian import unpacked
 from experiments.speech.corpus import amazon_queen, steel_sky
 from experiments.speech.corpus.recordings import Recording
 
-# Each with the version that this was tried with. The interpreter is needed for a table in it, with
-# which the first game's texts are coded.
+# Each with the version that was tested. The interpreter contains a table that decodes the texts of the
+# first game.
 PACKAGES = {
     "beneath-a-steel-sky": "0.0372-8",
     "flight-of-the-amazon-queen": "1.0.0-9",
@@ -25,11 +25,11 @@ def recordings(cache: str | os.PathLike[str]) -> list[Recording]:
     """The recordings of both games, fetched and unpacked on the first call.
 
     Args:
-        cache: a folder of 0.4 GB, made if it isn't there. In it: the packages' files, a folder
-            each with what was in them, and `licences/` with the packages' notices.
+        cache: a folder of 0.4 GB, created if missing. It gets the files of the packages, a folder with
+            the content of each, and `licences/` with their notices.
 
     Raises:
-        UserError: a package can't be fetched or unpacked, or isn't the one expected.
+        UserError: if a package can't be fetched or unpacked, or is not the expected one.
     """
     folders = {name: unpacked(cache, name, tried) for name, tried in PACKAGES.items()}
     for name, folder in folders.items():
@@ -41,6 +41,6 @@ def recordings(cache: str | os.PathLike[str]) -> list[Recording]:
 
 
 def _copy_readme(documents: Path, licences: Path) -> None:
-    """Keeps the game's own readme, which its licence asks for."""
+    """Keeps the readme of the game, as its licence requires."""
     for readme in documents.glob("readme.txt.gz"):
         (licences / "readme.txt").write_bytes(gzip.decompress(readme.read_bytes()))

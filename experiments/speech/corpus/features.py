@@ -9,8 +9,8 @@ from distill_jax.errors import UserError
 from experiments.speech.corpus.recordings import RATE
 from experiments.speech.speech_frames import NUM_MELS
 
-# A byte is ZERO + STEPS * (deviations from the mean): -12.8 to 12.7 of them with steps of a tenth, whose
-# rounding is a thousandth of the variance. Finer ones pack worse for nothing.
+# A byte is ZERO + STEPS * (deviations from the mean): -12.8 to 12.7 in steps of a tenth, whose rounding
+# adds a thousandth of the variance. Finer steps compress worse without any gain.
 ZERO, STEPS = 128, 10
 
 
@@ -26,14 +26,14 @@ def log_mels(samples: np.ndarray, bands: Bands) -> np.ndarray:
 
     Args:
         samples: int16 `[samples]` at 16 kHz.
-        bands: where the filter bank begins and ends.
+        bands: edges of the filter bank.
 
     Returns:
         float32 `[n, 40]`, 0 or more, `n = (samples - 240) // 160` or 0 where there are fewer than
         400.
 
     Raises:
-        UserError: for bands that can't be: too narrow, or above 8000 Hz.
+        UserError: for invalid bands: too narrow, or above 8000 Hz.
     """
     options = kaldi.FbankOptions()
     options.frame_opts.samp_freq = RATE
@@ -52,17 +52,17 @@ def log_mels(samples: np.ndarray, bands: Bands) -> np.ndarray:
     frames = [bank.get_frame(i) for i in range(bank.num_frames_ready)]
     if not frames:
         return np.zeros((0, NUM_MELS), np.float32)
-    # Rounding noise of 16 bits lies above 0. Digital silence would be at -16, so far below all sound
-    # that a few per cent of it set the deviation, and so the steps, of the rest.
+    # Rounding noise of 16 bits is above 0. Digital silence would be at -16, so far below all sound that
+    # a few per cent of it would determine the deviation, and so the step size.
     return np.maximum(np.stack(frames), 0.0)
 
 
 def quantise(log_mels: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-    """The normalised form: each utterance less its own mean, over the set's deviation, in bytes.
+    """Normalises to bytes: each utterance minus its own mean, divided by the deviation of the set.
 
     Args:
         log_mels: float32 `[n, 40]` of one utterance.
-        deviation: `[40]`, of the training frames after the utterances' means are taken off.
+        deviation: `[40]`, of the training frames after subtracting the utterance means.
 
     Returns:
         uint8 `[n, 40]`; `(value - ZERO) / STEPS` is in deviations.

@@ -1,9 +1,9 @@
 """From recordings to a prepared set: align and analyse each one, split, normalise, write.
 
-In the folder that is asked for:
+The output folder has:
 
     work/               the alignment of every part of 16 recordings, until the set is written
-    report.json         what became of every recording
+    report.json         the status of every recording
     speech_frames/      the set
 """
 
@@ -35,7 +35,7 @@ _HELD_OUT_SPEAKERS, _VALIDATION, _TEST = 8, 5, 8  # per cent
 
 
 class Analysed(NamedTuple):
-    """What is known of a recording: `status` is "aligned", or why it can't be used."""
+    """The analysis of a recording: `status` is "aligned", or the reason why it can't be used."""
 
     recording: Recording
     status: str
@@ -56,26 +56,26 @@ def prepare(
     audio_words: int,
     processes: int = 0,
 ) -> Path:
-    """Prepares a set from recordings, or goes on with one.
+    """Prepares a set from recordings; resumes an unfinished one.
 
     Args:
-        corpus: its name, kept in the set.
+        corpus: its name, stored in the set.
         recordings: of any length and sampling rate.
         out: folder for all files.
         high_frequency: upper edge of the mel bands, in Hz.
-        frames: by split, how many to keep (0: all); utterances are taken in an order of no meaning.
-        audio_words: words of test whose recordings are kept (-1: all).
-        processes: that align at a time; 0 for one per core.
+        frames: by split, how many to keep (0: all); utterances are ordered by a hash.
+        audio_words: number of test words whose recordings are kept (-1: all).
+        processes: number of parallel aligners; 0 for one per core.
 
     Returns:
-        The folder of the set; `report.json` beside it says what became of every recording.
+        The folder of the set; `report.json` beside it lists the status of every recording.
 
     Raises:
-        UserError: for a folder that holds a set, or another corpus half prepared; for bands that
-            can't be; if no recording can be used, or none for one of the splits.
+        UserError: if the folder has a set, or another corpus half prepared; for invalid bands; if no
+            recording can be used, or none for one of the splits.
     """
     bands = features.Bands(high=high_frequency)
-    features.log_mels(np.zeros(0, np.int16), bands)  # refuses bands before any work is done
+    features.log_mels(np.zeros(0, np.int16), bands)  # checks the bands before any work is done
     prepared = speech_frames.folder_of(out)
     if prepared.exists():
         raise UserError(f"{prepared} is a prepared set already: name another --out, or delete it")
@@ -160,9 +160,9 @@ def analyse(recording: Recording, bands: features.Bands) -> Analysed:
 
 
 def _analyse_part(task: tuple[Path, Sequence[Recording], features.Bands]) -> Path:
-    """Analyses a part in a worker and leaves it in a file, whole or not at all."""
+    """Analyses a part in a worker and writes it to a file atomically."""
     path, recordings, bands = task
-    # A killed run's worker may still be at the same part: each writes a partial file of its own.
+    # A worker of a killed run may still write the same part, so each has its own partial file.
     with files.write_whole(path) as partial:
         partial.write_bytes(pickle.dumps([analyse(one, bands) for one in recordings]))
     return path
@@ -171,7 +171,7 @@ def _analyse_part(task: tuple[Path, Sequence[Recording], features.Bands]) -> Pat
 def _analyse_all(
     recordings: Sequence[Recording], bands: features.Bands, work: Path, processes: int
 ) -> list[Analysed]:
-    """Analyses what no earlier run has, in parallel, with progress."""
+    """Analyses the parts that no earlier run has, in parallel, with progress."""
     starts = range(0, len(recordings), _PART)
     paths = [work / f"part_{start // _PART:05d}.pickle" for start in starts]
     tasks = [
@@ -184,7 +184,7 @@ def _analyse_all(
     if tasks:
         _analyse_parts(tasks, processes)
     stored = [one for path in paths for one in pickle.loads(path.read_bytes())]
-    # The split, say, may have been changed in a manifest since a part was stored.
+    # The manifest may have changed since a part was stored, for example in its splits.
     return [one._replace(recording=new) for one, new in zip(stored, recordings, strict=True)]
 
 
@@ -193,7 +193,7 @@ def _analyse_parts(tasks: Sequence[Any], processes: int) -> None:
 
 
 def _claim(work: Path, corpus: str, recordings: Sequence[Recording], bands: features.Bands) -> None:
-    """Makes the folder for the unfinished work this corpus's own, or finds that it is."""
+    """Reserves the folder of unfinished work for this corpus, or checks that it is for this corpus."""
     digest = hashlib.sha256()
     for one in recordings:
         digest.update(f"{one.id}\0{one.text}\0".encode())
@@ -251,12 +251,12 @@ def _scene(one: Analysed) -> str:
 
 
 def _percentile(name: str) -> int:
-    """0 to 99, by a hash: the same on every machine, whatever else is in the corpus."""
+    """0 to 99, by a hash: the same on every machine and in every corpus."""
     return int(hashlib.md5(name.encode()).hexdigest(), 16) % 100
 
 
 def _by_hash(part: Sequence[Analysed]) -> list[Analysed]:
-    """An order of no meaning, the same on every machine."""
+    """An order by a hash, the same on every machine."""
     return sorted(part, key=lambda one: hashlib.md5(one.recording.id.encode()).hexdigest())
 
 
@@ -275,7 +275,7 @@ def _first_frames(part: Sequence[Analysed], limit: int, name: str) -> list[Analy
 
 
 def _with_audio(part: Sequence[Analysed], words: int) -> set[str]:
-    """Ids of utterances with so many words in all, in an order by hash."""
+    """Ids of utterances with at most that many words in all, in an order by hash."""
     order = _by_hash(part)
     ends = np.cumsum([len(one.words) for one in order])
     count = len(order) if words < 0 else int(np.searchsorted(ends, words, side="right"))
@@ -283,7 +283,7 @@ def _with_audio(part: Sequence[Analysed], words: int) -> set[str]:
 
 
 def _deviation(part: Sequence[Analysed]) -> np.ndarray:
-    """Standard deviation of every band `[40]` over frames, each utterance's mean taken off."""
+    """Standard deviation of every band `[40]` over frames, after subtracting utterance means."""
     squares = sum(np.var(one.log_mels, axis=0) * len(one.log_mels) for one in part)
     count = sum(len(one.log_mels) for one in part)
     return np.maximum(np.sqrt(squares / count), 1e-3)
@@ -314,12 +314,12 @@ def _flac(recording: Recording) -> bytes:
 
 
 def _reasons(analysed: Sequence[Analysed]) -> collections.Counter[str]:
-    """How many recordings have each status, without what it says of a single one after a colon."""
+    """Counts recordings by status, without the details after a colon."""
     return collections.Counter(one.status.partition(":")[0] for one in analysed)
 
 
 def _report(path: Path, analysed: Sequence[Analysed]) -> None:
-    """Counts what became of the recordings, prints it, and lists those that were left out."""
+    """Prints the counts of each status, and writes them with a list of the excluded recordings."""
     reasons = _reasons(analysed)
     notes = collections.Counter(note for one in analysed for note in one.notes)
     left_out = {one.recording.id: one.status for one in analysed if one.status != "aligned"}

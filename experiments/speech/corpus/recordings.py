@@ -1,8 +1,7 @@
-"""What every reader of a corpus gives: recordings with transcripts, whose audio is read when needed.
+"""Recordings with transcripts: the result of every reader of a corpus.
 
-A recording carries a function in place of audio, so that a list of all recordings is small and can be
-handed to worker processes. `to_mono_16k` brings what that function reads to the one form that the
-study works on, and says what it had to do.
+A recording has a function that reads its audio, so that a list of all recordings is small and can be
+sent to worker processes. `to_mono_16k` converts the audio to 16 kHz mono and notes what it changed.
 """
 
 import io
@@ -29,9 +28,9 @@ Audio = tuple[np.ndarray, int]
 class Recording(NamedTuple):
     """One utterance.
 
-    id: unique in its corpus. speaker: "" if not known. scene: what must stay on one side of a split
-    (a dialogue, a chapter). split: "train", "validation" or "test", or "" if the corpus has none.
-    text: the transcript as it was written. read: gives the audio; can be pickled.
+    id: unique in its corpus. speaker: "" if not known. scene: recordings of one scene stay in
+    one split (a dialogue, a chapter). split: "train", "validation" or "test", or "" if the corpus has
+    none. text: the transcript as written. read: returns the audio; can be pickled.
     """
 
     id: str
@@ -50,8 +49,8 @@ def to_mono_16k(samples: np.ndarray, rate: int) -> tuple[np.ndarray, list[str]]:
         rate: sampling rate in Hz.
 
     Returns:
-        int16 `[n]`, 1.0 as `SCALE`, and notes on what was changed, which are the same for all
-        recordings that it happened to. Audio without samples or with NaN or infinity gives `[0]` and
+        int16 `[n]`, 1.0 as `SCALE`, and notes on what was changed; equal changes have equal notes.
+        Audio without samples or with NaN or infinity gives `[0]` and
         the note `NO_SAMPLES` or `NOT_FINITE` alone: one bad recording should not end a long run.
     """
     if not samples.size:
@@ -74,7 +73,7 @@ def read_file(path: str | os.PathLike[str]) -> Audio:
     """The audio of a whole file in any format of libsndfile (WAV, FLAC, Ogg, MP3, ...).
 
     Raises:
-        UserError: naming the file, if it can't be read or ends early.
+        UserError: if the file can't be read or ends early; the message names it.
     """
     try:
         return decode(Path(path).read_bytes(), str(path))

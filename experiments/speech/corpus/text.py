@@ -7,7 +7,7 @@ from num2words import num2words
 
 # 1,844 is one number; "13th" is an ordinal.
 _NUMBER = re.compile(r"(\d{1,3}(?:,\d{3})+|\d+)(st\b|nd\b|rd\b|th\b)?")
-# num2words knows names up to 10^306; no transcript says more than a few digits as one number.
+# num2words has names up to 10^306; no transcript has more than a few digits in one number.
 _DIGITS_IN_A_NUMBER = 15
 _APOSTROPHES = str.maketrans(dict.fromkeys("\x92\u2019\u02bc`", "'"))
 # Apostrophes at a word's ends are quotes, except in words that are spelled with them ('em, goin',
@@ -19,7 +19,7 @@ _CLOSING_QUOTE = re.compile(r"(?<!in)(?<!an)(?<!s)'+$")
 def words(text: str) -> list[str]:
     """The words of a transcript: letters a to z and apostrophes inside or in place of letters.
 
-    Accents are taken off; hyphens and all other characters part words.
+    Accents are removed; hyphens and all other characters separate words.
     """
     plain = unicodedata.normalize("NFKD", text.translate(_APOSTROPHES)).lower()
     plain = "".join(character for character in plain if not unicodedata.combining(character))
