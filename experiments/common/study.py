@@ -207,6 +207,7 @@ def make_row(
     row: str,
     metric: str,
     values: Sequence[float] | np.ndarray,
+    *,
     seconds: float,
     paper: float | None = None,
     selection: str | None = None,

@@ -120,7 +120,7 @@ def sweep(context: Context) -> list[Row]:
                     f"2x{width}, T={temperature:g}",
                     "test_errors",
                     errors,
-                    nets.seconds / len(variants),
+                    seconds=nets.seconds / len(variants),
                     width=width,
                     temperature=temperature,
                 )

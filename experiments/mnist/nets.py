@@ -52,7 +52,9 @@ def changed(net: ConfigDict, **changes: Any) -> ConfigDict:
 def error_row(context: Context, table: str, row: str, nets: Net, paper: float | None = None) -> Row:
     """The test errors after the last epoch of one kind of net, over its seeds."""
     errors = nets.history[-1]["test_errors"]
-    return make_row(context.config, table, row, "test_errors", errors, nets.seconds, paper)
+    return make_row(
+        context.config, table, row, "test_errors", errors, seconds=nets.seconds, paper=paper
+    )
 
 
 def errors_by_variant(nets: Net, variants: int) -> np.ndarray:

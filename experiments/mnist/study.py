@@ -13,13 +13,13 @@ from experiments.mnist import distillation, figures, transfer_sets
 TITLE = "Distilling the Knowledge in a Neural Network, section 3: MNIST"
 CAPTIONS = {
     "mnist": "A large regularised net, a small one without regularisation, and the small one "
-    "distilled from the large one at T = 20 without jitter. Errors on the 10,000 test cases.",
+    "distilled from the large one at T = 20 without jitter. Errors on the 10,000 test examples.",
     "mnist_temperature": "With 300 or more units in each hidden layer all temperatures above 8 gave "
     "fairly similar results; with 30 units, 2.5 to 4 worked significantly better.",
     "mnist_without_3": "Distilled without any example of a 3. Most errors come from its bias, which "
     "is much too low: with the right bias, a digit that was never seen is mostly right.",
     "mnist_only_7_8": "Distilled from the 7s and 8s alone, and with their biases lowered.",
-    "mnist_fraction": "The introduction's claim: soft targets carry so much per case that the small "
+    "mnist_fraction": "The introduction's claim: soft targets carry so much per example that the small "
     "net can be trained on much less data.",
     "mnist_unlabelled": "Section 1's claim: the transfer set can consist entirely of unlabelled data. "
     "The teacher saw the labels of one half, the students the images of the other.",

@@ -93,7 +93,7 @@ def fractions(context: Context) -> list[Row]:
                     f"{targets} targets, {percent:g} % of the training set",
                     "test_errors",
                     errors,
-                    nets.seconds / 2,
+                    seconds=nets.seconds / 2,
                     fraction=percent,
                     targets=targets,
                 )
@@ -194,7 +194,16 @@ def _omission_rows(context: Context, what: Omission, nets: Net) -> list[Row]:
             values = [numbers[metric] for numbers in measured]
             value = paper[place] if place < 2 else None
             rows.append(
-                make_row(config, what.table, row, metric, values, nets.seconds, value, selection)
+                make_row(
+                    config,
+                    what.table,
+                    row,
+                    metric,
+                    values,
+                    seconds=nets.seconds,
+                    paper=value,
+                    selection=selection,
+                )
             )
     return rows
 

@@ -72,7 +72,7 @@ def cluster(context: Context) -> list[Row]:
             f"by {name}" if name != "random" else "at random",
             metric,
             [one[metric] for one in values],
-            0.0,
+            seconds=0.0,
         )
         for name, values in found.items()
         for metric in values[0]

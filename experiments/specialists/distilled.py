@@ -136,11 +136,11 @@ def _rows(
     seconds: float = 0.0,
 ) -> list[Row]:
     table, (before, after) = "specialists_distilled", teachers
-    rows = [make_row(config, table, name, "test_accuracy", values, seconds)]
+    rows = [make_row(config, table, name, "test_accuracy", values, seconds=seconds)]
     gain = np.array(after) - before  # of nothing there is no share
     if name != "generalist" and gain.all():
         kept = 100.0 * (np.array(values) - before) / gain
-        rows.append(make_row(config, table, name, "gain_kept_percent", kept, seconds))
+        rows.append(make_row(config, table, name, "gain_kept_percent", kept, seconds=seconds))
     return rows
 
 

@@ -34,7 +34,7 @@ def compare_solvers(context: Context) -> list[Row]:
             name.replace("_", " "),
             metric,
             [value],
-            0.0,
+            seconds=0.0,
         )
         for name, numbers in found.items()
         for metric, value in numbers.items()

@@ -194,4 +194,6 @@ def _row(
     seconds: float = 0.0,
     selection: str = "last",
 ) -> Row:
-    return make_row(config, "specialists_soft", row, metric, values, seconds, selection=selection)
+    return make_row(
+        config, "specialists_soft", row, metric, values, seconds=seconds, selection=selection
+    )

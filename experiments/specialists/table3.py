@@ -303,7 +303,14 @@ def _coverage_rows(
         }
         rows += [
             make_row(
-                config, "specialists_coverage", name, metric, values, seconds, paper, cover=cover
+                config,
+                "specialists_coverage",
+                name,
+                metric,
+                values,
+                seconds=seconds,
+                paper=paper,
+                cover=cover,
             )
             for (metric, values), paper in zip(measured.items(), TABLE_4[cover], strict=True)
             if values
@@ -346,4 +353,4 @@ def _row(
 ) -> Row:
     if row == "generalist":
         paper = PAPER.get((row, metric))
-    return make_row(config, "specialists", row, metric, values, seconds, paper)
+    return make_row(config, "specialists", row, metric, values, seconds=seconds, paper=paper)

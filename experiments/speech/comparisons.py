@@ -36,7 +36,7 @@ def temperature(context: Context) -> list[Row]:
                     f"T={value:g}",
                     metric,
                     found,
-                    trained.seconds,
+                    seconds=trained.seconds,
                     temperature=value,
                 )
             )
@@ -44,7 +44,16 @@ def temperature(context: Context) -> list[Row]:
     row = "picked by validation"
     return [
         *rows,
-        make_row(config, "speech_temperature", row, "temperature", [best], 0.0, 2.0, "validation"),
+        make_row(
+            config,
+            "speech_temperature",
+            row,
+            "temperature",
+            [best],
+            seconds=0.0,
+            paper=2.0,
+            selection="validation",
+        ),
     ]
 
 
@@ -104,8 +113,8 @@ def unlabelled(context: Context) -> list[Row]:
     base = nets.frame_accuracies(small, data)
     table = "speech_unlabelled"
     rows = [
-        make_row(config, table, "large net, labels", "frame_accuracy", large, 0.0),
-        make_row(config, table, "small net, labels", "frame_accuracy", base, small.seconds),
+        make_row(config, table, "large net, labels", "frame_accuracy", large, seconds=0.0),
+        make_row(config, table, "small net, labels", "frame_accuracy", base, seconds=small.seconds),
     ]
     for value, weight, paper in (
         (1.0, 0.0, 28.0),
@@ -121,8 +130,10 @@ def unlabelled(context: Context) -> list[Row]:
         labels = f"labels at {weight:g}" if weight else "no labels"
         row = f"small net, soft targets of the large one, T={value:g}, {labels}"
         seconds = trained.seconds
-        rows.append(make_row(config, table, row, "frame_accuracy", found, seconds))
-        rows.append(make_row(config, table, row, "gap_closed_percent", share, seconds, paper))
+        rows.append(make_row(config, table, row, "frame_accuracy", found, seconds=seconds))
+        rows.append(
+            make_row(config, table, row, "gap_closed_percent", share, seconds=seconds, paper=paper)
+        )
     return rows
 
 
@@ -171,7 +182,7 @@ def _compression_rows(
     found, seconds = nets.frame_accuracies(trained, load_data(config)), trained.seconds
     values = {"bytes_per_frame": [size], **measured, "frame_accuracy": found}
     return [
-        make_row(config, "speech_compression", row, metric, numbers, seconds, bytes=size)
+        make_row(config, "speech_compression", row, metric, numbers, seconds=seconds, bytes=size)
         for metric, numbers in values.items()
     ]
 

@@ -123,9 +123,9 @@ def _rows(
             row,
             metric,
             [one[metric] for one in found],
-            seconds,
-            paper if metric == "word_error_rate" else None,
-            selection or tuned,
+            seconds=seconds,
+            paper=paper if metric == "word_error_rate" else None,
+            selection=selection or tuned,
         )
         for metric in ("word_error_rate", "substitutions", "deletions", "insertions", "words")
     ]

@@ -41,9 +41,15 @@ def ensemble(context: Context) -> list[Row]:
     )
     each = seconds / count
     rows = [
-        make_row(config, "speech", "baseline", "frame_accuracy", single, each, 58.9),
+        make_row(config, "speech", "baseline", "frame_accuracy", single, seconds=each, paper=58.9),
         make_row(
-            config, "speech", f"{count}xEnsemble", "frame_accuracy", [together], seconds, 61.1
+            config,
+            "speech",
+            f"{count}xEnsemble",
+            "frame_accuracy",
+            [together],
+            seconds=seconds,
+            paper=61.1,
         ),
         *unheard_rows(context, "baseline", net, each),
     ]
@@ -51,12 +57,21 @@ def ensemble(context: Context) -> list[Row]:
         row = f"ensemble of {number}, arithmetic mean"
         rows.append(
             make_row(
-                config, "speech_mean", row, "frame_accuracy", found, each * number, size=number
+                config,
+                "speech_mean",
+                row,
+                "frame_accuracy",
+                found,
+                seconds=each * number,
+                size=number,
             )
         )
     geometric = nets.accuracy(_mean(log_probs, "geometric"), data.test)
     row = f"ensemble of {count}, geometric mean"
-    return [*rows, make_row(config, "speech_mean", row, "frame_accuracy", [geometric], seconds)]
+    return [
+        *rows,
+        make_row(config, "speech_mean", row, "frame_accuracy", [geometric], seconds=seconds),
+    ]
 
 
 def make_soft_targets(context: Context) -> list[Row]:
@@ -117,8 +132,10 @@ def distilled(context: Context) -> list[Row]:
     share = 100.0 * (found - before["baseline"]) / gain
     row, seconds = f"distilled, T={net.temperature:g}", trained.seconds / len(config.seeds)
     return [
-        make_row(config, "speech", row, "frame_accuracy", found, seconds, 60.8),
-        make_row(config, "speech", row, "gain_transferred_percent", share, seconds, 86.4),
+        make_row(config, "speech", row, "frame_accuracy", found, seconds=seconds, paper=60.8),
+        make_row(
+            config, "speech", row, "gain_transferred_percent", share, seconds=seconds, paper=86.4
+        ),
         *unheard_rows(context, row, trained, seconds),
         *_control(context),
     ]
@@ -140,7 +157,7 @@ def _control(context: Context) -> list[Row]:
     )
     found = nets.frame_accuracies(trained, load_data(config))
     row = f"baseline, {epochs} epochs like the distilled"
-    return [make_row(config, "speech", row, "frame_accuracy", found, trained.seconds)]
+    return [make_row(config, "speech", row, "frame_accuracy", found, seconds=trained.seconds)]
 
 
 def unheard_rows(context: Context, row: str, net: Net, seconds: float) -> list[Row]:
@@ -152,7 +169,7 @@ def unheard_rows(context: Context, row: str, net: Net, seconds: float) -> list[R
             part = frames.select(data.test, np.flatnonzero(chosen))
             found = nets.accuracies(net, part)
             metric = f"frame_accuracy_{name}_speakers"
-            rows.append(make_row(context.config, "speech", row, metric, found, seconds))
+            rows.append(make_row(context.config, "speech", row, metric, found, seconds=seconds))
     return rows
 
 

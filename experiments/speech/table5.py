@@ -68,7 +68,16 @@ def fractions(context: Context) -> list[Row]:
     ):
         for metric, (values, paper) in zip(_METRICS, found, strict=True):
             rows.append(
-                make_row(config, "speech_fraction", row, metric, values, seconds, paper, selection)
+                make_row(
+                    config,
+                    "speech_fraction",
+                    row,
+                    metric,
+                    values,
+                    seconds=seconds,
+                    paper=paper,
+                    selection=selection,
+                )
             )
     return rows
 
@@ -92,7 +101,13 @@ def _all_data(context: Context, some: Examples) -> list[Row]:
     seconds = ensemble.seconds / len(test)
     return [
         make_row(
-            config, "speech_fraction", "hard targets, all data", metric, values, seconds, paper
+            config,
+            "speech_fraction",
+            "hard targets, all data",
+            metric,
+            values,
+            seconds=seconds,
+            paper=paper,
         )
         for metric, (values, paper) in zip(_METRICS, ((train, 63.4), (test, 58.9)), strict=True)
     ]

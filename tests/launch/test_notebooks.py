@@ -74,7 +74,7 @@ def test_they_run_from_top_to_bottom(study, tmp_path):
 
 def check_digits(rows: list[dict], printed: dict[str, str], pictures: dict[str, list]):
     [row] = [row for row in rows if row["table"] == "mnist" and row["row"].startswith("distilled")]
-    assert printed["student"] == f"{row['value']:.0f} errors of 2000 test cases\n"
+    assert printed["student"] == f"{row['value']:.0f} errors of 2000 test examples\n"
     assert len(pictures["digits"]) == 1
 
 

@@ -41,7 +41,7 @@ def make_stages(tries=None, during=lambda number: None):
 
     def nets(context):
         values = [group() for group in groups(context)]
-        return [make_row(context.config, "table", "nets", "square", values, 1.0)]
+        return [make_row(context.config, "table", "nets", "square", values, seconds=1.0)]
 
     return (
         Stage("first", lambda context: []),
