@@ -57,11 +57,15 @@ def write(store: Path, number: int, arrays: Mapping[str, np.ndarray], meta: Meta
     """
     shard = folder(store, number)
     shard.parent.mkdir(parents=True, exist_ok=True)
-    with files.write_whole(shard) as partial:
-        partial.mkdir()
-        for name, array in arrays.items():
-            np.save(partial / f"{name}.npy", array)
-        files.write_json(partial / NOTE, {**meta, "sha256": files.sha256(partial)})
+    try:
+        with files.write_whole(shard) as partial:
+            partial.mkdir()
+            for name, array in arrays.items():
+                np.save(partial / f"{name}.npy", array)
+            files.write_json(partial / NOTE, {**meta, "sha256": files.sha256(partial)})
+    except FileNotFoundError:  # another writer finished the store, and removed this partial shard
+        if not shard.exists():
+            raise
 
 
 def check_started(store: Path, meta: Meta) -> None:
