@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from ml_collections import ConfigDict
 
 from distill_jax import files, processes
@@ -35,11 +38,26 @@ ANY_STAGE = ("preset", "mesh")
 
 
 class Context(NamedTuple):
-    """What a stage is given: its part of the config, its directory, and those of the stages it needs."""
+    """What a stage is given: its part of the config, its directory, and those of the stages it needs.
+
+    stage: its number in random keys (`Stage`).
+    """
 
     config: ConfigDict
     directory: Path
     inputs: Mapping[str, Path]
+    stage: int = 0
+
+    def keys(self, seeds: Sequence[int], training: int = 0) -> Array:
+        """Random keys, one for each seed, of one of the stage's trainings.
+
+        Functions of the seed, the stage's number and the training's alone: no name has a part in them.
+        Trainings of one number begin alike and see the same batches, which makes their results easier to
+        compare.
+        """
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        fold = jax.vmap(jax.random.fold_in, (0, None))
+        return fold(fold(keys, self.stage), training)
 
 
 class Sections(ConfigDict):
@@ -66,7 +84,8 @@ class Stage(NamedTuple):
     needs: the stages whose files it reads.
     sections: what it reads of the config, beside what the stages that it needs read; no more is there.
     groups: what trains each group of its nets, or reads it if it is finished; `run` calls all. None: it
-    has no groups.
+    has no groups. number: of the stage in random keys; another number trains other nets. So it stays as
+    it is when stages are renamed, moved or added.
     """
 
     name: str
@@ -74,6 +93,7 @@ class Stage(NamedTuple):
     needs: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
     groups: Callable[[Context], Sequence[Callable[[], Any]]] | None = None
+    number: int = 0
 
 
 def run_study(
@@ -174,7 +194,8 @@ def make_context(
     """What a stage is given; a UserError if a stage that it needs isn't finished."""
     inputs = stage_inputs(workdir, stage)
     part = {name: config[name] for name in config if name in _readable(stages, stage)}
-    return Context(Sections(stage.name, part), workdir / "stages" / stage.name, inputs)
+    directory = workdir / "stages" / stage.name
+    return Context(Sections(stage.name, part), directory, inputs, stage.number)
 
 
 def _readable(stages: Sequence[Stage], stage: Stage) -> set[str]:
@@ -305,7 +326,7 @@ def _stage_key(config: ConfigDict, stage: Stage, inputs: Mapping[str, Path]) -> 
     sections = {name: json.loads(config.to_json())[name] for name in stage.sections}
     keys = {name: read_json(path / "stage.json")["key"] for name, path in inputs.items()}
     return hashlib.sha256(
-        json.dumps([stage.name, sections, keys], sort_keys=True).encode()
+        json.dumps([stage.name, stage.number, sections, keys], sort_keys=True).encode()
     ).hexdigest()
 
 

@@ -3,12 +3,10 @@
 import functools
 import json
 import types
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -30,6 +28,7 @@ def train(
     examples: Sequence[Examples] | Stream,
     loss: train_step.Loss,
     *,
+    keys: Array,
     directory: Path,
     name: str,
     variants: Sequence[Mapping[str, float]] = ({},),
@@ -47,15 +46,16 @@ def train(
         model: from `build_model`.
         examples: each seed's own; or a stream.
         loss: of `distill_jax.train_step`.
+        keys: one for each seed (`study.Context.keys`); a seed's variants share theirs.
         directory: this training's own.
-        name: shown in progress, and part of the randomness: other names, other initial weights.
+        name: shown in progress.
         variants: further traced numbers per net ("temperature", "hard_weight", "learning_rate").
-            Member `v * len(seeds) + s` is variant v of seed s.
+            Member `v * len(keys) + s` is variant v of seed s.
         evaluation: sets to count errors on.
         passes: epochs over small examples for each of the net's epochs.
         reader, start, constants: as for `trainer.train`.
     """
-    seeds, count = list(config.seeds), len(variants)
+    count = len(variants)
     if not isinstance(examples, Stream):
         examples = [*examples] * count
     return trainer.train(
@@ -64,8 +64,8 @@ def train(
         examples,
         loss,
         make_recipe(net, passes),
-        keys=member_keys(seeds, name, count),
-        hyper=_hyper(net, variants, len(seeds)),
+        keys=jnp.concatenate([keys] * count),
+        hyper=_hyper(net, variants, len(keys)),
         constants=[*constants] * count,
         evaluation=evaluation,
         reader=reader,
@@ -76,7 +76,7 @@ def train(
         config={
             "data": config.get("data", ConfigDict()).to_dict(),
             "net": json.loads(net.to_json()),
-            "seeds": seeds,
+            "seeds": list(config.seeds),
             "variants": [dict(variant) for variant in variants],
         },
     )
@@ -138,13 +138,6 @@ def build_optimizer(
     if net.optimizer == "dropout_2012":
         return optimizers.dropout_2012(steps, net.max_norm)
     raise UserError(f"optimizer must be adam, sgd or dropout_2012, not {net.optimizer!r}")
-
-
-def member_keys(seeds: Sequence[int], name: str, variants: int) -> Array:
-    """Keys `[M]`; a seed's variants share theirs."""
-    salt = zlib.crc32(name.encode())
-    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), salt) for seed in seeds])
-    return jnp.concatenate([keys] * variants)
 
 
 def _hyper(

@@ -24,8 +24,12 @@ def train(
     *,
     variants: Sequence[dict[str, float]] = ({},),
     passes: int = 1,
+    number: int = 0,
 ) -> Net:
-    """`training.train` for this study: counts errors on the test set and on what is held out."""
+    """`training.train` for this study: counts errors on the test set and on what is held out.
+
+    `number` is the training's in the stage's random keys.
+    """
     data = open_data(context.config)
     evaluation = {"test_errors": data.test}
     if len(data.validation["id"]):
@@ -36,6 +40,7 @@ def train(
         training.build_model(net, data.num_classes),
         examples,
         loss,
+        keys=context.keys(context.config.seeds, number),
         directory=context.directory / name,
         name=name,
         variants=variants,

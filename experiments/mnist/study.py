@@ -45,19 +45,22 @@ def write_report(workdir: Path) -> None:
 
 
 STAGES = (
-    Stage("teacher", distillation.teacher, (), ("seeds", "selection", "data", "teacher")),
-    Stage("soft_targets", distillation.make_soft_targets, ("teacher",)),
-    Stage("baseline", distillation.baseline, (), ("seeds", "selection", "data", "baseline")),
-    Stage("distilled", distillation.distilled, ("soft_targets",), ("distilled",)),
-    Stage("alternatives", distillation.alternatives, ("soft_targets",), ("distilled",)),
-    Stage("sweep", distillation.sweep, ("soft_targets",), ("sweep",)),
-    Stage("without_3", transfer_sets.without_3, ("soft_targets",), ("omissions",)),
-    Stage("only_7_8", transfer_sets.only_7_8, ("soft_targets",), ("omissions",)),
-    Stage("fractions", transfer_sets.fractions, ("soft_targets",), ("fractions",)),
+    Stage("teacher", distillation.teacher, (), ("seeds", "selection", "data", "teacher"), number=1),
+    Stage("soft_targets", distillation.make_soft_targets, ("teacher",), number=2),
+    Stage(
+        "baseline", distillation.baseline, (), ("seeds", "selection", "data", "baseline"), number=3
+    ),
+    Stage("distilled", distillation.distilled, ("soft_targets",), ("distilled",), number=4),
+    Stage("alternatives", distillation.alternatives, ("soft_targets",), ("distilled",), number=5),
+    Stage("sweep", distillation.sweep, ("soft_targets",), ("sweep",), number=6),
+    Stage("without_3", transfer_sets.without_3, ("soft_targets",), ("omissions",), number=7),
+    Stage("only_7_8", transfer_sets.only_7_8, ("soft_targets",), ("omissions",), number=8),
+    Stage("fractions", transfer_sets.fractions, ("soft_targets",), ("fractions",), number=9),
     Stage(
         "unlabelled",
         transfer_sets.unlabelled,
         (),
         ("seeds", "selection", "data", "teacher", "unlabelled"),
+        number=10,
     ),
 )

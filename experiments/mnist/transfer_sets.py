@@ -127,6 +127,7 @@ def unlabelled(context: Context) -> list[Row]:
             variants=[
                 {"temperature": net.temperature, "hard_weight": net.hard_weight if share else 0.0}
             ],
+            number=1,  # the teachers are 0
         )
         known = f"{share:.0%} of the labels" if share else "no labels"
         row = f"distilled, other half, {known}"

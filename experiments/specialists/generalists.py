@@ -100,6 +100,7 @@ def train(
                 net_of(net, data.num_classes),
                 examples[group],
                 loss,
+                keys=context.keys(seeds),
                 directory=context.directory / name / f"seeds_{seeds[0]}_to_{seeds[-1]}",
                 name=name,
                 variants=[variant],

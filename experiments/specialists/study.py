@@ -75,14 +75,15 @@ def _side_by_side(rows: Sequence[Row]) -> list[Row]:
 _DATA = ("seeds", "selection", "data")
 _SPECIALISTS = ("generalist", "clusters", "specialists")
 STAGES = (
-    Stage("generalist", table3.generalist, (), (*_DATA, "generalist")),
-    Stage("clusters", clusters.cluster, ("generalist",), ("clusters", "specialists")),
+    Stage("generalist", table3.generalist, (), (*_DATA, "generalist"), number=1),
+    Stage("clusters", clusters.cluster, ("generalist",), ("clusters", "specialists"), number=2),
     Stage(
         "specialists",
         table3.specialists,
         ("generalist", "clusters"),
         ("specialists",),
         table3.specialist_groups,
+        number=3,
     ),
     Stage(
         "random",
@@ -90,13 +91,18 @@ STAGES = (
         ("generalist",),
         ("clusters", "specialists"),
         table3.random_groups,
+        number=4,
     ),
-    Stage("longer", table3.longer, ("generalist",), ("controls",)),
-    Stage("ensemble", table3.ensemble, ("generalist",), ("controls", "specialists")),
-    Stage("soft", full_softmax.soft, ("generalist", "clusters"), ("specialists", "soft")),
-    Stage("soft_targets", distilled.make_soft_targets, _SPECIALISTS, ("distilled",)),
+    Stage("longer", table3.longer, ("generalist",), ("controls",), number=5),
+    Stage("ensemble", table3.ensemble, ("generalist",), ("controls", "specialists"), number=6),
+    Stage("soft", full_softmax.soft, ("generalist", "clusters"), ("specialists", "soft"), number=7),
+    Stage("soft_targets", distilled.make_soft_targets, _SPECIALISTS, ("distilled",), number=8),
     Stage(
-        "distilled", distilled.distilled, (*_SPECIALISTS, "soft_targets", "longer"), ("distilled",)
+        "distilled",
+        distilled.distilled,
+        (*_SPECIALISTS, "soft_targets", "longer"),
+        ("distilled",),
+        number=9,
     ),
-    Stage("inference", eq5_solvers.compare_solvers, _SPECIALISTS, ("inference",)),
+    Stage("inference", eq5_solvers.compare_solvers, _SPECIALISTS, ("inference",), number=10),
 )

@@ -20,7 +20,7 @@ from distill_jax.nets import Net
 from distill_jax.specialists import enrichment, heads, inference, store
 from distill_jax.specialists.heads import Head
 from experiments.common.study import Context
-from experiments.common.training import make_recipe, member_keys
+from experiments.common.training import make_recipe
 from experiments.specialists import generalists
 from experiments.specialists.data import load_data
 from experiments.specialists.generalists import Generalist
@@ -174,8 +174,10 @@ def train_group(
         [enriched.examples[m] for m in group],
         head.loss,
         dataclasses.replace(make_recipe(section), transforms=head.transforms(generalist.net.model)),
-        # The keys are those of this name, which says nothing of the group.
-        keys=member_keys(numbers, "specialist", 1),
+        # Of each specialist's place among all, whatever the group.
+        keys=jax.vmap(jax.random.fold_in, (None, 0))(
+            context.keys([config.seeds[seed]])[0], jnp.asarray(group, jnp.uint32)
+        ),
         hyper={"learning_rate": net.learning_rate, "temperature": net.get("temperature", 1.0)},
         constants=constants,
         evaluation=evaluation,

@@ -68,7 +68,7 @@ def compression(context: Context) -> list[Row]:
     def student(row: str, targets: Sequence[Examples], loss: train_step.Loss) -> Net:
         print(f"compression, {row}", flush=True)
         joined = [{**examples, **own} for own in targets]
-        # Of one name, so that a seed's students begin alike and see the same batches.
+        # A seed's students begin alike and see the same batches: their keys are the same.
         variant = {"temperature": net.temperature, "hard_weight": net.hard_weight}
         directory = context.directory / row.replace("=", "_")
         return nets.train(
@@ -109,6 +109,7 @@ def unlabelled(context: Context) -> list[Row]:
         training_set.labelled(config, net, 1),
         train_step.label_loss,
         seeds=seeds,
+        number=1,  # the students are 0
     )
     base = nets.frame_accuracies(small, data)
     table = "speech_unlabelled"

@@ -40,8 +40,12 @@ def train(
     variants: Sequence[Mapping[str, float]] = ({},),
     seeds: Sequence[int] | None = None,
     directory: Path | None = None,
+    number: int = 0,
 ) -> Net:
-    """`training.train` for this study: counts frame errors on the test and validation sets."""
+    """`training.train` for this study: counts frame errors on the test and validation sets.
+
+    `number` is the training's in the stage's random keys.
+    """
     data = load_data(context.config)
     config = context.config
     if seeds is not None:
@@ -52,6 +56,7 @@ def train(
         training.build_model(net, data.num_classes, data.byte),
         examples,
         loss,
+        keys=context.keys(config.seeds, number),
         directory=(directory or context.directory) / name,
         name=name,
         variants=variants,

@@ -73,18 +73,31 @@ _SHARED = ("selection", "data", "ensemble")
 _DISTILLED = ("ensemble", "soft_targets", "distilled")
 _TARGETS = ("soft_targets", "compression")
 STAGES = (
-    Stage("ensemble", table1.ensemble, (), _SHARED, nets.ensemble_groups),
+    Stage("ensemble", table1.ensemble, (), _SHARED, nets.ensemble_groups, number=1),
     Stage(
         "soft_targets",
         table1.make_soft_targets,
         ("ensemble",),
         ("soft_targets", "unlabelled"),
         table1.soft_target_groups,
+        number=2,
     ),
-    Stage("distilled", table1.distilled, ("ensemble", "soft_targets"), ("seeds", "distilled")),
-    Stage("temperature", comparisons.temperature, _DISTILLED),
-    Stage("compression", comparisons.compression, ("ensemble",), ("seeds", *_TARGETS)),
-    Stage("fractions", table5.fractions, ("ensemble", "soft_targets"), ("seeds", "fractions")),
-    Stage("unlabelled", comparisons.unlabelled, ("ensemble", "soft_targets"), ("seeds",)),
-    Stage("recognition", recognition.recognise, _DISTILLED, ("decoding",)),
+    Stage(
+        "distilled",
+        table1.distilled,
+        ("ensemble", "soft_targets"),
+        ("seeds", "distilled"),
+        number=3,
+    ),
+    Stage("temperature", comparisons.temperature, _DISTILLED, number=4),
+    Stage("compression", comparisons.compression, ("ensemble",), ("seeds", *_TARGETS), number=5),
+    Stage(
+        "fractions",
+        table5.fractions,
+        ("ensemble", "soft_targets"),
+        ("seeds", "fractions"),
+        number=6,
+    ),
+    Stage("unlabelled", comparisons.unlabelled, ("ensemble", "soft_targets"), ("seeds",), number=7),
+    Stage("recognition", recognition.recognise, _DISTILLED, ("decoding",), number=8),
 )

@@ -154,6 +154,7 @@ def _control(context: Context) -> list[Row]:
         training_set.labelled(config, net, 1),
         train_step.label_loss,
         seeds=net.members[:1],
+        number=1,  # the students are 0
     )
     found = nets.frame_accuracies(trained, load_data(config))
     row = f"baseline, {epochs} epochs like the distilled"

@@ -169,6 +169,7 @@ def test_a_study_fuses_the_loss_of_batches_with_many_logits(batch_logits, tmp_pa
             model,
             [examples()],
             loss,
+            keys=jax.random.split(jax.random.key(0), 1),
             directory=tmp_path,
             name="net",
             variants=[variant],

@@ -1,13 +1,26 @@
 """What the stages of a study may read of its config, and what of it makes them run again."""
 
+import importlib
 import re
 
+import jax
 import numpy as np
 import pytest
+import tiny
 from ml_collections import ConfigDict
 
+from distill_jax import train_step
 from distill_jax.errors import UserError
-from experiments.common.study import Stage, make_context, read_json, run_stages, write_arrays
+from experiments.common import training
+from experiments.common.config import net_section
+from experiments.common.study import (
+    Context,
+    Stage,
+    make_context,
+    read_json,
+    run_stages,
+    write_arrays,
+)
 
 CONFIG = {"preset": "smoke", "mesh": {"data": -1}, "a": {"x": 1}, "b": {"x": 2}, "c": 3}
 
@@ -108,3 +121,46 @@ def test_arrays_are_there_whole_or_not_at_all(tmp_path):
         write_arrays(tmp_path / "a.npz", x=np.arange(5), y=Fails())
     with np.load(tmp_path / "a.npz") as arrays:
         assert len(arrays["x"]) == 3 and len(list(tmp_path.iterdir())) == 1
+
+
+def data_of(keys):
+    return [tuple(one) for one in np.asarray(jax.random.key_data(keys)).tolist()]
+
+
+def test_keys_are_of_seed_stage_and_training_and_not_of_names(tmp_path):
+    context = Context(ConfigDict(), tmp_path / "a", {}, 3)
+    keys = data_of(context.keys((0, 1, 7)))
+    assert len(set(keys)) == 3
+    assert data_of(context.keys((7, 0))) == [keys[2], keys[0]]  # whichever others there are
+    assert keys == data_of(context._replace(directory=tmp_path / "b").keys((0, 1, 7)))
+    others = [context._replace(stage=4).keys((0, 1, 7)), context.keys((0, 1, 7), training=1)]
+    assert not set(keys) & {key for other in others for key in data_of(other)}
+
+
+@pytest.mark.parametrize("study", ["mnist", "speech", "specialists"])
+def test_every_stage_of_a_study_has_a_number_of_its_own(study):
+    stages = importlib.import_module(f"experiments.{study}.study").STAGES
+    numbers = [stage.number for stage in stages]
+    assert 0 not in numbers and len(set(numbers)) == len(numbers)
+
+
+def test_a_renamed_training_gives_the_same_nets(tmp_path):
+    section = ConfigDict(net_section(hidden=(4,), epochs=1, batch_size=8))
+    mesh = {"member": 1, "data": -1, "model": 1}
+    config = ConfigDict({"seeds": (0,), "selection": "last", "mesh": mesh, "data": {}})
+    context = Context(config, tmp_path, {}, 1)
+    found = []
+    for name in ("one", "another"):
+        with jax.numpy_dtype_promotion("standard"):  # for optax's schedules
+            trained = training.train(
+                config,
+                section,
+                training.build_model(section, tiny.CLASSES),
+                [tiny.examples(16)],
+                train_step.label_loss,
+                keys=context.keys((0,)),
+                directory=tmp_path / name,
+                name=name,
+            )
+        found.append(trained.params)
+    tiny.assert_equal(*found)

@@ -53,6 +53,7 @@ def train(directory, examples, start, evaluation=None, reader=trainer.PLAIN, **c
             GENERALIST,
             examples,
             train_step.label_loss,
+            keys=jax.random.split(jax.random.key(0), 2),
             directory=directory,
             name="test",
             evaluation=evaluation or {},
