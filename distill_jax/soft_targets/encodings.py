@@ -150,6 +150,10 @@ def offsets(seed: int, ids: ArrayLike) -> Array:
 
     Returns:
         float32 `[n]`, uniform in [0, 1).
+
+    Examples:
+        >>> bool((offsets(0, [7, 8, 9])[1] == offsets(0, [8])[0]))
+        True
     """
     key = jax.random.key(seed, impl="threefry2x32")
     return jax.vmap(lambda id: jax.random.uniform(jax.random.fold_in(key, id)))(
@@ -162,6 +166,10 @@ def as_targets(classes: np.ndarray) -> tuple[Any, Any, Any]:
 
     Returns:
         the classes, probabilities float32 `[n, 1]`, all 1 / draws, and tail float32 `[n]`, all 0.
+
+    Examples:
+        >>> as_targets(np.array([[0, 2, 2, 5]]))[1].item()
+        0.25
     """
     size, draws = classes.shape
     return classes, np.full((size, 1), np.float32(1 / draws)), np.zeros(size, np.float32)
@@ -194,7 +202,12 @@ def pack(classes: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, draws: int, num_classes: int) -> np.ndarray:
-    """The classes that `pack` was given: uint16 (uint32 if C > 65,536) `[n, draws]`."""
+    """The classes that `pack` was given: uint16 (uint32 if C > 65,536) `[n, draws]`.
+
+    Examples:
+        >>> unpack(pack(np.array([[1, 1, 300]]), 500), 3, 500).tolist()
+        [[1, 1, 300]]
+    """
     drawn = packed != np.iinfo(packed.dtype).max
     classes = np.cumsum(packed, axis=1, dtype=np.uint32)[drawn].reshape(-1, draws)
     return classes.astype(_class_dtype(num_classes))

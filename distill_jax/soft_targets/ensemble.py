@@ -30,6 +30,11 @@ def mean_log_probs(member_logits: Array, temperature: ArrayLike, mean: Mean) -> 
 
     Raises:
         UserError: for another mean.
+
+    Examples:
+        >>> members = jnp.array([[2.0, 0.0], [0.0, 2.0]])  # [M, C]
+        >>> print(jnp.exp(mean_log_probs(members, 1.0, "geometric")))
+        [0.5 0.5]
     """
     check_mean(mean)
     log_probs = losses.log_softmax(member_logits, temperature)
@@ -95,7 +100,14 @@ def mean_probs_of_hidden(hidden: Array, layer: Params, temperature: ArrayLike, m
 
 
 def ensemble_logits(member_logits: Array, temperature: ArrayLike, mean: Mean) -> Array:
-    """Logits v of one teacher such that `softmax(v / T)` is the members' mean at T (shapes as above)."""
+    """Logits v of one teacher such that `softmax(v / T)` is the members' mean at T (shapes as above).
+
+    Examples:
+        >>> members = jnp.array([[4.0, 0.0], [2.0, 0.0]])
+        >>> v = ensemble_logits(members, 2.0, "arithmetic")
+        >>> print(losses.softmax(v, 2.0) - mean_probs(members, 2.0, "arithmetic"))
+        [0. 0.]
+    """
     return mean_log_probs(member_logits, temperature, mean) * temperature
 
 

@@ -160,6 +160,17 @@ def finish(folder: str | os.PathLike[str], digests: np.ndarray) -> None:
 
     Raises:
         UserError: for a shard that is missing, damaged, of another store or of other inputs.
+
+    Examples:
+        Two jobs write a shard each, and either of them finishes the store.
+
+        >>> import tempfile
+        >>> logits, digests, folder = np.zeros((4, 3)), np.arange(4, dtype=np.uint64), tempfile.mkdtemp()
+        >>> for shard in (0, 1):
+        ...     write(folder, logits, digests, teacher="t", shard_rows=2, shards=[shard])
+        >>> finish(folder, digests)
+        >>> len(load(folder).shards)
+        2
     """
     shard_files.finish(Path(folder), np.asarray(digests, np.uint64))
 
@@ -182,6 +193,15 @@ def load(
     Raises:
         UserError: naming both sides, for a store of another teacher, of other data, of another class
             count or of another version; for one that is not finished, or damaged.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> write(folder, np.zeros((4, 3)), np.arange(4, dtype=np.uint64), teacher="resnet")
+        >>> load(folder, teacher="vit")
+        Traceback (most recent call last):
+        ...
+        distill_jax.errors.UserError: ...teacher...
     """
     folder = Path(folder)
     expected = {"teacher": teacher, "data": data and dict(data), "num_classes": num_classes}
@@ -216,6 +236,14 @@ def rows(store: Store, ids: np.ndarray, temperature: float | None = None) -> dic
 
     Raises:
         UserError: for an id that the store doesn't have, or another temperature.
+
+    Examples:
+        >>> import tempfile
+        >>> folder, digests = tempfile.mkdtemp(), np.arange(2, dtype=np.uint64)
+        >>> write(folder, np.array([[1.0, 2.0], [3.0, 4.0]]), digests, teacher="t")
+        >>> print(rows(load(folder), np.array([1, 0]))["teacher_logits"])
+        [[3. 4.]
+         [1. 2.]]
     """
     made_at, places = _made_at(store, temperature), _places(store, ids)
     encoding, k, num_classes = (store.meta[name] for name in ("encoding", "k", "num_classes"))
@@ -249,6 +277,18 @@ def attach(
 
     Raises:
         UserError: for an id without targets, other inputs under an id, or another temperature.
+
+    Examples:
+        >>> import tempfile
+        >>> folder, inputs = tempfile.mkdtemp(), np.array([[1.0], [2.0]])
+        >>> write(folder, np.array([[1.0, 2.0], [3.0, 4.0]]), identity.digests(inputs), teacher="t")
+        >>> joined = attach({"id": np.array([1]), "inputs": inputs[1:]}, load(folder))
+        >>> print(joined["teacher_logits"])
+        [[3. 4.]]
+        >>> attach({"id": np.array([1]), "inputs": inputs[:1]}, load(folder))
+        Traceback (most recent call last):
+        ...
+        distill_jax.errors.UserError: 1 of 1 examples are not the inputs that teacher t saw ...
     """
     ids = np.asarray(examples["id"])
     found = identity.digests(examples["inputs"]) if digests is None else digests
@@ -266,6 +306,12 @@ def check(
         ids: integer `[n]`, of the examples.
         digests: uint64 `[n]`, of their inputs.
         temperature: that training will use.
+
+    Examples:
+        >>> import tempfile
+        >>> folder, digests = tempfile.mkdtemp(), np.arange(4, dtype=np.uint64)
+        >>> write(folder, np.zeros((4, 3)), digests, teacher="t")
+        >>> check(load(folder), np.array([2]), digests[[2]])
     """
     _made_at(store, temperature)
     if np.shape(digests) != np.shape(ids):
@@ -280,7 +326,15 @@ def check(
 
 
 def bytes_per_example(store: Store) -> int:
-    """What an example takes on the disk: its digest's 8 bytes, and its targets at all temperatures."""
+    """What an example takes on the disk: its digest's 8 bytes, and its targets at all temperatures.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> write(folder, np.zeros((4, 3)), np.arange(4, dtype=np.uint64), teacher="t")
+        >>> bytes_per_example(load(folder))  # 3 logits and a digest
+        20
+    """
     arrays = [array for shard in store.shards for array in shard.values()]
     return sum(array.nbytes for array in arrays) // store.meta["num_examples"]
 

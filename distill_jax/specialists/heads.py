@@ -193,6 +193,14 @@ def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constan
 
     Raises:
         UserError: naming what the batch or the constants lack.
+
+    Examples:
+        Four equal classes, of which one is special: it has 1/4, the dustbin 3/4.
+
+        >>> import jax.numpy as jnp
+        >>> batch, constants = {"label": jnp.array([2, 0])}, {"class_set": jnp.array([2])}
+        >>> print(jnp.exp(-collapsed_loss(jnp.zeros((2, 4)), batch, {}, constants)))
+        [0.25 0.75]
     """
     label, class_set = _get(batch, "label", "batch"), _get(constants, "class_set", "constants")
     targets = dustbin_labels(class_set, logits.shape[-1])
@@ -219,6 +227,13 @@ def full_softmax_loss(
 
     Raises:
         UserError: naming what the batch or the constants lack.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> batch = {"label": jnp.array([2, 0]), "teacher_logits": jnp.zeros((2, 4))}
+        >>> constants, hyper = {"class_set": jnp.array([2])}, {"temperature": jnp.float32(2)}
+        >>> print(full_softmax_loss(jnp.zeros((2, 4)), batch, hyper, constants))  # log 4, 2^2 log 4
+        [1.386 5.545]
     """
     label, class_set = _get(batch, "label", "batch"), _get(constants, "class_set", "constants")
     temperature = hyper["temperature"]

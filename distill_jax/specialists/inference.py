@@ -109,6 +109,21 @@ def run_active(
     Raises:
         UserError: for a class that doesn't exist, n beyond C, or counts or shapes that don't fit, naming
             them.
+
+    Examples:
+        >>> import jax, numpy as np
+        >>> from distill_jax import models, nets
+        >>> from distill_jax.specialists import heads, store
+        >>> model = models.mlp([8], 6)  # a specialist with this head has an output for each class
+        >>> init = lambda key: model.init(key, np.zeros((1, 4), np.float32))
+        >>> params = jax.vmap(init)(jax.random.split(jax.random.key(0), 2))
+        >>> sets, corrections = np.array([[0, 1], [3, 5]], np.int32), np.zeros(2, np.float32)
+        >>> net = nets.Net(model, params, history=[], seconds=0.0, members=2, about={})
+        >>> two = store.Specialists(net, heads.LOG_SUM_EXP, sets, corrections, num_classes=6)
+        >>> logits = np.eye(6, dtype=np.float32)[[0, 2]]  # class 2 is in no set
+        >>> evidence = run_active(two, logits, np.ones((2, 4), np.float32))
+        >>> evidence.active.tolist(), evidence.specialists.shape
+        ([[True], [False]], (2, 1, 3))
     """
     class_sets = np.asarray(specialists.class_sets)
     num_specialists, num_classes = len(class_sets), generalist_logits.shape[1]

@@ -114,6 +114,12 @@ def load(
     Raises:
         UserError: naming both sides, for specialists of another generalist, data set or class count; for
             a folder that is damaged or of another version; and as `nets.load`.
+
+    Examples:
+        >>> load("nowhere")
+        Traceback (most recent call last):
+        ...
+        distill_jax.errors.UserError: nowhere/specialists.json can't be read: ...
     """
     directory = Path(directory)
     meta = files.read_versioned(directory / _META, FORMAT, _AGAIN)

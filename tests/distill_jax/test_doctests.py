@@ -24,9 +24,15 @@ WITH_EXAMPLES = [
     "distill_jax.metrics",
     "distill_jax.optimizers",
     "distill_jax.soft_targets.compare",
+    "distill_jax.soft_targets.encodings",
+    "distill_jax.soft_targets.identity",
+    "distill_jax.soft_targets.store",
     "distill_jax.specialists.clustering",
     "distill_jax.specialists.enrichment",
     "distill_jax.specialists.eq5",
+    "distill_jax.specialists.heads",
+    "distill_jax.specialists.inference",
+    "distill_jax.specialists.store",
 ]
 
 
