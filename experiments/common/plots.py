@@ -86,11 +86,11 @@ def note(
     axes.annotate(text, place, offset, xycoords=system, annotation_clip=False, **style)
 
 
-def widen(axes: Axes, least: float) -> None:
-    """Lets the vertical axis span `least` or more, so that noise does not look like an effect."""
-    low, high = axes.get_ylim()
+def widen(axes: Axes, least: float, *, horizontal: bool = False) -> None:
+    """Lets an axis span `least` or more, so that noise does not look like an effect."""
+    low, high = axes.get_xlim() if horizontal else axes.get_ylim()
     missing = max(least - (high - low), 0.0) / 2
-    axes.set_ylim(low - missing, high + missing)
+    (axes.set_xlim if horizontal else axes.set_ylim)(low - missing, high + missing)
 
 
 def make_panels(

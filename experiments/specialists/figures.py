@@ -272,11 +272,9 @@ def _draw_references(axes: Axes, rows: Sequence[Row], systems: Sequence[str]) ->
 
 
 def _widen_across(axes: Axes, least: float) -> None:
-    """Room beside the points, and as `widen` for the horizontal axis."""
+    """Room beside the points, and a horizontal axis that spans `least` or more."""
     axes.margins(x=0.15)
-    low, high = axes.get_xlim()
-    missing = max(least - (high - low), 0.0) / 2
-    axes.set_xlim(low - missing, high + missing)
+    widen(axes, least, horizontal=True)
 
 
 def _draw_level(line: Any, row: Row | None) -> None:

@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill_jax.errors import UserError
+from experiments.common import prepared
 
 SPLITS = ("train", "seen", "validation", "test")
 SIZE = 32  # pixels
-EMBEDDED = Path(__file__).with_name("embedded")
-_VERSION = "1.0.0"
+KIND = prepared.Kind(
+    "glyphs",
+    "Han characters as many typefaces draw them, a record per typeface.",
+    Path(__file__).with_name("embedded"),
+    "python -m experiments.specialists.prepare",
+)
 _FORMAT = 1
 
 
@@ -72,15 +76,20 @@ def write(
     """
     import tensorflow_datasets as tfds
 
+    names = [typeface["name"] for typeface in typefaces]
+    features = {
+        "typeface": tfds.features.ClassLabel(names=names),
+        "labels": tfds.features.Sequence(tfds.features.ClassLabel(names=list(characters))),
+        "images": tfds.features.Tensor(
+            shape=(None, SIZE, SIZE), dtype=np.uint8, encoding=tfds.features.Encoding.ZLIB
+        ),
+    }
+    records = {
+        name: ((sheet.typeface, sheet._asdict()) for sheet in sheets)
+        for name, sheets in splits.items()
+    }
     metadata = {**metadata, "format": _FORMAT, "typefaces": list(typefaces)}
-    builder = _make_builder(directory, characters, splits, metadata)
-    builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
-    return Path(builder.data_dir)
-
-
-def folder_of(directory: Path) -> Path:
-    """The folder that `write` makes; it exists only once the set is complete."""
-    return directory / "glyphs" / _VERSION
+    return prepared.write(KIND, directory, features, records, metadata=metadata)
 
 
 def load(source: str | Path = "embedded") -> Glyphs:
@@ -92,48 +101,20 @@ def load(source: str | Path = "embedded") -> Glyphs:
     Raises:
         UserError: if the folder has no such set, or an incomplete or damaged one.
     """
-    folder = _find(source)
-    import tensorflow_datasets as tfds
-
-    try:
-        json.loads((folder / "dataset_info.json").read_text())  # TFDS's own error is no ValueError
-        builder = tfds.builder_from_directory(folder)
-        metadata = json.loads((folder / "metadata.json").read_text())
-        if builder.name != "glyphs" or metadata["format"] != _FORMAT:
-            raise ValueError(f"{builder.name}, format {metadata['format']}, not glyphs, {_FORMAT}")
-        characters = tuple(builder.info.features["labels"].feature.names)
+    folder, info, sources, metadata = prepared.open_set(KIND, source, SPLITS)
+    with prepared.reading(f"{folder}: the set of glyphs"):
+        if metadata["format"] != _FORMAT:
+            raise ValueError(f"it has format {metadata['format']}; this program reads {_FORMAT}")
+        characters = tuple(info.features["labels"].feature.names)
         typefaces = tuple(metadata.pop("typefaces"))
-        sources = {name: builder.as_data_source(name) for name in SPLITS}
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"{folder} is no readable glyphs set: {reason}") from error
     splits = {}
     for name, records in sources.items():
-        try:
+        with prepared.reading(f"{folder}: split {name}"):
             sheets = [Sheet(int(r["typeface"]), r["labels"], r["images"]) for r in records]
             splits[name] = _examples(sheets, len(characters))
-        except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(
-                f"{folder}: split {name} cannot be read ({error}); prepare the set again"
-            ) from error
     return Glyphs(
         characters, typefaces, splits, metadata, _fingerprint(characters, typefaces, splits)
     )
-
-
-def _find(source: str | Path) -> Path:
-    """The folder of a set: "embedded", its own folder, or a data_dir that it lies in."""
-    folder = EMBEDDED if source == "embedded" else Path(source)
-    for candidate in (folder, folder_of(folder)):
-        if (candidate / "dataset_info.json").exists():
-            return candidate
-    partial = any(folder.glob("glyphs/*incomplete*")) or (folder / "work/set.json").exists()
-    hint = (
-        "its preparation did not end: run the same command again"
-        if partial
-        else f"prepare one by: python -m experiments.specialists.prepare --out={folder}"
-    )
-    raise UserError(f"data.source: no prepared glyphs set in {folder}; {hint}")
 
 
 def _examples(sheets: Sequence[Sheet], classes: int) -> dict[str, np.ndarray]:
@@ -160,52 +141,3 @@ def _fingerprint(
     for name, part in splits.items():
         digest.update(name.encode() + part["id"].tobytes() + part["inputs"].tobytes())
     return digest.hexdigest()[:16]
-
-
-def _make_builder(
-    directory: Path,
-    characters: Sequence[str],
-    splits: Mapping[str, Iterable[Sheet]],
-    metadata: Mapping[str, Any],
-) -> Any:
-    import tensorflow_datasets as tfds
-
-    # TFDS would refuse a second class of this name in the process.
-    with tfds.core.registered.skip_registration():
-
-        class Glyphs(tfds.core.GeneratorBasedBuilder):
-            """Han characters as many typefaces draw them, a record per typeface."""
-
-            name = "glyphs"
-            VERSION = tfds.core.Version(_VERSION)
-            pkg_dir_path = Path(__file__).parent
-
-            def _info(self) -> Any:
-                names = [typeface["name"] for typeface in metadata["typefaces"]]
-                features = {
-                    "typeface": tfds.features.ClassLabel(names=names),
-                    "labels": tfds.features.Sequence(
-                        tfds.features.ClassLabel(names=list(characters))
-                    ),
-                    "images": tfds.features.Tensor(
-                        shape=(None, SIZE, SIZE),
-                        dtype=np.uint8,
-                        encoding=tfds.features.Encoding.ZLIB,
-                    ),
-                }
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    description=self.__doc__,
-                    features=tfds.features.FeaturesDict(features),
-                    metadata=tfds.core.MetadataDict(metadata),
-                )
-
-            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-                del dl_manager  # Nothing is downloaded.
-                return {name: self._generate_examples(part) for name, part in splits.items()}
-
-            def _generate_examples(self, sheets: Iterable[Sheet]) -> Any:
-                for sheet in sheets:
-                    yield sheet.typeface, sheet._asdict()
-
-    return Glyphs(data_dir=directory)

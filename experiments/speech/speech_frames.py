@@ -7,19 +7,22 @@ into log-mel energies, and where the states come from, is in the set's metadata.
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill_jax.errors import UserError
+from experiments.common import prepared
 
 SPLITS = ("train", "validation", "test")
 NUM_MELS = 40
-EMBEDDED = Path(__file__).with_name("embedded")
-_VERSION = "1.0.0"
+KIND = prepared.Kind(
+    "speech_frames",
+    "Recorded utterances with log-mel frames and the tied HMM state of each.",
+    Path(__file__).with_name("embedded"),
+    "python -m experiments.speech.prepare --corpus=...",
+)
 
 
 class Utterance(NamedTuple):
@@ -89,11 +92,21 @@ def write(
     Returns:
         The folder of the set; an existing one is not changed.
     """
-    builder = _make_builder(directory, splits, metadata)
     import tensorflow_datasets as tfds
 
-    builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
-    return Path(builder.data_dir)
+    text, tensor, zlib = tfds.features.Text(), tfds.features.Tensor, tfds.features.Encoding.ZLIB
+    features = {
+        "id": text,
+        "speaker": text,
+        "words": text,
+        "frames": tensor(shape=(None, NUM_MELS), dtype=np.uint8, encoding=zlib),
+        "states": tensor(shape=(None,), dtype=np.int32, encoding=zlib),
+        "segments": text,
+        "starts": tensor(shape=(None,), dtype=np.int32, encoding=zlib),
+        "audio": tensor(shape=(None,), dtype=np.uint8, encoding="bytes"),
+    }
+    records = {name: map(_record, make()) for name, make in splits.items()}
+    return prepared.write(KIND, directory, features, records, metadata=metadata)
 
 
 def load(source: str, splits: tuple[str, ...] = SPLITS, on_disk: tuple[str, ...] = ()) -> Corpus:
@@ -107,57 +120,13 @@ def load(source: str, splits: tuple[str, ...] = SPLITS, on_disk: tuple[str, ...]
     Raises:
         UserError: if the folder has no such set, or an incomplete or damaged one.
     """
-    folder = find(source)
-    sources, metadata = open_sources(folder, splits)
+    opened = prepared.open_set(KIND, source, splits)
     read: dict[str, Sequence[Utterance]] = {}
-    for name, opened in sources.items():
-        records = Records(opened, range(len(opened)))
-        try:
+    for name, records_on_disk in opened.sources.items():
+        records = Records(records_on_disk, range(len(records_on_disk)))
+        with prepared.reading(f"{opened.folder}: split {name}"):
             read[name] = records if name in on_disk else list(records)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(
-                f"{folder}: split {name} cannot be read ({error}); prepare the set again"
-            ) from error
-    return Corpus(source, read, metadata)
-
-
-def folder_of(directory: Path) -> Path:
-    """The folder that `write` makes; it exists only once the set is complete."""
-    return directory / "speech_frames" / _VERSION
-
-
-def find(source: str) -> Path:
-    """The folder of a set: "embedded", its own folder, or a data_dir that it lies in."""
-    folder = EMBEDDED if source == "embedded" else Path(source)
-    for candidate in (folder, folder_of(folder)):
-        if (candidate / "dataset_info.json").exists():
-            return candidate
-    partial = (
-        list(folder.glob("speech_frames/*incomplete*")) or (folder / "work/corpus.json").exists()
-    )
-    hint = (
-        "its preparation did not end: run the same command again"
-        if partial
-        else (
-            "prepare one by: python -m experiments.speech.prepare --corpus=... --out=" + str(folder)
-        )
-    )
-    raise UserError(f"data.source: no prepared speech_frames set in {folder}; {hint}")
-
-
-def open_sources(folder: Path, splits: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Random access to the splits' records (`utterance` decodes one), and the metadata."""
-    import tensorflow_datasets as tfds
-
-    try:
-        json.loads((folder / "dataset_info.json").read_text())  # TFDS's own error is no ValueError
-        builder = tfds.builder_from_directory(folder)
-        sources = {name: builder.as_data_source(name) for name in splits}
-        metadata = json.loads((folder / "metadata.json").read_text())
-    except (ValueError, KeyError, OSError, RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"{folder} is no readable speech_frames set: {reason}") from error
-    return sources, metadata
+    return Corpus(source, read, opened.metadata)
 
 
 def utterance(record: Mapping[str, Any]) -> Utterance:
@@ -182,61 +151,14 @@ def alignment_fingerprint(corpus: Corpus, split: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _make_builder(
-    directory: Path,
-    splits: Mapping[str, Callable[[], Iterator[Utterance]]],
-    metadata: Mapping[str, Any],
-) -> Any:
-    import tensorflow_datasets as tfds
-
-    zlib = tfds.features.Encoding.ZLIB
-
-    # TFDS would refuse a second class of this name in the process.
-    with tfds.core.registered.skip_registration():
-
-        class SpeechFrames(tfds.core.GeneratorBasedBuilder):
-            """Recorded utterances with log-mel frames and the tied HMM state of each."""
-
-            name = "speech_frames"
-            VERSION = tfds.core.Version(_VERSION)
-            pkg_dir_path = Path(__file__).parent
-
-            def _info(self) -> Any:
-                tensor = tfds.features.Tensor
-                features = {
-                    "id": tfds.features.Text(),
-                    "speaker": tfds.features.Text(),
-                    "words": tfds.features.Text(),
-                    "frames": tensor(shape=(None, NUM_MELS), dtype=np.uint8, encoding=zlib),
-                    "states": tensor(shape=(None,), dtype=np.int32, encoding=zlib),
-                    "segments": tfds.features.Text(),
-                    "starts": tensor(shape=(None,), dtype=np.int32, encoding=zlib),
-                    "audio": tensor(shape=(None,), dtype=np.uint8, encoding="bytes"),
-                }
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    description=self.__doc__,
-                    features=tfds.features.FeaturesDict(features),
-                    metadata=tfds.core.MetadataDict(metadata),
-                )
-
-            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-                del dl_manager  # Nothing is downloaded.
-                return {name: self._generate_examples(make()) for name, make in splits.items()}
-
-            def _generate_examples(self, utterances: Iterator[Utterance]) -> Iterator[Any]:
-                for one in utterances:
-                    yield (
-                        one.id,
-                        {
-                            **one._asdict(),
-                            "words": " ".join(one.words),
-                            "segments": " ".join(one.segments),
-                            "audio": np.frombuffer(one.audio, np.uint8),
-                        },
-                    )
-
-    return SpeechFrames(data_dir=directory)
+def _record(one: Utterance) -> tuple[str, dict[str, Any]]:
+    """The inverse of `utterance`, with its key."""
+    return one.id, {
+        **one._asdict(),
+        "words": " ".join(one.words),
+        "segments": " ".join(one.segments),
+        "audio": np.frombuffer(one.audio, np.uint8),
+    }
 
 
 def _text(value: Any) -> str:

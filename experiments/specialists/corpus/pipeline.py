@@ -17,7 +17,7 @@ import numpy as np
 
 from distill_jax import files
 from distill_jax.errors import UserError
-from experiments.common import workers
+from experiments.common import prepared, workers
 from experiments.specialists import glyphs
 from experiments.specialists.corpus import grouping, rendering
 from experiments.specialists.corpus.typefaces import LEAST, Typeface
@@ -52,11 +52,7 @@ def prepare(
         UserError: for a folder that holds a set, or another one half prepared; for too few kinds of
             typefaces to split.
     """
-    prepared = glyphs.folder_of(out)
-    if prepared.exists():
-        raise UserError(f"{prepared} is a prepared set already: name another --out, or delete it")
-    work = out / "work"
-    _claim(work, faces, characters)
+    work = _claim(out, faces, characters)
     sample = characters[:: max(1, len(characters) // _SAMPLE)][:_SAMPLE]
     sampled = _render_all(faces, sample, work / "samples", processes)
     able = [number for number, (_, drawn) in enumerate(sampled) if drawn.mean() >= LEAST]
@@ -78,8 +74,6 @@ def prepare(
     }
     files.write_json(out / "report.json", _report(counts, faces, chosen, rendered, characters))
     _copy_notices(chosen, out / "licences")
-    for stale in out.glob("glyphs/*incomplete*"):
-        shutil.rmtree(stale)
     metadata = {"distances": {"near copy": _NEAR_COPY, "group": _GROUP}, "counts": counts}
     folder = glyphs.write(out, characters, _about(chosen, group, split), sheets, metadata)
     for name, count in counts.items():
@@ -88,20 +82,13 @@ def prepare(
     return folder
 
 
-def _claim(work: Path, faces: Sequence[Typeface], characters: Sequence[str]) -> None:
-    """Reserves the folder of unfinished work for this set, or checks that it is for this set."""
+def _claim(out: Path, faces: Sequence[Typeface], characters: Sequence[str]) -> Path:
+    """The folder for the unfinished work on this set alone."""
     mine = {
         "characters": "".join(characters),
         "typefaces": {face.name: face.source.version for face in faces},
     }
-    path = work / "set.json"
-    if path.exists():
-        what = f"{work} holds another set half prepared"
-        files.check_same(what, files.read_json(path), mine, "Name another --out, or delete it")
-    else:
-        files.check_own_folder(work, (), "unfinished work")
-    work.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, mine)
+    return prepared.claim(glyphs.KIND, out, mine)
 
 
 def _render_all(

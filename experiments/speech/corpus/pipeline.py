@@ -23,7 +23,7 @@ import soundfile
 
 from distill_jax import files
 from distill_jax.errors import UserError
-from experiments.common import workers
+from experiments.common import prepared, workers
 from experiments.speech import speech_frames, sphinx
 from experiments.speech.corpus import alignment, features, text
 from experiments.speech.corpus.recordings import RATE, Recording, to_mono_16k
@@ -76,11 +76,7 @@ def prepare(
     """
     bands = features.Bands(high=high_frequency)
     features.log_mels(np.zeros(0, np.int16), bands)  # checks the bands before any work is done
-    prepared = speech_frames.folder_of(out)
-    if prepared.exists():
-        raise UserError(f"{prepared} is a prepared set already: name another --out, or delete it")
-    work = out / "work"
-    _claim(work, corpus, recordings, bands)
+    work = _claim(out, corpus, recordings, bands)
     analysed = _analyse_all(recordings, bands, work, processes)
     analysed = _without_copies(analysed)
     usable = [one for one in analysed if one.status == "aligned"]
@@ -114,8 +110,6 @@ def prepare(
             " ".join(one.words) for one in whole["train"] if one.recording.id not in taken
         ],
     }
-    for stale in out.glob("speech_frames/*incomplete*"):
-        shutil.rmtree(stale)
     kept = {"test": _with_audio(splits["test"], audio_words)}
     makers = {
         name: functools.partial(_utterances, splits[name], deviation, kept.get(name, set()))
@@ -192,8 +186,8 @@ def _analyse_parts(tasks: Sequence[Any], processes: int) -> None:
     workers.run_all(_analyse_part, tasks, processes, "aligned", "parts")
 
 
-def _claim(work: Path, corpus: str, recordings: Sequence[Recording], bands: features.Bands) -> None:
-    """Reserves the folder of unfinished work for this corpus, or checks that it is for this corpus."""
+def _claim(out: Path, corpus: str, recordings: Sequence[Recording], bands: features.Bands) -> Path:
+    """The folder for the unfinished work on this corpus alone."""
     digest = hashlib.sha256()
     for one in recordings:
         digest.update(f"{one.id}\0{one.text}\0".encode())
@@ -203,14 +197,7 @@ def _claim(work: Path, corpus: str, recordings: Sequence[Recording], bands: feat
         "recordings_per_part": _PART,
         "bands_hz": list(bands),
     }
-    path = work / "corpus.json"
-    if path.exists():
-        what = f"{work} holds another corpus half prepared"
-        files.check_same(what, files.read_json(path), mine, "Name another --out, or delete it")
-    else:
-        files.check_own_folder(work, (), "unfinished work")
-    work.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, mine)
+    return prepared.claim(speech_frames.KIND, out, mine)
 
 
 def _without_copies(analysed: Sequence[Analysed]) -> list[Analysed]:

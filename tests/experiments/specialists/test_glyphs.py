@@ -12,6 +12,7 @@ import pytest
 from command import ROOT
 
 from distill_jax.errors import UserError
+from experiments.common import prepared
 from experiments.specialists import glyphs
 from experiments.specialists.corpus import characters
 
@@ -87,7 +88,7 @@ def fails(source):
 
 def test_what_is_written_is_read(written):
     data_dir = written.parents[1]
-    assert written == glyphs.folder_of(data_dir)
+    assert written == prepared.folder_of(glyphs.KIND, data_dir)
     for source in (written, data_dir, str(data_dir)):
         read = glyphs.load(source)
         assert read.characters == CHARACTERS and read.typefaces == tuple(TYPEFACES)
@@ -190,12 +191,12 @@ def test_damaged_descriptions(copy, file, content):
 def test_another_format(copy):
     metadata = json.loads((copy / "metadata.json").read_text())
     (copy / "metadata.json").write_text(json.dumps({**metadata, "format": 2}))
-    assert "is no readable glyphs set: glyphs, format 2, not glyphs, 1" in fails(copy)
+    assert "the set of glyphs can't be read (it has format 2; this program reads 1)" in fails(copy)
 
 
 def test_a_set_of_another_kind():
     message = fails(ROOT / "experiments/speech/embedded")
-    assert "is no readable glyphs set" in message
+    assert "the set of glyphs can't be read (it is a set of speech_frames)" in message
 
 
 @pytest.mark.parametrize("damage", ["cut", "zeros", "a byte", "empty", "gone"])
@@ -265,10 +266,10 @@ def test_embedded_splits_have_every_character(embedded):
 
 
 def test_every_embedded_package_has_its_notice():
-    notices = glyphs.EMBEDDED / "licences"
+    notices = glyphs.KIND.embedded / "licences"
     for face in glyphs.load().typefaces:
         assert "opyright" in (notices / face["package"] / "copyright").read_text()
-    size = sum(path.stat().st_size for path in glyphs.EMBEDDED.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in glyphs.KIND.embedded.rglob("*") if path.is_file())
     assert size < 19_500_000
 
 

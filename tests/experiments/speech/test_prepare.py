@@ -20,6 +20,7 @@ import soxr
 from command import ROOT, fails, run, start
 
 from distill_jax.errors import UserError
+from experiments.common import prepared
 from experiments.speech import prepare as prepare_command
 from experiments.speech import speech_frames
 from experiments.speech.corpus import features, manifest, pipeline
@@ -143,7 +144,7 @@ def test_the_command_says_what_it_made(undisturbed):
     for name, part in corpus.splits.items():
         count = sum(len(one.states) for one in part)
         assert f"{name}: {len(part)} utterances, {count} frames\n" in output
-    assert output.endswith(f"prepared {speech_frames.folder_of(out)}\n")
+    assert output.endswith(f"prepared {prepared.folder_of(speech_frames.KIND, out)}\n")
     assert "aligned 2/2 parts, 0:00 to go" in output
     assert not (out / "work").exists()
 
@@ -352,15 +353,15 @@ def test_audio_of_no_and_all_words(tmp_path, serial, words, kept):
 def test_another_corpus_in_the_same_folder(tmp_path, serial):
     recordings = recorded()
     bands = features.Bands()
-    pipeline._claim(tmp_path / "work", "first", recordings, bands)
-    pipeline._claim(tmp_path / "work", "first", recordings, bands)  # the same resumes
+    pipeline._claim(tmp_path, "first", recordings, bands)
+    pipeline._claim(tmp_path, "first", recordings, bands)  # the same resumes
     messages = [
         refused(tmp_path, recordings, corpus="second"),
         refused(tmp_path, recordings, corpus="first", high=5000.0),
         refused(tmp_path, recordings[1:], corpus="first"),
     ]
     for message in messages:
-        assert message.startswith(f"{tmp_path / 'work'} holds another corpus half prepared: ")
+        assert message.startswith(f"{tmp_path / 'work'} holds another set half prepared: ")
         assert "Name another --out" in message and "\n" not in message
     assert len(prepare(tmp_path, recordings, corpus="first").splits["train"]) == 8
 
@@ -369,7 +370,9 @@ def test_a_folder_with_a_finished_set(tmp_path, serial):
     prepare(tmp_path, recorded())
     for corpus in ("speech", "another"):
         message = refused(tmp_path, recorded(), corpus=corpus)
-        assert message.startswith(f"{speech_frames.folder_of(tmp_path)} is a prepared set already")
+        assert message.startswith(
+            f"{prepared.folder_of(speech_frames.KIND, tmp_path)} is a prepared set already"
+        )
     assert not (tmp_path / "work").exists()
 
 

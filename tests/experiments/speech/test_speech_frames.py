@@ -12,6 +12,7 @@ import soundfile
 from command import ROOT
 
 from distill_jax.errors import UserError
+from experiments.common import prepared
 from experiments.speech import speech_frames
 
 SOUND = ROOT / "tests/experiments/speech/recordings/fotaq_180008p1.flac"
@@ -66,7 +67,7 @@ def assert_same(found, expected):
 
 def test_what_is_written_is_read(written):
     data_dir = written.parents[1]
-    assert written == speech_frames.folder_of(data_dir)
+    assert written == prepared.folder_of(speech_frames.KIND, data_dir)
     for source in (written, data_dir):
         corpus = speech_frames.load(str(source))
         assert corpus.metadata == METADATA and corpus.name == str(source)
@@ -137,7 +138,7 @@ def test_no_set(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "left", ["speech_frames/incomplete.AB12_1.0.0/dataset_info.json", "work/corpus.json"]
+    "left", ["speech_frames/incomplete.AB12_1.0.0/dataset_info.json", "work/set.json"]
 )
 def test_a_preparation_that_did_not_end(tmp_path, left):
     (tmp_path / left).parent.mkdir(parents=True)
