@@ -3,6 +3,7 @@
 import configparser
 import importlib
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -20,12 +21,24 @@ def import_study(name: str) -> ModuleType:
     Raises:
         UserError: packages are missing; names them and the command that installs them.
     """
-    extras, own = _extras(), name.split(".")[-2]
-    extra = own if own in extras else "report"
-    missing = [package for package in _packages(extras, extra) if not _is_installed(package)]
-    if missing:
-        raise UserError(f"{name} needs {', '.join(missing)}: pip install -e '.[{extra}]'")
+    own = name.split(".")[-2]
+    check(name, own if own in _extras() else "report")
     return importlib.import_module(name)
+
+
+def check(what: str, extra: str) -> None:
+    """Raises a UserError, with the command that installs them, if packages of an extra are missing."""
+    missing = [package for package in _packages(_extras(), extra) if not _is_installed(package)]
+    if missing:
+        raise UserError(f"{what} needs {', '.join(missing)}: pip install -e '.[{extra}]'")
+
+
+def exit_without(extra: str) -> None:
+    """Ends a command of one module with one line, before it imports what isn't there."""
+    try:
+        check("this command", extra)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def _extras() -> dict[str, list[str]]:

@@ -13,7 +13,11 @@ from pathlib import Path
 from absl import app, flags
 
 from distill_jax.errors import UserError
-from experiments.specialists.corpus import characters, packages, pipeline
+from experiments.common import extras
+
+extras.exit_without("specialists")
+
+from experiments.specialists.corpus import characters, packages, pipeline  # noqa: E402
 
 _OUT = flags.DEFINE_string(
     "out", None, "Folder for the set and its unfinished work.", required=True

@@ -15,8 +15,12 @@ from pathlib import Path
 from absl import app, flags
 
 from distill_jax.errors import UserError
-from experiments.speech.corpus import debian, librispeech, manifest, pipeline
-from experiments.speech.corpus.recordings import Recording
+from experiments.common import extras
+
+extras.exit_without("speech")
+
+from experiments.speech.corpus import debian, librispeech, manifest, pipeline  # noqa: E402
+from experiments.speech.corpus.recordings import Recording  # noqa: E402
 
 _CORPUS = flags.DEFINE_string(
     "corpus",

@@ -46,3 +46,13 @@ def test_missing_packages_are_named_with_the_command(monkeypatch, study, package
 def test_a_study_does_not_need_another_study_s_packages(monkeypatch):
     hide(monkeypatch, "pocketsphinx", "scipy")
     extras.import_study("experiments.mnist.study")
+
+
+def test_a_command_without_its_packages_ends_with_one_line(monkeypatch):
+    extras.exit_without("speech")
+    hide(monkeypatch, "pocketsphinx")
+    with pytest.raises(SystemExit) as raised:
+        extras.exit_without("speech")
+    assert raised.value.code == (
+        "error: this command needs pocketsphinx: pip install -e '.[speech]'"
+    )
