@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _report() -> None:
-    """Measures all cases, prints the tables and the JSON line."""
+    """Measures all settings, prints the tables and the JSON line."""
     for text in _SHAPES.value:
         parse_shape(text)
     with tempfile.TemporaryDirectory() as cache:

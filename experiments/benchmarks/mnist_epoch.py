@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _report() -> None:
-    """Measures all cases, prints the table and the JSON line."""
+    """Measures all settings, prints the table and the JSON line."""
     pytorch = _PYTORCH.value and _find_torch()
     device = _common_device(pytorch)
     cases = [case for case in CASES if pytorch or case.framework == "jax"]

@@ -1,4 +1,4 @@
-"""The study's cases: windows of frames, and classes made of the aligner's states."""
+"""The study's examples: windows of frames, and classes made of the aligner's states."""
 
 import functools
 import hashlib

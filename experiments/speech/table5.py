@@ -23,8 +23,8 @@ def fractions(context: Context) -> list[Row]:
     seeds = len(config.seeds)
     store = nets.load_targets(config, context.inputs["soft_targets"] / "ensemble")
     examples = [
-        training_set.part_with_targets(config, cases, store, net.temperature)
-        for cases in training_set.random_parts(config, net.percent, config.seeds)
+        training_set.part_with_targets(config, own, store, net.temperature)
+        for own in training_set.random_parts(config, net.percent, config.seeds)
     ]
     trained = nets.train(
         context,

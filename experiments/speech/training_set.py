@@ -93,10 +93,10 @@ def random_parts(config: ConfigDict, percent: float, seeds: Sequence[int]) -> li
 
 
 def part_with_targets(
-    config: ConfigDict, cases: Examples, store: soft_targets.Store, temperature: float
+    config: ConfigDict, examples: Examples, store: soft_targets.Store, temperature: float
 ) -> Examples:
     """A part joined to its stored soft targets."""
-    return soft_targets.attach(cases, store, temperature, digests(config)[cases["id"]])
+    return soft_targets.attach(examples, store, temperature, digests(config)[examples["id"]])
 
 
 def _random_rows(config: ConfigDict, percent: float, seed: int) -> np.ndarray:
@@ -115,9 +115,9 @@ def windows(config: ConfigDict, rows: np.ndarray) -> Array:
     data = load_data(config)
     if not config.data.block_frames:
         return _cut(_resident_frames(data), data.train["position"][rows])
-    cases = part(config, rows)
+    examples = part(config, rows)
     offsets = np.arange(-frames.LEFT, frames.RIGHT + 1)
-    return jnp.asarray(cases["frames"][cases["position"][:, None] + offsets])
+    return jnp.asarray(examples["frames"][examples["position"][:, None] + offsets])
 
 
 def digests(config: ConfigDict) -> np.ndarray:
