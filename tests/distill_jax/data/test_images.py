@@ -156,15 +156,15 @@ class TestValidate:
             images.validate(self.examples(**{key: array}), 3, "x")
 
     @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, bool])
-    def test_image_dtype(self, dtype):
-        images = np.zeros((4, 2, 2), dtype)
+    def test_dtype_of_inputs(self, dtype):
+        inputs = np.zeros((4, 2, 2), dtype)
         with pytest.raises(UserError, match=f"uint8 or floating point, found {np.dtype(dtype)}"):
-            images.validate(self.examples(inputs=images), 3, "x")
+            images.validate(self.examples(inputs=inputs), 3, "x")
 
     def test_lengths(self):
         changed = self.examples(label=np.zeros(3, np.int32))
         with pytest.raises(
-            UserError, match=r"x: .*one length, .*id \[4\], image \[4\], label \[3\]"
+            UserError, match=r"x: .*one length, .*id \[4\], inputs \[4\], label \[3\]"
         ):
             images.validate(changed, 3, "x")
 
