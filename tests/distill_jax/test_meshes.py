@@ -229,7 +229,7 @@ def test_a_loss_of_logits_that_are_split_over_classes(name):
 
 
 def test_gathered_logits_are_noticed():
-    _, _, found = split_loss(lambda logits, batch, hyper, constants: jnp.sort(logits)[:, -1])
+    _, _, found = split_loss(lambda logits, batch, hyper: jnp.sort(logits)[:, -1])
     with pytest.raises(AssertionError):
         check_no_logits_are_sent(found)
 
