@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from command import ROOT
 from recordings import audio_bytes, by_id
 
 from distill_jax.errors import UserError
@@ -227,8 +228,7 @@ class TestLibrispeechTfds:
             "print(len(read()[0]), 'tensorflow' in sys.modules)"
         )
         command = [sys.executable, "-c", code, str(tmp_path / "read")]
-        root = SPEECH.parents[1]
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert result.stdout == "3 False\n", result.stderr
 
     def test_mistakes(self, tmp_path):
