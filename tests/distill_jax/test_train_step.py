@@ -292,7 +292,8 @@ def test_top_k_loss_trains_as_its_dense_targets_do(tail_weights, parts, key):
     dense = densify(*fields, weights, tiny.CLASSES)
 
     def dense_loss(logits, batch, hyper, constants):
-        return losses.distillation(logits, dense, batch["label"], 3.0, 0.3, batch["label_known"])
+        known = batch["label_known"]
+        return losses.distillation(logits, dense, batch["label"], 3.0, 0.3, label_known=known)
 
     loss = train_step.top_k_distillation_loss(tail_weights)
     found, metrics = make_step(loss=loss, micro_batches=parts)(fresh(), batch, key, tiny.hyper())

@@ -214,12 +214,12 @@ def train(files, member, data, units=5, members=2):
 
     keys = jax.random.split(jax.random.key(0), members)
     rows = sharding.own_rows(mesh, BATCH)
+    hyper = {name: jnp.full(members, value) for name, value in tiny.hyper().items()}
+    run = sharding.compile_epoch(stream.make_block_epoch(step, shard), mesh, own)
     advance = stream.make_advance(
-        sharding.compile_epoch(stream.make_block_epoch(step, shard), mesh, own),
+        lambda states, block: run(states, block, keys, hyper, {}),
         lambda first: stream.blocks(files, BATCH, BLOCK, SEED, rows, first_block=first),
         put,
-        keys,
-        {name: jnp.full(members, value) for name, value in tiny.hyper().items()},
     )
     images = jnp.zeros((1, 4, 4), jnp.uint8)
     states = sharding.init_members(

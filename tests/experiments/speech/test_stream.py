@@ -256,12 +256,12 @@ def train_streamed(units, first=0, states=None, members=1, opened=None):
             opened.append(first)
         return stream.blocks(Utterances(), LENGTHS, BLOCK, 3, first_block=first)
 
+    hyper = {"learning_rate": jnp.full(members, RATE)}
+    compiled = sharding.compile_epoch(run, mesh, per_member)
     advance = make_advance(
-        sharding.compile_epoch(run, mesh, per_member),
+        lambda states, block: compiled(states, block, keys, hyper, {}),
         open_blocks,
         lambda block: sharding.put_examples(block, mesh, per_member),
-        keys,
-        {"learning_rate": jnp.full(members, RATE)},
     )
     states = sharding.init_members(init, keys, mesh) if states is None else states
     if first:
@@ -304,11 +304,9 @@ def test_a_unit_out_of_turn_is_read_anew():
         return ({"count": number} for number in itertools.count(first))
 
     advance = make_advance(
-        lambda state, block, key, hyper: (state, trained.append(block["count"])),
+        lambda state, block: (state, trained.append(block["count"])),
         open_blocks,
         lambda block: block,
-        None,
-        {},
     )
     for unit in (0, 1, 2, 1, 2, 5):
         advance(None, unit)
