@@ -8,7 +8,6 @@ A folder holds
 and whatever training keeps beside them. NumPy has no bfloat16: such an array is stored as its bits.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -122,8 +121,7 @@ def save(folder: str | os.PathLike[str], net: Net) -> None:
         **stored.about,
         "history": stored.history,
     }
-    meta["sha256"] = _sha256(meta)
-    files.write_json(folder / _META, files.versioned(FORMAT, meta))
+    files.write_sealed(folder / _META, FORMAT, meta)
 
 
 def exists(folder: str | os.PathLike[str]) -> bool:
@@ -193,13 +191,8 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: for a folder without a net, another version, or a damaged file.
     """
-    folder = Path(folder)
     again = "expected the folder of a finished training"
-    meta = files.read_versioned(folder / _META, FORMAT, again)
-    noted = meta.pop("sha256", None)
-    if noted != _sha256({k: x for k, x in meta.items() if k not in ("format", "version")}):
-        raise UserError(f"{folder / _META} is damaged: its SHA-256 is not the one that it notes")
-    return meta
+    return files.read_sealed(Path(folder) / _META, FORMAT, again)
 
 
 def save_params(path: Path, params: Params) -> dict[str, str]:
@@ -294,7 +287,3 @@ def _nested(leaves: Mapping[str, np.ndarray]) -> Params:
 def _plain(leaf: np.ndarray) -> np.ndarray:
     """An array of a dtype that NumPy's files know, of the same bits."""
     return leaf if leaf.dtype.isbuiltin == 1 else leaf.view(f"uint{8 * leaf.dtype.itemsize}")
-
-
-def _sha256(meta: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

@@ -4,10 +4,7 @@ A folder holds the specialists' nets (`nets.save`), `class_sets.npy` and `correc
 `Specialists`, and `specialists.json` with the head's name and the other fields; written last.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,8 +86,7 @@ def save(directory: str | os.PathLike[str], specialists: Specialists) -> None:
             "net": files.sha256(partial / "net.json"),
             "arrays": files.sha256(partial),
         }
-        fields["sha256"] = _sha256(fields)
-        files.write_json(partial / _META, files.versioned(FORMAT, fields))
+        files.write_sealed(partial / _META, FORMAT, fields)
         files.remove(directory)
 
 
@@ -122,9 +118,7 @@ def load(
         distill_jax.errors.UserError: nowhere/specialists.json can't be read: ...
     """
     directory = Path(directory)
-    meta = files.read_versioned(directory / _META, FORMAT, _AGAIN)
-    if meta.pop("sha256", None) != _sha256(meta):
-        raise UserError(f"{directory / _META} is damaged: its SHA-256 is not the one that it notes")
+    meta = files.read_sealed(directory / _META, FORMAT, _AGAIN)
     expected = {"generalist": generalist, "data": data, "num_classes": num_classes}
     now = {name: value for name, value in expected.items() if value is not None}
     files.check_same(f"the specialists in {directory} are of another training", meta, now)
@@ -139,11 +133,6 @@ def load(
         generalist=meta["generalist"],
         data=meta["data"],
     )
-
-
-def _sha256(meta: Mapping[str, Any]) -> str:
-    fields = {name: x for name, x in meta.items() if name not in ("format", "version")}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _arrays(specialists: Specialists) -> dict[str, Any]:

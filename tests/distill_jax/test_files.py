@@ -109,3 +109,14 @@ def test_differences_are_named_with_both_sides():
     assert str(error.value) == (
         "x is another's: a is 1 there and 3 now, c is None there and 'd' now. Take another"
     )
+
+
+def test_a_sealed_file_notices_any_change(tmp_path):
+    path = tmp_path / "meta.json"
+    files.write_sealed(path, FORMAT, {"k": 2, "nested": {"a": [1.5]}})
+    assert files.read_sealed(path, FORMAT, "again") == files.versioned(
+        FORMAT, {"k": 2, "nested": {"a": [1.5]}}
+    )
+    path.write_text(path.read_text().replace("1.5", "1.25"))
+    with pytest.raises(UserError, match=r"meta\.json is damaged: its SHA-256 is not the one"):
+        files.read_sealed(path, FORMAT, "again")
