@@ -19,8 +19,17 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import checkpoints, epochs, files, loop, nets, optimizers, processes, sharding
-from distill_jax import train_step as steps_of
+from distill_jax import (
+    checkpoints,
+    epochs,
+    files,
+    loop,
+    nets,
+    optimizers,
+    processes,
+    sharding,
+    train_step,
+)
 from distill_jax.data.stream import Block, make_advance
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
@@ -77,7 +86,7 @@ class Reader(NamedTuple):
 
 PLAIN = Reader(
     epochs.take_rows,
-    lambda model, params, examples: steps_of.make_eval_step(model)(params, examples)["errors"],
+    lambda model, params, examples: train_step.make_eval_step(model)(params, examples)["errors"],
 )
 """Examples that are a batch already: fields `[N, ...]`."""
 
@@ -97,7 +106,7 @@ class Stream(NamedTuple):
     inputs: jax.ShapeDtypeStruct
     put: Callable[[Block, Any], Batch]
     per_member: Mapping[str, bool]
-    make_run: Callable[[steps_of.TrainStep, epochs.ShardBatch], epochs.Epoch]
+    make_run: Callable[[train_step.TrainStep, epochs.ShardBatch], epochs.Epoch]
 
 
 class _Plan(NamedTuple):
@@ -164,11 +173,12 @@ def train(
     sets = examples if isinstance(examples, Stream) else _each(examples, len(keys))
     plan = _cut(recipe, sets, reader, name)
     sample = _sample_input(sets, reader.gather)
+    classes = _num_classes(model, sample)
     optimizer = recipe.optimizer(plan.steps, recipe.epochs)
-    step = steps_of.make_train_step(
+    step = train_step.make_train_step(
         model,
         optimizer,
-        _fuse(recipe, model, loss, sample, mesh),
+        _fuse(recipe, model, loss, classes, mesh),
         transforms=recipe.transforms,
         micro_batches=recipe.micro_batches,
     )
@@ -199,7 +209,7 @@ def train(
         "config": dict(config),
         "selection": selection,
         "inputs": {"shape": list(sample.shape[1:]), "dtype": sample.dtype.name},
-        "num_classes": _num_classes(model, sample),
+        "num_classes": classes,
     }
     records = [{"epoch": record["unit"] * plan.epochs, **record} for record in history]
     params = jax.tree.map(np.asarray, processes.fetch(states.params))
@@ -211,15 +221,11 @@ def train(
 
 def _finished(directory: Path, model: Model, count: int, config: Mapping[str, Any]) -> Net:
     """The nets of a finished training, checked to be those that are asked for."""
-    net = nets.load(directory, model)
-    there = {
-        "members": net.members,
-        "model": nets.read_meta(directory)["model"],
-        **net.about["config"],
-    }
+    meta = nets.read_meta(directory)
+    there = {"members": meta["members"], "model": meta["model"], **meta["config"]}
     now = {"members": count, "model": nets.describe(model), **nets.plain(config)}
     files.check_same(f"{directory} holds the nets of another training", there, now)
-    return net
+    return nets.load(directory, model)
 
 
 def _each(examples: Examples | Sequence[Examples], count: int) -> Sequence[Examples]:
@@ -258,22 +264,24 @@ def _num_classes(model: Model, sample: Array) -> int:
 
 
 def _fuse(
-    recipe: Recipe, model: Model, loss: Loss, sample: Array, mesh: Any
-) -> Loss | steps_of.Fused:
+    recipe: Recipe, model: Model, loss: Loss, classes: int, mesh: Any
+) -> Loss | train_step.Fused:
     """The loss fused with the output layer, if a batch has as many logits as the recipe says."""
-    size = recipe.batch_size // recipe.micro_batches * _num_classes(model, sample)
+    size = recipe.batch_size // recipe.micro_batches * classes
     if model.hidden is None or not 0 < recipe.fused_logits <= size:
         return loss
-    return steps_of.Fused(loss, over=sharding.over_data(mesh))
+    return train_step.Fused(loss, over=sharding.over_data(mesh))
 
 
 def _start(model: Model, optimizer: Any, mesh: Any, starts: Any, sample: Array) -> Any:
     """The members' states at step 0, of keys `[M]` or of parameters with a leading axis."""
     if isinstance(starts, Array):
         return sharding.init_members(
-            lambda key: steps_of.init_state(model, optimizer, key, sample), starts, mesh
+            lambda key: train_step.init_state(model, optimizer, key, sample), starts, mesh
         )
-    return sharding.init_members(lambda params: steps_of.state_of(params, optimizer), starts, mesh)
+    return sharding.init_members(
+        lambda params: train_step.state_of(params, optimizer), starts, mesh
+    )
 
 
 def _numbers(hyper: Mapping[str, ArrayLike], count: int) -> dict[str, Array]:
@@ -286,7 +294,7 @@ def _numbers(hyper: Mapping[str, ArrayLike], count: int) -> dict[str, Array]:
 
 def _advance(
     recipe: Recipe,
-    step: steps_of.TrainStep,
+    step: train_step.TrainStep,
     mesh: Any,
     examples: Sequence[Examples] | Stream,
     *,
@@ -346,7 +354,7 @@ def _evaluator(
     evaluation: Mapping[str, Examples | Sequence[Examples]],
     reader: Reader,
     mesh: Any,
-) -> Callable[[steps_of.TrainState], dict[str, Array]]:
+) -> Callable[[train_step.TrainState], dict[str, Array]]:
     @jax.jit
     def count(params: Params, own: Batch, shared: Batch) -> Array:
         return jax.vmap(lambda member, own: reader.count_errors(model, member, {**own, **shared}))(
@@ -362,7 +370,7 @@ def _evaluator(
 
     sets = {name: put(examples) for name, examples in evaluation.items()}
 
-    def evaluate(states: steps_of.TrainState) -> dict[str, Array]:
+    def evaluate(states: train_step.TrainState) -> dict[str, Array]:
         return {
             name: processes.serialize_on_cpu(count(states.params, *parts))
             for name, parts in sets.items()

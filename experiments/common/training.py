@@ -36,7 +36,6 @@ def train(
     passes: int = 1,
     reader: Reader = PLAIN,
     start: models.Params | None = None,
-    constants: Sequence[Mapping[str, Any]] = (),
 ) -> Net:
     """Trains one net per variant and seed as one vmapped program, or reads them if they are finished.
 
@@ -53,7 +52,7 @@ def train(
             Member `v * len(keys) + s` is variant v of seed s.
         evaluation: sets to count errors on.
         passes: epochs over small examples for each of the net's epochs.
-        reader, start, constants: as for `trainer.train`.
+        reader, start: as for `trainer.train`.
     """
     count = len(variants)
     if not isinstance(examples, Stream):
@@ -66,7 +65,6 @@ def train(
         make_recipe(net, passes),
         keys=jnp.concatenate([keys] * count),
         hyper=_hyper(net, variants, len(keys)),
-        constants=[*constants] * count,
         evaluation=evaluation,
         reader=reader,
         start=start,
