@@ -264,7 +264,15 @@ def test_a_killed_run_goes_on(tmp_path, undisturbed):
 def test_an_interrupted_run_says_that_it_goes_on(tmp_path, undisturbed):
     command = [sys.executable, "-m", MODULE, *arguments(undisturbed[0], tmp_path, 1)]
     errors = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=errors, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stderr=errors,
+        start_new_session=True,
+        # Children of a shell's background job inherit that SIGINT is ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(process, (tmp_path / "work/part_00000.pickle").exists)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to its workers too
     _, printed = process.communicate()
