@@ -136,8 +136,8 @@ def run_active(
     model, head = specialists.net.model, specialists.head
     for k in range(num_specialists):
         rows, places = np.nonzero(active & (ids == k))
-        one = jax.tree.map(
-            lambda leaf, k=k: leaf[k],
+        one = jax.tree.map(  # copied to the device once, and not with each batch
+            lambda leaf, k=k: jnp.asarray(leaf[k]),
             (specialists.net.params, class_sets, np.asarray(specialists.corrections)),
         )
         for at, filled in _batches(len(rows), batch_size):

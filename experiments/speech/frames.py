@@ -135,7 +135,8 @@ def logits_over_windows(
     """
     positions = np.asarray(examples["position"])[rows]
     padded = np.pad(positions, (0, -len(positions) % batch_size), constant_values=LEFT)
-    frames = jnp.asarray(examples["frames"])
+    # Copied to the device once, and not with each batch.
+    params, frames = jax.tree.map(jnp.asarray, (params, examples["frames"]))
     window = jax.ShapeDtypeStruct((batch_size, WINDOW, FEATURES), frames.dtype)
     classes = jax.eval_shape(apply, params, window).shape[-1]
     logits = np.empty((len(padded), classes), np.float32)
