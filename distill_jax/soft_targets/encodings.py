@@ -214,7 +214,7 @@ def unpack(packed: np.ndarray, draws: int, num_classes: int) -> np.ndarray:
 
 
 def most_draws(size: int, num_classes: int) -> int:
-    """How many draws of an example fit into so many bytes.
+    """The largest number of draws that `size` bytes of an example hold.
 
     Examples:
         >>> most_draws(100, 256), most_draws(100, 14_000)

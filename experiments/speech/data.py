@@ -107,8 +107,8 @@ def tie(counts: np.ndarray, phone_states: np.ndarray, min_frames: int) -> tuple[
     Args:
         counts: training frames of each state `[S]`.
         phone_states: int `[S]`, the state of its phone that each is a variant of.
-        min_frames: that a state needs for a class of its own; at least 1 is asked for, since a state
-            that training never saw can't be told from others.
+        min_frames: that a state needs for a class of its own; at least 1 in any case, because a state
+            without training frames can't be learned.
 
     Returns:
         The class of each state int32 `[S]`, and the number of classes.

@@ -70,7 +70,7 @@ def test_local_runs_what_it_prints(tree):
     assert command[:2] == ["exec", ".venv/bin/python"] and calls(tree) == [["python", *command[2:]]]
 
 
-# Process 1 does what MODE says; 0 says where it runs, waits, and saves when it is told to stop.
+# Process 1 behaves as MODE says. Process 0 prints where it runs, waits, and saves on SIGTERM.
 PROCESSES = """
 index=${!#}
 index=${index##*,}
