@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +55,15 @@ def fails(*arguments: str, module: str = "launch.main") -> str:
     messages = [line for line in errors.splitlines() if line.startswith("error:")]
     assert process.returncode == 1 and len(messages) == 1 and "Traceback" not in errors, errors
     return messages[0]
+
+
+def kill_when(directory: Path, pattern: str, arguments: Sequence[str]) -> None:
+    """Starts a command with this working directory, and kills it with -9 once a path matches there."""
+    process = start(*arguments, f"--workdir={directory}")
+    limit = time.monotonic() + 120
+    while not list(directory.glob(pattern)) and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(directory.glob(pattern))

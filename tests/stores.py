@@ -1,10 +1,11 @@
-"""A small store of soft targets, and what is in its folder."""
+"""Made-up soft targets and logits; a small store, and what is in its folder."""
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import soft_targets
+from distill_jax import losses, soft_targets
 
 N, CLASSES, SHARD, BATCH = 50, 12, 16, 6
 
@@ -44,3 +45,19 @@ def content(directory):
 
 def never(rows):
     raise AssertionError("nothing was left to do")
+
+
+def soft(shape, seed=0, scale=4.0, temperature=1.0):
+    """Probabilities float32 of a made-up teacher, who finds some classes likelier than others."""
+    random = np.random.default_rng(seed)
+    logits = scale * (random.standard_normal(shape) + random.standard_normal(shape[-1]))
+    return losses.softmax(jnp.asarray(logits, jnp.float32), temperature)
+
+
+def student(shape, seed=1, scale=4.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def drawn(ids):
+    """Drawn classes as the fields of the k largest."""
+    return ids, jnp.full((len(ids), 1), 1 / ids.shape[-1]), jnp.zeros(len(ids))

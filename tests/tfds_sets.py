@@ -4,6 +4,22 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+# Code that finds tensorflow, as if it were installed, and fails to import it.
+WITHOUT_TENSORFLOW = """
+import importlib.machinery, sys
+
+class Refuses:
+    def find_spec(name, path=None, target=None):
+        if name == "tensorflow":
+            return importlib.machinery.ModuleSpec(name, Refuses)
+    def create_module(spec):
+        raise ImportError("tensorflow was asked for")
+    def exec_module(module):
+        pass
+
+sys.meta_path.insert(0, Refuses)
+"""
+
 
 def grey(size, value=0):
     return np.full((size, size), value, np.uint8)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stores import drawn, soft, student
 
 from distill_jax import losses
 from distill_jax.soft_targets import compare, encodings
@@ -11,22 +12,6 @@ from distill_jax.soft_targets import compare, encodings
 cut = jax.jit(encodings.top_k, static_argnums=1)
 densify = jax.jit(encodings.densify, static_argnums=4)
 sample = jax.jit(encodings.sample, static_argnums=1)
-
-
-def soft(shape, seed=0, scale=4.0, temperature=1.0):
-    """Probabilities float32 of a made-up teacher, who finds some classes likelier than others."""
-    random = np.random.default_rng(seed)
-    logits = scale * (random.standard_normal(shape) + random.standard_normal(shape[-1]))
-    return losses.softmax(jnp.asarray(logits, jnp.float32), temperature)
-
-
-def student(shape, seed=1, scale=4.0):
-    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-def drawn(ids):
-    """Drawn classes as the fields of the k largest."""
-    return ids, jnp.full((len(ids), 1), 1 / ids.shape[-1]), jnp.zeros(len(ids))
 
 
 def draw(probabilities, draws, seed=0):

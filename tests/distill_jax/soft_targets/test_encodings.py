@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import drawn, soft, student
 
 from distill_jax import losses
 from distill_jax.errors import UserError
@@ -24,22 +25,6 @@ sample = jax.jit(encodings.sample, static_argnums=1)
 UNITS = 64
 GRID = jnp.asarray((np.arange(UNITS) + 0.5) / UNITS, jnp.float32)
 LAST = np.float32(1 - 2**-24)  # the largest offset
-
-
-def soft(shape, seed=0, scale=4.0, temperature=1.0):
-    """Probabilities float32 of a made-up teacher, who finds some classes likelier than others."""
-    random = np.random.default_rng(seed)
-    logits = scale * (random.standard_normal(shape) + random.standard_normal(shape[-1]))
-    return losses.softmax(jnp.asarray(logits, jnp.float32), temperature)
-
-
-def student(shape, seed=1, scale=4.0):
-    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-def drawn(ids):
-    """Drawn classes as the fields of the k largest."""
-    return ids, jnp.full((len(ids), 1), 1 / ids.shape[-1]), jnp.zeros(len(ids))
 
 
 def mean_of(probabilities):

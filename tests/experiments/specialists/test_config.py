@@ -8,18 +8,6 @@ from experiments.specialists.config import PRESETS, get_config, sweep
 from launch.sweep import apply_point
 
 
-def test_presets_have_the_same_fields():
-    def fields(tree):
-        return {
-            name: fields(part) if isinstance(part, dict) else None for name, part in tree.items()
-        }
-
-    presets = [fields(get_config(name).to_dict()) for name in PRESETS]
-    assert presets[0] == presets[1] == presets[2]
-    with pytest.raises(ValueError, match="no preset 'tiny'; there are smoke, default, paper"):
-        get_config("tiny")
-
-
 def test_the_paper_preset_has_the_papers_specialists():
     config = get_config("paper")
     assert (config.clusters.count, config.clusters.size) == (61, 300)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import ROOT
+from tfds_sets import WITHOUT_TENSORFLOW
 
 from distill_jax.errors import UserError
 from experiments.common import prepared
@@ -26,20 +27,6 @@ TYPEFACES = [
         ("d", 2, "test"),
     ]
 ]
-WITHOUT_TENSORFLOW = """
-import importlib.machinery, sys
-
-class Refuses:
-    def find_spec(name, path=None, target=None):
-        if name == "tensorflow":
-            return importlib.machinery.ModuleSpec(name, Refuses)
-    def create_module(spec):
-        raise ImportError("tensorflow was asked for")
-    def exec_module(module):
-        pass
-
-sys.meta_path.insert(0, Refuses)
-"""
 LABELS = {  # by split and typeface
     "train": {0: [0, 2], 2: [0, 1]},
     "seen": {0: [1], 2: [2]},

@@ -5,14 +5,12 @@ import json
 import re
 import shlex
 import shutil
-import signal
-import time
 
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from command import fails, run, start
+from command import fails, kill_when, run
 from tfds_sets import prepare_tiny
 
 from distill_jax.specialists import store
@@ -284,17 +282,6 @@ def test_specialists_trained_as_jobs_side_by_side(workdir, one_by_one, tmp_path)
     output = run(*finish[3:], TO_SPECIALISTS)
     assert not re.search(r"specialist: \d", output)  # nothing is left to train
     assert measured(parts) == measured(one_by_one)
-
-
-def kill_when(directory, sign, arguments):
-    process = start(*arguments, f"--workdir={directory}")
-    limit = time.monotonic() + 120
-    while not list(directory.glob(sign)) and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert list(directory.glob(sign))
 
 
 def measured(directory):

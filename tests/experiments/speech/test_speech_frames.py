@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from command import ROOT
+from tfds_sets import WITHOUT_TENSORFLOW
 
 from distill_jax.errors import UserError
 from experiments.common import prepared
@@ -99,27 +100,18 @@ def test_the_order_is_the_same_each_time(written, tmp_path):
 
 
 def test_tensorflow_is_not_needed(written):
-    code = f'''
-import importlib.machinery, sys
-
-class Refuses:
-    """Finds tensorflow, as if installed, and fails to import it."""
-    def find_spec(name, path=None, target=None):
-        if name == "tensorflow":
-            return importlib.machinery.ModuleSpec(name, Refuses)
-    def create_module(spec):
-        raise ImportError("tensorflow was asked for")
-    def exec_module(module):
-        pass
-
-sys.meta_path.insert(0, Refuses)
+    code = f"""
 from experiments.speech import speech_frames
 corpus = speech_frames.load({str(written)!r})
 print({{name: sum(len(one.frames) for one in part) for name, part in corpus.splits.items()}})
 assert "tensorflow" not in sys.modules
-'''
+"""
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WITHOUT_TENSORFLOW + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.stdout.strip() == "{'train': 321, 'validation': 12, 'test': 41}", result.stderr
 

@@ -3,14 +3,12 @@
 import itertools
 import json
 import re
-import signal
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command import fails, run, start
+from command import fails, kill_when, run, start
 
 from distill_jax import models, soft_targets
 from experiments.common import report
@@ -149,16 +147,6 @@ def test_the_paper_preset_has_85_million_parameters():
     assert 84e6 < expected < 85.5e6
 
 
-def test_presets_have_the_same_fields():
-    def fields(tree):
-        return {
-            name: fields(part) if isinstance(part, dict) else None for name, part in tree.items()
-        }
-
-    presets = [fields(get_config(name).to_dict()) for name in PRESETS]
-    assert presets[0] == presets[1] == presets[2]
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_reports_fit_the_epochs(preset):
     nets = [part for part in get_config(preset).values() if "report_every" in str(part)]
@@ -197,17 +185,6 @@ def test_a_killed_run_ends_with_the_same_numbers(whole, tmp_path):
     run(*arguments, f"--workdir={killed}")
     for path in ("results.json", "stages/soft_targets/ensemble/meta.json"):
         assert without_seconds(killed / path) == without_seconds(whole / path)
-
-
-def kill_when(directory, sign, arguments):
-    process = start(*arguments, f"--workdir={directory}")
-    limit = time.monotonic() + 120
-    while not list(directory.glob(sign)) and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list(directory.glob(sign))
 
 
 def without_seconds(path):
