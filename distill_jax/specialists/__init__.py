@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING
 from distill_jax import _lazy
 
 if TYPE_CHECKING:
-    from distill_jax.specialists import clustering, enrichment, eq5, heads, inference, store
+    from distill_jax.specialists import (
+        clustering,
+        coverage,
+        enrichment,
+        eq5,
+        heads,
+        inference,
+        store,
+    )
 
-__all__ = ["clustering", "enrichment", "eq5", "heads", "inference", "store"]
+__all__ = ["clustering", "coverage", "enrichment", "eq5", "heads", "inference", "store"]
 
 __getattr__, __dir__ = _lazy.attach(__name__, __all__)

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists import eq5
-from distill_jax.specialists.clustering import check_class_sets
+from distill_jax.specialists.coverage import check_class_sets
 from distill_jax.specialists.store import Specialists
 
 _ROWS = 4096  # examples whose specialists' logits are in memory at a time

@@ -17,7 +17,7 @@ from distill_jax.errors import UserError
 from distill_jax.models import Model
 from distill_jax.nets import Net
 from distill_jax.processes import main_only
-from distill_jax.specialists.clustering import check_class_sets
+from distill_jax.specialists.coverage import check_class_sets
 from distill_jax.specialists.heads import Head, head_of
 
 FORMAT = ("distill_jax.specialists", 2)

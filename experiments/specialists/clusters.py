@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax.errors import UserError
-from distill_jax.specialists import clustering
+from distill_jax.specialists import clustering, coverage
 from experiments.common.study import Context, Row, make_row, write_arrays, write_json
 from experiments.specialists import generalists
 from experiments.specialists.data import Data, load_data
@@ -54,8 +54,8 @@ def cluster(context: Context) -> list[Row]:
                 _keep(path, data, matrix, (points, centroids), sets[name])
         sets["random"] = random_sets(config, seed, data.num_classes)
         for name, chosen in sets.items():
-            statistics = clustering.coverage_statistics(chosen, data.num_classes)
-            share = clustering.mistakes_covered(
+            statistics = coverage.statistics(chosen, data.num_classes)
+            share = coverage.mistakes_covered(
                 chosen, data.num_classes, data.validation["label"], predicted
             )
             found.setdefault(name, []).append(
@@ -122,7 +122,7 @@ def _class_sets(
         size = _size(config, num_classes)
         return np.asarray(clustering.class_sets(points, centroids, size), np.int32)
     sets = clustering.pad_sets(clustering.partition(points, centroids), num_classes)
-    clustering.check_disjoint(sets, num_classes)
+    coverage.check_disjoint(sets, num_classes)
     return np.asarray(sets, np.int32)
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from distill_jax import losses, soft_targets
 from distill_jax.models import Params
 from distill_jax.nets import Net
-from distill_jax.specialists import clustering, inference, store
+from distill_jax.specialists import coverage, inference, store
 from experiments.common.study import Context, Row, make_row, write_arrays
 from experiments.specialists import generalists, training
 from experiments.specialists.clusters import load_sets, random_sets
@@ -277,7 +277,7 @@ def _coverage(
     data: Data, sets: np.ndarray, correct: tuple[np.ndarray, np.ndarray]
 ) -> dict[int, tuple[int, int, int]]:
     """By the number of specialists that cover the correct class: examples, right before and after."""
-    covers = clustering.coverage(sets, data.num_classes)[data.test["label"]]
+    covers = coverage.sets_per_class(sets, data.num_classes)[data.test["label"]]
     covers = np.minimum(covers, _MOST)
     return {
         int(cover): (

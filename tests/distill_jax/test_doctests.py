@@ -28,6 +28,7 @@ WITH_EXAMPLES = [
     "distill_jax.soft_targets.identity",
     "distill_jax.soft_targets.store",
     "distill_jax.specialists.clustering",
+    "distill_jax.specialists.coverage",
     "distill_jax.specialists.enrichment",
     "distill_jax.specialists.eq5",
     "distill_jax.specialists.heads",

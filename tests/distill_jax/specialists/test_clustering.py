@@ -14,7 +14,7 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score
 
 from distill_jax.errors import UserError
-from distill_jax.specialists import clustering
+from distill_jax.specialists import clustering, coverage
 
 seeds = st.integers(0, 2**31)
 few = settings(deadline=None, max_examples=20)
@@ -249,8 +249,8 @@ def test_a_partition_holds_every_class_once(seed):
     assert all((nearest[s] == m).all() for m, s in enumerate(sets))
     padded = clustering.pad_sets(sets, 30)
     assert padded.dtype == np.int32 and padded.shape == (4, max(map(len, sets)))
-    clustering.check_disjoint(padded, 30)
-    np.testing.assert_array_equal(clustering.coverage(padded, 30), 1)
+    coverage.check_disjoint(padded, 30)
+    np.testing.assert_array_equal(coverage.sets_per_class(padded, 30), 1)
 
 
 def test_an_empty_cluster_is_named():
@@ -263,8 +263,8 @@ def test_an_empty_cluster_is_named():
 def test_sets_that_share_a_class_are_named():
     sets = np.array([[0, 1, 9], [2, 3, 4], [4, 5, 9]])  # 9 is padding
     with pytest.raises(UserError, match="sets 1 and 2 share class 4"):
-        clustering.check_disjoint(sets, 9)
-    clustering.check_disjoint(sets[:2], 9)
+        coverage.check_disjoint(sets, 9)
+    coverage.check_disjoint(sets[:2], 9)
 
 
 def test_set_sizes_are_checked(key):
@@ -295,10 +295,10 @@ def test_planted_sets_cover_more_mistakes_than_random_ones(key):
     labels, logits, group = planted(0)
     sets = np.stack([np.flatnonzero(group == g) for g in range(6)])
     predictions = logits.argmax(1)
-    by_group = clustering.mistakes_covered(sets, 30, labels, predictions)
+    by_group = coverage.mistakes_covered(sets, 30, labels, predictions)
     wrong = labels != predictions
     assert by_group == (group[labels] == group[predictions])[wrong].mean() > 0.8
-    by_chance = clustering.mistakes_covered(
+    by_chance = coverage.mistakes_covered(
         clustering.random_sets(30, 6, 5, key), 30, labels, predictions
     )
     assert by_chance < 0.5
@@ -306,22 +306,22 @@ def test_planted_sets_cover_more_mistakes_than_random_ones(key):
 
 def test_coverage_by_hand():
     sets = np.array([[0, 1, 2], [2, 3, 6], [2, 0, 6]])  # 6 is padding
-    found = clustering.coverage(sets, 6)
+    found = coverage.sets_per_class(sets, 6)
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, [2, 1, 3, 1, 0, 0])
-    statistics = clustering.coverage_statistics(sets, 6)
+    statistics = coverage.statistics(sets, 6)
     assert statistics == {"covered": 4 / 6, "mean_cover": 7 / 4, "max_cover": 3.0}
     labels, predictions = np.array([0, 0, 3, 5, 4, 1]), np.array([0, 1, 2, 4, 4, 3])
     # Mistakes: 0-1 in the first set, 3-2 in the second, 5-4 in none, 1-3 in two different ones.
-    assert clustering.mistakes_covered(sets, 6, labels, predictions) == 0.5
-    assert clustering.mistakes_covered(sets, 6, labels, labels) == 1.0
+    assert coverage.mistakes_covered(sets, 6, labels, predictions) == 0.5
+    assert coverage.mistakes_covered(sets, 6, labels, labels) == 1.0
 
 
 def test_random_sets_are_uniform(key):
     sets = np.asarray(clustering.random_sets(20, 500, 6, key))
     assert sets.shape == (500, 6) and sets.dtype == np.int32
     assert (np.diff(sets, axis=1) > 0).all()
-    counts = clustering.coverage(sets, 20)
+    counts = coverage.sets_per_class(sets, 20)
     assert counts.sum() == 3000
     # Within a set classes exclude each other, so the counts vary less than the test supposes.
     assert chisquare(counts).pvalue > 1e-3
