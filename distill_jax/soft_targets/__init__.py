@@ -4,8 +4,8 @@
     soft_targets.write(folder, logits, soft_targets.digests(inputs), teacher="my teacher")
     examples = soft_targets.attach(examples, soft_targets.load(folder))
 
-`store` writes, reads and joins; `encodings` is what it keeps of an example; `ensemble` has the means of
-several teachers; `compare` measures what an encoding changes.
+`writer` writes stores; `store` reads and joins them; `encodings` is what they keep of an example;
+`ensemble` has the means of several teachers; `compare` measures what an encoding changes.
 """
 
 from distill_jax.soft_targets import compare as compare
@@ -30,7 +30,7 @@ from distill_jax.soft_targets.store import Store as Store
 from distill_jax.soft_targets.store import attach as attach
 from distill_jax.soft_targets.store import bytes_per_example as bytes_per_example
 from distill_jax.soft_targets.store import check as check
-from distill_jax.soft_targets.store import finish as finish
 from distill_jax.soft_targets.store import load as load
 from distill_jax.soft_targets.store import rows as rows
-from distill_jax.soft_targets.store import write as write
+from distill_jax.soft_targets.writer import finish as finish
+from distill_jax.soft_targets.writer import write as write

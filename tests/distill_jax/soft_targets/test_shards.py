@@ -27,11 +27,6 @@ from distill_jax import files, processes, soft_targets
 from distill_jax.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("whole") / "store")
-
-
 def write_slowly(directory):
     write(directory, lambda rows: time.sleep(0.1) or tiny_targets(rows))
 
