@@ -124,8 +124,11 @@ def accuracies(net: Net, data: Data) -> dict[str, np.ndarray]:
 
 
 def load_all(context: Context) -> Net:
-    """The finished generalists of the stage of that name, whole, one per seed."""
-    return nets.load(context.inputs["generalist"] / "generalist")
+    """The finished generalists of the stage of that name, whole, one per seed; read once per process."""
+    return _read(context.inputs["generalist"] / "generalist")
+
+
+_read = functools.cache(nets.load)
 
 
 def load(context: Context, seed: int) -> Generalist:
