@@ -285,7 +285,7 @@ def pod_of(jobset: dict) -> dict:
 
 
 def check(document: dict) -> None:
-    """Raises a ValidationError for what the cluster would refuse, or leave out without a word."""
+    """Raises a ValidationError for what the cluster would refuse, or silently leave out."""
     schema = json.loads((GOLDEN / "jobset_schema.json").read_text())
     kinds = {
         "JobSet": "jobset.v1alpha2.JobSet",

@@ -92,7 +92,7 @@ check 'preempted: both processes save' times 2 'Exited with exit code 75' "$out/
 await saved disturbed distilled
 scancel --signal=TERM "$job" # to the tasks alone, as when the time is nearly up
 await again "$job" 3
-check 'told that the time is nearly up: both save' times 4 'Exited with exit code 75' "$out/disturbed.txt"
+check 'warned that the time is nearly up: both save' times 4 'Exited with exit code 75' "$out/disturbed.txt"
 
 await ended "$job"
 check 'the job is completed' is "$job" JobState COMPLETED
