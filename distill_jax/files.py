@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,37 @@ from distill_jax.errors import UserError
 
 # The partial file was removed by another writer, or a folder has the name already.
 _ANOTHER_WAS_FIRST = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a file or folder that a user named, with `~` expanded.
+
+    Raises:
+        UserError: if it is empty, or an address such as gs://bucket/folder: runs rename folders and lock
+            files, which a mounted bucket or share can do, and an address can't.
+
+    Examples:
+        >>> from distill_jax import files
+        >>> str(files.local_path("runs/mnist"))
+        'runs/mnist'
+        >>> files.local_path("gs://bucket/runs")
+        Traceback (most recent call last):
+        ...
+        distill_jax.errors.UserError: gs://bucket/runs is not on a local file system; mount the bucket
+        (gcsfuse) and name the mounted folder
+    """
+    name = os.fspath(path)
+    if not name or "\0" in name:
+        raise UserError(f"{name!r} is no path")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name):  # a Path makes one slash of two
+        raise UserError(
+            f"{name} is not on a local file system; mount the bucket (gcsfuse) and name the mounted "
+            "folder"
+        )
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~ of a user that isn't there
+        raise UserError(f"{name}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,3 +121,22 @@ def test_a_sealed_file_notices_any_change(tmp_path):
     path.write_text(path.read_text().replace("1.5", "1.25"))
     with pytest.raises(UserError, match=r"meta\.json is damaged: its SHA-256 is not the one"):
         files.read_sealed(path, FORMAT, "again")
+
+
+def test_a_local_path_is_a_path_with_the_home_folder_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert files.local_path("~/runs") == Path("/home/me/runs")
+    assert files.local_path(Path("a:b/c, d")) == Path("a:b/c, d")
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3", "file", "hdfs", "https"])
+def test_an_address_is_no_local_path(scheme):
+    for path in (f"{scheme}://a/b", Path(f"{scheme}://a/b")):
+        with pytest.raises(UserError, match=f"^{scheme}:/.* is not on a local file system; mount"):
+            files.local_path(path)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "~no_such_user/runs"])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(UserError):
+        files.local_path(path)
