@@ -98,7 +98,10 @@ def text(may_be_empty: bool = False) -> Allowed:
 
 
 def several(each: Allowed, least: int = 1, distinct: bool = False) -> Allowed:
-    """A tuple or list of at least so many values."""
+    """A tuple or list of at least so many values.
+
+    If they must be distinct, numbers must differ in their first six digits: files are named by these.
+    """
     words = (
         f"{least} or more values" + (", all different" if distinct else "") + f", each {each.words}"
     )
@@ -107,7 +110,8 @@ def several(each: Allowed, least: int = 1, distinct: bool = False) -> Allowed:
         if not isinstance(value, tuple | list) or len(value) < least:
             return False
         known = all(map(each.accepts, value))
-        return known and (not distinct or len(set(value)) == len(value))
+        names = [f"{v:g}" if isinstance(v, float) else str(v) for v in value] if known else []
+        return known and (not distinct or len(set(names)) == len(names))
 
     return Allowed(words, holds)
 

@@ -18,6 +18,17 @@ def define_config() -> flags.FlagHolder:
     )
 
 
+def define_stages() -> flags.FlagHolder:
+    """Defines --stages=NAME,NAME; an empty list is a mistake, such as an unset variable of a script."""
+    flag = flags.DEFINE_list("stages", [], "Stages to run, by comma; all if not given.")
+    flags.register_validator(
+        "stages",
+        lambda names: all(names) and (bool(names) or not flags.FLAGS["stages"].present),
+        message="names of stages are expected, by comma",
+    )
+    return flag
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command; a UserError or a wrong flag ends it with one line and exit status 1.
 

@@ -3,7 +3,8 @@
     python -m launch.main --config=experiments/mnist/config.py:default --workdir=runs/mnist
 
 Any field of the config can be set: --config.distilled.temperature=8. The same command again
-resumes where the last one stopped; of a finished study it only writes the report again. Compiled
+resumes where the last one stopped; of a finished study it only writes the report again. With --dry-run
+it checks the config, folders and data, says what it would do with each stage, and ends. Compiled
 programs are kept in ~/.cache/distill_jax, or in JAX_COMPILATION_CACHE_DIR.
 
 For a run of several processes start this command once for each, with --distributed and a shared
@@ -17,16 +18,26 @@ from pathlib import Path
 
 from absl import flags
 
+from distill_jax.errors import UserError
 from launch import command
 
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results, checkpoints and the report go.", required=True
 )
-_STAGES = flags.DEFINE_list("stages", [], "Stages to run, by comma; all if not given.")
-_REUSE = flags.DEFINE_list(
-    "reuse", [], "Other workdirs; finished stages with the same config are reused."
+_STAGES = command.define_stages()
+_REUSE = flags.DEFINE_multi_string(
+    "reuse",
+    [],
+    "Another workdir, or the folder of a sweep, whose finished stages with the same config are reused; "
+    "may be given several times.",
 )
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run",
+    False,
+    "Check all that can be checked, print what would be done with each stage, and end.",
+)
+flags.DEFINE_alias("dry-run", "dry_run")
 _PART = flags.DEFINE_string(
     "part",
     None,
@@ -48,18 +59,32 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # JAX reads these settings when it is imported.
-    from distill_jax import processes
+    from distill_jax import files, processes
     from experiments.common import extras, parts
+    from experiments.common.config import check_config
+    from experiments.common.run import plan
 
-    processes.start(_DISTRIBUTED.value)
-    processes.handle_sigterm()
-    study = extras.import_study(_CONFIG.value.study)
-    if _PART.value is not None:
-        part = parts.parse_part(_PART.value)
-        parts.run_part(_CONFIG.value, Path(_WORKDIR.value), study.STAGES, _STAGES.value, part)
-        return
-    reuse = [Path(directory) for directory in _REUSE.value]
-    study.run(_CONFIG.value, Path(_WORKDIR.value), _STAGES.value, reuse)
+    config, workdir = _CONFIG.value, files.local_path(_WORKDIR.value)
+    only, part = _STAGES.value, _PART.value
+    reuse = [Path(folder) for folder in _REUSE.value]
+    if part is not None and reuse:
+        raise UserError("--part trains a part of one stage and reuses none: leave --reuse out")
+    check_config(config, sections=())  # before other processes are waited for
+    if not _DRY_RUN.value:
+        processes.start(_DISTRIBUTED.value)
+        processes.handle_sigterm()
+    study = extras.import_study(config.study)
+    if part is not None:
+        parts.find_stage(workdir, study.STAGES, only)
+    if part is not None or _DRY_RUN.value:
+        source = study.check_source
+        lines = plan(config, workdir, study.STAGES, source, only=only, reuse=reuse)
+    if _DRY_RUN.value:
+        print(*lines, sep="\n")
+    elif part is not None:
+        parts.run_part(config, workdir, study.STAGES, only, parts.parse_part(part))
+    else:
+        study.run(config, workdir, only, reuse)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ from ml_collections import ConfigDict, config_flags
 from distill_jax.errors import UserError
 from experiments.common import extras, parts
 from experiments.common.config import Overrides
-from experiments.common.study import check_names, check_same, read_json, write_json
+from experiments.common.run import check_names
+from experiments.common.study import check_same, read_json, write_json
 from launch import backends, command
 from launch.backends import Job
 
@@ -47,7 +48,7 @@ _WORKDIR = flags.DEFINE_string(
     "Holds a directory per point, sweep.json and sweep.md; with --parts, the study's.",
     required=True,
 )
-_STAGES = flags.DEFINE_list("stages", [], "Stages to run for every point; all if not given.")
+_STAGES = command.define_stages()
 _BACKEND = flags.DEFINE_enum("backend", "local", ["local", "slurm", "print"], "What runs the jobs.")
 _AT_ONCE = flags.DEFINE_integer(
     "at_once",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from distill_jax import files
 from distill_jax.errors import UserError
 
 # All arrays share the leading axis N:
@@ -102,10 +103,23 @@ def load(name: str, data_dir: str | None = None, side: int = 0) -> Source:
             f"data.side must be 0 or, for a TFDS set, pixels to resize images to, not {side} for {name}"
         )
     if name == "embedded":
-        return _load_embedded(EMBEDDED_DIR if data_dir is None else Path(data_dir))
+        return _load_embedded(EMBEDDED_DIR if data_dir is None else files.local_path(data_dir))
     prepared = open_prepared(name, data_dir)
     train = _read_tfds_split(prepared, "train", side, first_id=0)
     return Source(name, prepared.num_classes, train, read_test(prepared, side))
+
+
+def check_source(name: str, data_dir: str | None = None) -> None:
+    """Raises a UserError if `load` would find no such set; reads none of its images."""
+    if name != "embedded":
+        open_prepared(name, data_dir)
+        return
+    folder = EMBEDDED_DIR if data_dir is None else files.local_path(data_dir)
+    missing = [file for file in _MNIST_SHA256 if not (folder / file).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder / missing[0]}: no such file; data.data_dir has the four MNIST files"
+        )
 
 
 def open_prepared(name: str, data_dir: str | None = None) -> Prepared:
@@ -119,7 +133,8 @@ def open_prepared(name: str, data_dir: str | None = None) -> Prepared:
     # Imported here because it can take seconds, and the embedded set does not need it.
     import tensorflow_datasets as tfds
 
-    builder = _prepared_builder(tfds, set_name, data_dir)
+    where = None if data_dir is None else str(files.local_path(data_dir))
+    builder = _prepared_builder(tfds, set_name, where)
     # Sorted for the message: in TFDS their order changes from run to run.
     found = dict(sorted(builder.info.features.items()))
     has_images = "image" in found and found["image"].np_dtype == np.uint8

@@ -1,11 +1,26 @@
-"""What the studies' config files are built from: the section of a net, and sweeps.
+"""What the studies' config files are built from: the section of a net, sweeps, and the check of values.
+
+A study's config.py says beside its presets what each field may be: `ALLOWED` has the fields of the study
+alone, `COMMON` below what all studies share, and `ranges.TABLE` what is so in the library too. And its
+`conflicts(config)` names values that don't fit each other.
 
 Nothing here imports JAX: configs are read before it is set up.
 """
 
+import contextlib
+import functools
+import importlib
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
+
+from ml_collections import ConfigDict
+
+from distill_jax import ranges
+from distill_jax.errors import UserError
+from distill_jax.ranges import Allowed, above, count, either, one_of, several
 
 Overrides = dict[str, Any]
 """Dotted config keys and their values: one point of a sweep."""
@@ -43,3 +58,114 @@ def net_section(**changes: Any) -> dict[str, Any]:
         "save_every": 5,  # reports between two checkpoints
     }
     return {**fields, **changes}
+
+
+SEED = count(0, 2**31 - 1)
+SEEDS = several(SEED, distinct=True)
+WEIGHTS = several(above(0), distinct=True)
+"""Numbers that nets are told apart by: temperatures, percentages."""
+
+_MESH = either(one_of(-1), count())
+
+COMMON: dict[str, Allowed] = {
+    "study": ranges.text(),
+    "preset": ranges.text(),
+    "seeds": SEEDS,
+    "selection": one_of("last", "validation"),
+    "mesh.member": _MESH,
+    "mesh.data": _MESH,
+    "mesh.model": _MESH,
+    "data.source": ranges.text(),
+    "data.data_dir": ranges.text(may_be_empty=True),
+    # Of every section of a net, beside what is in `ranges.TABLE`.
+    "hidden": several(count()),
+    "dtype": one_of("float32", "bfloat16"),
+    "optimizer": one_of("adam", "sgd", "dropout_2012"),
+    "warmup_epochs": count(0),
+    "at_once": count(),
+}
+
+
+def check_config(config: ConfigDict, sections: Collection[str] | None = None) -> None:
+    """Checks all fields of a study's config, before anything is run; computes and reads nothing.
+
+    Args:
+        config: of the study.
+        sections: that are used; fields of others are not checked against each other. None: all.
+
+    Raises:
+        UserError: for the first field that the study lacks, whose value isn't allowed, or that doesn't
+            fit another one; it names the field, its value and what is allowed.
+    """
+    study = _config_module(config.get("study"))
+    fields = flat(config.to_dict())
+    known = _fields(study)
+    for name in [*fields, *known]:
+        if name not in known or name not in fields:
+            has = "the study has no such field" if name not in known else "the field is missing"
+            raise UserError(f"--config.{name}: {has}")
+    for name, value in fields.items():
+        ranges.check_value(f"--config.{name}", value, allowed(study, name))
+    for conflict in itertools.chain(_mesh_conflicts(config), study.conflicts(config)):
+        if sections is None or re.split(r"\W", conflict)[0] in sections:
+            raise UserError(f"--config.{conflict}")
+
+
+def allowed(study: ModuleType, name: str) -> Allowed:
+    """What a field may be, by its dotted name, or as in all sections of nets by the last part of it."""
+    last = name.rpartition(".")[2]
+    places = ((study.ALLOWED, name), (COMMON, name), (COMMON, last), (ranges.TABLE, last))
+    return next(table[key] for table, key in places if key in table)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested sections by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return found
+
+
+def report_conflicts(config: ConfigDict, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Epochs, by dotted names, that are no multiple of the epochs between two reports."""
+    fields = flat(config.to_dict())
+    for epochs, every in pairs:
+        if fields[epochs] % fields[every]:
+            yield f"{epochs} is {fields[epochs]}; allowed: multiples of {every}, {fields[every]}"
+
+
+def no_jitter(config: ConfigDict, sections: Sequence[str]) -> Iterator[str]:
+    """Sections of nets that learn from stored soft targets, and yet have jitter."""
+    for section in sections:
+        if config[section].jitter:
+            yield (
+                f"{section}.jitter is {config[section].jitter}; allowed: 0, because stored soft targets "
+                "are of images that are not moved"
+            )
+
+
+def _mesh_conflicts(config: ConfigDict) -> Iterator[str]:
+    sizes = config.mesh.to_dict()
+    if list(sizes.values()).count(-1) > 1:
+        yield f"mesh is {sizes}; allowed: one size of -1, which takes what the others leave"
+
+
+@functools.cache
+def _config_module(study: Any) -> ModuleType:
+    """The config.py beside a study such as "experiments.mnist.study"."""
+    package, _, last = str(study).rpartition(".")
+    if package and last == "study":
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(f"{package}.config")
+    raise UserError(
+        f"--config.study is {study!r}; allowed: a module such as 'experiments.mnist.study', with its "
+        "config.py beside it"
+    )
+
+
+@functools.cache
+def _fields(study: ModuleType) -> frozenset[str]:
+    """The dotted names of a study's fields."""
+    return frozenset(flat(study.get_config().to_dict()))

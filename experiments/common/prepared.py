@@ -132,7 +132,7 @@ def open_set(kind: Kind, source: str | Path, splits: Sequence[str]) -> Opened:
     Raises:
         UserError: if the folder has no such set, or an incomplete or damaged one.
     """
-    folder = _find(kind, source)
+    folder = find_set(kind, source)
     import tensorflow_datasets as tfds
 
     with reading(f"{folder}: the set of {kind.name}"):
@@ -155,9 +155,13 @@ def reading(what: str) -> Iterator[None]:
         raise UserError(f"{what} can't be read ({reason}); prepare the set again") from error
 
 
-def _find(kind: Kind, source: str | Path) -> Path:
-    """The folder of a set: "embedded", its own folder, or a data_dir that it lies in."""
-    folder = kind.embedded if source == "embedded" else Path(source)
+def find_set(kind: Kind, source: str | Path) -> Path:
+    """The folder of a set: "embedded", its own folder, or a data_dir that it lies in.
+
+    Raises:
+        UserError: if none is there, with the command that prepares one.
+    """
+    folder = kind.embedded if source == "embedded" else files.local_path(source)
     for candidate in (folder, folder_of(kind, folder)):
         if (candidate / "dataset_info.json").exists():
             return candidate

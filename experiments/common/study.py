@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,30 +96,6 @@ class Stage(NamedTuple):
     number: int = 0
 
 
-def run_study(
-    config: ConfigDict,
-    workdir: Path,
-    stages: Sequence[Stage],
-    write_report: Callable[[Path], None],
-    *,
-    only: Sequence[str],
-    reuse: Sequence[Path],
-) -> None:
-    """`run_stages`, and then the report; which is also a name for `only`."""
-    check_names(stages, only)
-    run_stages(config, workdir, stages, only, reuse)
-    if not only or "report" in only:
-        processes.main_only(write_report)(workdir)
-
-
-def check_names(stages: Sequence[Stage], only: Sequence[str]) -> None:
-    """Raises a UserError for a name that is neither a stage's nor "report"."""
-    names = [stage.name for stage in stages] + ["report"]
-    unknown = [name for name in only if name not in names]
-    if unknown:
-        raise UserError(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
-
-
 def draw_report(
     workdir: Path,
     rows: Sequence[Row],
@@ -174,7 +150,7 @@ def run_stages(
                 print(f"{stage.name}: finished before")
                 continue
             context = make_context(config, workdir, stages, stage)
-            key = _stage_key(config, stage, context.inputs)
+            key = stage_key(config, stage, {n: finished_key(workdir, n) for n in stage.needs})
             copied = processes.is_main() and _copy_finished(directory, key, reuse)
             if not processes.agree(copied):
                 print(f"{stage.name}: running")
@@ -204,16 +180,26 @@ def _readable(stages: Sequence[Stage], stage: Stage) -> set[str]:
     return {*ANY_STAGE, *stage.sections}.union(*needed)
 
 
+def fields_read(stages: Sequence[Stage], only: Sequence[str] = ()) -> set[str]:
+    """The sections of the config that stages may read, all or `only` some."""
+    chosen = [stage for stage in stages if not only or stage.name in only]
+    return {*ANY_STAGE}.union(*(_readable(stages, stage) for stage in chosen))
+
+
 def stage_inputs(workdir: Path, stage: Stage) -> dict[str, Path]:
     """The directories of the stages that one needs; a UserError if one of them isn't finished."""
-    inputs = {name: workdir / "stages" / name for name in stage.needs}
-    missing = [name for name in inputs if not (inputs[name] / "stage.json").exists()]
+    check_needs(workdir, stage)
+    return {name: workdir / "stages" / name for name in stage.needs}
+
+
+def check_needs(workdir: Path, stage: Stage, planned: Collection[str] = ()) -> None:
+    """Raises a UserError if a stage that one needs is neither finished nor `planned` to be run."""
+    missing = [n for n in stage.needs if n not in planned and not finished_key(workdir, n)]
     if missing:
         raise UserError(
             f"stage {stage.name} needs {', '.join(missing)}, not finished in {workdir}: "
             f"--stages={','.join([*missing, stage.name])}"
         )
-    return inputs
 
 
 def finished_rows(workdir: Path, stages: Sequence[Stage]) -> list[Row]:
@@ -321,22 +307,26 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _stage_key(config: ConfigDict, stage: Stage, inputs: Mapping[str, Path]) -> str:
-    """A hash of all that a stage's result depends on: its sections and the stages it builds on."""
+def stage_key(config: ConfigDict, stage: Stage, keys: Mapping[str, str | None]) -> str:
+    """A hash of all that a stage's result depends on: its sections, and the `keys` of what it needs."""
     sections = {name: json.loads(config.to_json())[name] for name in stage.sections}
-    keys = {name: read_json(path / "stage.json")["key"] for name, path in inputs.items()}
     return hashlib.sha256(
         json.dumps([stage.name, stage.number, sections, keys], sort_keys=True).encode()
     ).hexdigest()
 
 
+def finished_key(workdir: Path, stage: str) -> str | None:
+    """The key of a finished stage; None if it isn't finished there."""
+    path = workdir / "stages" / stage / "stage.json"
+    return read_json(path)["key"] if path.exists() else None
+
+
 def _copy_finished(directory: Path, key: str, reuse: Sequence[Path]) -> bool:
     """Copies a finished stage of the same key from another working directory, if one has it."""
     for other in reuse:
-        theirs = other / "stages" / directory.name
-        if (theirs / "stage.json").exists() and read_json(theirs / "stage.json")["key"] == key:
+        if finished_key(other, directory.name) == key:
             with files.write_whole(directory) as partial:
-                shutil.copytree(theirs, partial)
+                shutil.copytree(other / "stages" / directory.name, partial)
                 files.remove(directory)  # what an unfinished run left
             print(f"{directory.name}: reused from {other}")
             return True

@@ -7,11 +7,23 @@ cores, one seed; `paper` is sized for one accelerator: the full nets, 5 seeds, t
 can be set: --config.distilled.temperature=8
 """
 
+from collections.abc import Iterator
+
 from ml_collections import ConfigDict
 
-from experiments.common.config import Overrides, net_section, product
+from distill_jax.ranges import between, count, several
+from experiments.common.config import (
+    SEED,
+    WEIGHTS,
+    Overrides,
+    net_section,
+    no_jitter,
+    product,
+    report_conflicts,
+)
 
 PRESETS = ("smoke", "default", "paper")
+_NETS = ("teacher", "baseline", "distilled", "sweep", "omissions", "fractions", "unlabelled")
 TEMPERATURES = (1.0, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 32.0)  # section 3's range
 
 
@@ -76,6 +88,60 @@ def get_config(preset: str = "default") -> ConfigDict:
         "labels_known": 0.1,
     }
     return {"smoke": _smoke, "default": lambda c: c, "paper": _paper}[preset](config)
+
+
+ALLOWED = {
+    "data.block_examples": count(0),
+    "data.train_examples": count(0),
+    "data.test_examples": count(0),
+    "data.validation": count(0),
+    "data.seed": SEED,
+    "sweep.widths": several(count(), distinct=True),
+    "sweep.temperatures": WEIGHTS,
+    "omissions.only_7_8_epochs": count(),
+    "fractions.percentages": several(between(1e-3, 100), distinct=True),
+    "unlabelled.teacher_epochs": count(),
+    "unlabelled.labels_known": between(1e-3, 1),
+}
+"""What the fields may be that only this study has."""
+
+
+def conflicts(config: ConfigDict) -> Iterator[str]:
+    """Values that don't fit each other."""
+    yield from report_conflicts(
+        config,
+        [
+            *((f"{net}.epochs", f"{net}.report_every") for net in _NETS),
+            ("omissions.only_7_8_epochs", "omissions.report_every"),
+            ("unlabelled.teacher_epochs", "teacher.report_every"),
+        ],
+    )
+    yield from no_jitter(config, _NETS[2:])
+    data = config.data
+    if config.selection == "validation" and not data.validation:
+        yield "selection is 'validation', but data.validation is 0: hold some examples out"
+    if data.block_examples and not data.source.startswith("tfds:"):
+        yield (
+            f"data.block_examples is {data.block_examples}, but only tfds: sources are streamed: set it "
+            f"to 0 for {data.source}"
+        )
+    for net in _NETS[:3]:
+        if 0 < data.block_examples < config[net].batch_size:
+            yield f"{net}.batch_size is {config[net].batch_size}, more than data.block_examples"
+    left = data.train_examples - data.validation
+    if data.train_examples and left < 2:
+        yield f"data.validation is {data.validation} of {data.train_examples} data.train_examples"
+    if data.train_examples:
+        yield from _batch_conflicts(config, left)
+
+
+def _batch_conflicts(config: ConfigDict, size: int) -> Iterator[str]:
+    """Batches that are larger than their training set; which of some nets is one half of it."""
+    for net in _NETS:
+        examples = size // 2 if net == "unlabelled" else size
+        batch_size = config[net].batch_size
+        if net != "fractions" and batch_size > examples:
+            yield f"{net}.batch_size is {batch_size}, but it is trained on {examples} examples"
 
 
 def sweep(name: str) -> list[Overrides]:

@@ -30,6 +30,11 @@ class Data(NamedTuple):
     streamed: Records | None = None
 
 
+def check_source(config: ConfigDict) -> None:
+    """Raises a UserError if the config's data aren't there; reads none."""
+    images.check_source(config.data.source, config.data.data_dir or None)
+
+
 def load_data(config: ConfigDict) -> Data:
     """The config's data in memory, read once per process."""
     return _load(FrozenConfigDict(config.data))

@@ -6,9 +6,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from distill_jax.nets import read_meta
-from experiments.common.study import Stage, draw_report, finished_rows, read_json, run_study
+from experiments.common.run import run_study
+from experiments.common.study import Stage, draw_report, finished_rows, read_json
 from experiments.common.training import curve
 from experiments.mnist import distillation, figures, transfer_sets
+from experiments.mnist.data import check_source
 
 TITLE = "Distilling the Knowledge in a Neural Network, section 3: MNIST"
 CAPTIONS = {
@@ -26,9 +28,11 @@ CAPTIONS = {
 }
 
 
-def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[Path]) -> None:
+def run(
+    config: ConfigDict, workdir: Path, only: Sequence[str] = (), reuse: Sequence[Path] = ()
+) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
-    run_study(config, workdir, STAGES, write_report, only=only, reuse=reuse)
+    run_study(config, workdir, STAGES, write_report, check_source, only=only, reuse=reuse)
 
 
 def write_report(workdir: Path) -> None:

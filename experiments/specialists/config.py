@@ -8,11 +8,23 @@ accelerator and a set of 2,965 characters (python -m experiments.specialists.pre
 --characters=2965): --config.data.source=DIR. Any field can be set: --config.data.difficulty=1.5
 """
 
+from collections.abc import Iterator
+
 from ml_collections import ConfigDict
 
-from experiments.common.config import Overrides, net_section, product, zipped
+from distill_jax.ranges import above, at_least, count, flag, number, one_of, several
+from experiments.common.config import (
+    SEED,
+    Overrides,
+    net_section,
+    product,
+    report_conflicts,
+    zipped,
+)
 
 PRESETS = ("smoke", "default", "paper")
+_TRAINED = ("generalist", "specialists", "controls", "soft")
+_HEADS = ("unit", "logsumexp", "full_hard", "full_soft")
 
 
 def get_config(preset: str = "default") -> ConfigDict:
@@ -91,6 +103,86 @@ def get_config(preset: str = "default") -> ConfigDict:
     }
     config.inference = {"examples": 256, "max_passes": 1000}
     return {"smoke": _smoke, "default": lambda c: c, "paper": _paper}[preset](config)
+
+
+_KIND = one_of(*_HEADS)
+ALLOWED = {
+    "data.side": count(0),
+    "data.classes": count(0),
+    "data.views": count(),
+    "data.difficulty": at_least(0),
+    "data.validation": number("above 0, and less than 1", lambda share: 0 < share < 1),
+    "data.seed": SEED,
+    "generalist.channels": several(count()),
+    "generalist.strides": several(count()),
+    "generalist.activation": one_of("gelu", "relu"),
+    "generalist.output_scale": above(0),
+    "clusters.count": count(),
+    "clusters.size": count(),
+    "clusters.partition": flag(),
+    "clusters.examples": count(0),
+    "specialists.kind": _KIND,
+    "specialists.examples": count(0),
+    "specialists.frozen_trunk": flag(),
+    "specialists.active_by": count(),
+    "soft.kinds": several(_KIND, distinct=True),
+    "soft.count": count(),
+    "soft.evaluated": count(0),
+    "distilled.examples": count(0),
+    "distilled.scratch_epochs": count(),
+    "inference.examples": count(),
+    "inference.max_passes": count(),
+}
+"""What the fields may be that only this study has."""
+
+
+def conflicts(config: ConfigDict) -> Iterator[str]:
+    """Values that don't fit each other."""
+    yield from report_conflicts(
+        config,
+        [
+            *((f"{net}.epochs", f"{net}.report_every") for net in _TRAINED),
+            ("distilled.scratch_epochs", "distilled.report_every"),
+            ("controls.epochs", "distilled.report_every"),
+        ],
+    )
+    net, data, clusters = config.generalist, config.data, config.clusters
+    if not data.source.startswith("tfds:"):
+        for name in ("data_dir", "side"):
+            if data[name]:
+                yield f"data.{name} is {data[name]!r}, but it is of tfds: sources alone"
+    if data.difficulty == 0 and data.views > 1:
+        yield f"data.views is {data.views}; allowed: 1, as at data.difficulty 0 all are the same"
+    if len(net.channels) != len(net.strides):
+        yield f"generalist.strides is {net.strides}; allowed: one for each of channels, {net.channels}"
+    if net.jitter:
+        yield f"generalist.jitter is {net.jitter}; allowed: 0, as views move images: data.difficulty"
+    if net.input_dropout:
+        yield "generalist.input_dropout is not 0, but its inputs are convolved: use hidden_dropout"
+    yield from _class_conflicts(config)
+    if config.specialists.batch_size % 2:
+        yield (
+            f"specialists.batch_size is {config.specialists.batch_size}; allowed: even numbers, as half "
+            "of a batch is of a specialist's classes"
+        )
+    if config.soft.count > clusters.count:
+        yield f"soft.count is {config.soft.count}; allowed: up to clusters.count, {clusters.count}"
+
+
+def _class_conflicts(config: ConfigDict) -> Iterator[str]:
+    """More clusters, larger ones or more probable classes than there are classes."""
+    clusters, classes = config.clusters, config.data.classes
+    if not classes and config.data.source == "embedded":
+        classes = 1000
+    if not classes:  # the set says how many
+        return
+    for name, value, most in (
+        ("clusters.count", clusters.count, classes),
+        ("clusters.size", 1 if clusters.partition else clusters.size, classes - 1),
+        ("specialists.active_by", config.specialists.active_by, classes),
+    ):
+        if value > most:
+            yield f"{name} is {value}; allowed: up to {most}, as there are {classes} classes"
 
 
 def sweep(name: str) -> list[Overrides]:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from distill_jax.data import augment, images, transfer
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
+from experiments.common import prepared
 from experiments.specialists import glyphs
 
 BYTE = (40.0, 64.0)
@@ -37,6 +38,15 @@ class Data(NamedTuple):
         """The sets to measure accuracy on, by the name of its metric."""
         named = {"test": self.test, "seen": self.seen, "validation": self.validation}
         return {name: examples for name, examples in named.items() if len(examples["id"])}
+
+
+def check_source(config: ConfigDict) -> None:
+    """Raises a UserError if the config's data aren't there; reads none."""
+    data = config.data
+    if data.source.startswith("tfds:"):
+        images.check_source(data.source, data.data_dir or None)
+    else:
+        prepared.find_set(glyphs.KIND, data.source)
 
 
 def load_data(config: ConfigDict) -> Data:

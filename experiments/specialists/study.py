@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json, run_study
+from experiments.common.run import run_study
+from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json
 from experiments.specialists import clusters, distilled, eq5_solvers, figures, full_softmax, table3
+from experiments.specialists.data import check_source
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 5, 6.1 and 8: specialists"
 CAPTIONS = {
@@ -36,9 +38,11 @@ CAPTIONS = {
 }
 
 
-def run(config: ConfigDict, workdir: Path, only: Sequence[str], reuse: Sequence[Path]) -> None:
+def run(
+    config: ConfigDict, workdir: Path, only: Sequence[str] = (), reuse: Sequence[Path] = ()
+) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
-    run_study(config, workdir, STAGES, write_report, only=only, reuse=reuse)
+    run_study(config, workdir, STAGES, write_report, check_source, only=only, reuse=reuse)
 
 
 def write_report(workdir: Path) -> None:

@@ -7,11 +7,24 @@ the recordings that are in the project; `paper` is the paper's net, 8 layers of 
 and a prepared corpus: --config.data.source=DIR. Any field can be set: --config.distilled.temperature=5
 """
 
+from collections.abc import Iterator
+
 from ml_collections import ConfigDict
 
-from experiments.common.config import Overrides, net_section, product
+from distill_jax.ranges import between, count, one_of, several
+from experiments.common.config import (
+    SEED,
+    SEEDS,
+    WEIGHTS,
+    Overrides,
+    net_section,
+    no_jitter,
+    product,
+    report_conflicts,
+)
 
 PRESETS = ("smoke", "default", "paper")
+_NETS = ("ensemble", "distilled", "fractions", "compression", "unlabelled")
 
 
 def get_config(preset: str = "default") -> ConfigDict:
@@ -79,6 +92,44 @@ def get_config(preset: str = "default") -> ConfigDict:
         "members": 3,  # of the ensemble, decoded one by one for the baseline
     }
     return {"smoke": _smoke, "default": lambda c: c, "paper": _paper}[preset](config)
+
+
+_PERCENT = between(1e-3, 100)
+ALLOWED = {
+    "data.train_frames": count(0),
+    "data.validation_frames": count(0),
+    "data.test_frames": count(0),
+    "data.min_frames": count(0),
+    "data.block_frames": count(0),
+    "data.stream_seed": SEED,
+    "ensemble.members": SEEDS,
+    "soft_targets.encoding": one_of("top_k", "sampled"),
+    "soft_targets.temperatures": WEIGHTS,
+    "soft_targets.shard_rows": count(),
+    "fractions.percent": _PERCENT,
+    "compression.percent": _PERCENT,
+    "compression.k": several(count(), distinct=True),
+    "decoding.words": count(0),
+    "decoding.tuning_words": count(0),
+    "decoding.members": count(),
+}
+"""What the fields may be that only this study has."""
+
+
+def conflicts(config: ConfigDict) -> Iterator[str]:
+    """Values that don't fit each other."""
+    yield from report_conflicts(config, [(f"{net}.epochs", f"{net}.report_every") for net in _NETS])
+    yield from no_jitter(config, _NETS[1:])
+    made_at = config.soft_targets.temperatures
+    for net in ("distilled", "fractions"):
+        if config[net].temperature not in made_at:
+            yield (
+                f"{net}.temperature is {config[net].temperature}; allowed: one of "
+                f"soft_targets.temperatures, {', '.join(map(str, made_at))}"
+            )
+    members = len(config.ensemble.members)
+    if config.decoding.members > members:
+        yield f"decoding.members is {config.decoding.members}; the ensemble has {members}"
 
 
 def sweep(name: str) -> list[Overrides]:

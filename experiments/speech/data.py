@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
+from experiments.common import prepared
 from experiments.speech import frames, speech_frames
 from experiments.speech.speech_frames import SPLITS, Corpus, Utterance
 
@@ -40,6 +41,11 @@ class Data(NamedTuple):
         """What the frames' bytes stand for, as `models.mlp` takes it."""
         zero, unit = self.corpus.metadata["byte"]
         return float(zero), float(unit)
+
+
+def check_source(config: ConfigDict) -> None:
+    """Raises a UserError if the config's data aren't there; reads none."""
+    prepared.find_set(speech_frames.KIND, config.data.source)
 
 
 def load_data(config: ConfigDict) -> Data:

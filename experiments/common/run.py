@@ -1,0 +1,154 @@
+"""Runs a study from its config: what can be checked is checked first, then its stages are run, and a
+report is drawn of them.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from distill_jax import files, processes, sharding
+from distill_jax.errors import UserError
+from experiments.common.config import check_config
+from experiments.common.study import (
+    Stage,
+    check_needs,
+    check_same,
+    fields_read,
+    finished_key,
+    read_json,
+    run_stages,
+    stage_key,
+)
+
+POINTS = "points.json"
+"""What a sweep's folder holds: the names of its points, whose working directories lie beside it."""
+
+
+def run_study(
+    config: ConfigDict,
+    workdir: Path,
+    stages: Sequence[Stage],
+    write_report: Callable[[Path], None],
+    check_source: Callable[[ConfigDict], None],
+    *,
+    only: Sequence[str] = (),
+    reuse: Sequence[Path] = (),
+) -> None:
+    """`run_stages`, and then the report; which is also a name for `only`.
+
+    Raises:
+        UserError: before anything is run, as `plan` and `check_mesh`; and as `run_stages`.
+    """
+    workdir = files.local_path(workdir)
+    plan(config, workdir, stages, check_source, only=only, reuse=reuse)
+    check_mesh(config, fields_read(stages, only))
+    run_stages(config, workdir, stages, only, working_directories(reuse))
+    if not only or "report" in only:
+        processes.main_only(write_report)(workdir)
+
+
+def plan(
+    config: ConfigDict,
+    workdir: Path,
+    stages: Sequence[Stage],
+    check_source: Callable[[ConfigDict], None],
+    *,
+    only: Sequence[str] = (),
+    reuse: Sequence[Path] = (),
+) -> list[str]:
+    """Checks all that can be checked before a run, and says what `run_study` would do with each stage.
+
+    It needs no devices, reads no data, and writes nothing.
+
+    Args:
+        config: of the study.
+        workdir: the working directory; it need not be there.
+        stages: of the study.
+        check_source: raises a UserError if the config's data aren't there.
+        only: names of stages; empty for all.
+        reuse: working directories of the study, or sweeps of it.
+
+    Returns:
+        A line for each stage, such as "teacher: finished before".
+
+    Raises:
+        UserError: for a wrong field of the config, name of a stage, or folder; for another config's
+            working directory; for a stage that needs one that is neither finished nor run.
+    """
+    check_names(stages, only)
+    check_config(config, fields_read(stages, only))
+    check_workdir(workdir)
+    check_same(workdir, config)
+    others = working_directories(reuse)
+    check_source(config)
+    keys: dict[str, str] = {}
+    planned, lines = set[str](), []
+    for stage in stages:
+        keys[stage.name] = stage_key(config, stage, {name: keys[name] for name in stage.needs})
+        if only and stage.name not in only:
+            continue
+        check_needs(workdir, stage, planned)
+        planned.add(stage.name)
+        lines.append(f"{stage.name}: {_fate(workdir, stage.name, keys[stage.name], others)}")
+    return lines + (["report: will be drawn"] if not only or "report" in only else [])
+
+
+def _fate(workdir: Path, stage: str, key: str, reuse: Sequence[Path]) -> str:
+    if finished_key(workdir, stage):
+        return "finished before"
+    having = [other for other in reuse if finished_key(other, stage) == key]
+    return f"will be reused from {having[0]}" if having else "will run"
+
+
+def check_names(stages: Sequence[Stage], only: Sequence[str]) -> None:
+    """Raises a UserError for a name that is neither a stage's nor "report"."""
+    names = [stage.name for stage in stages] + ["report"]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise UserError(f"no stage {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raises a UserError for a working directory that is a file, or can't be made or written to."""
+    there = next(path for path in (workdir, *workdir.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"--workdir={workdir}: {there} is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):  # that has no name, so nothing is left of it
+            pass
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {there} can't be written to") from error
+
+
+def working_directories(reuse: Sequence[Path]) -> list[Path]:
+    """Folders whose stages are to be reused: working directories, and those of the points of sweeps.
+
+    Raises:
+        UserError: for a folder that is neither.
+    """
+    found = []
+    for folder in map(files.local_path, reuse):
+        if (folder / POINTS).is_file():
+            found += [folder / name for name in read_json(folder / POINTS)]
+        elif (folder / "config.json").is_file():
+            found.append(folder)
+        else:
+            why = "it has no config.json" if folder.is_dir() else "there is no such folder"
+            hint = "; give --reuse once for each folder" if "," in folder.name else ""
+            raise UserError(f"--reuse={folder} is no working directory of a study: {why}{hint}")
+    return found
+
+
+def check_mesh(config: ConfigDict, sections: Collection[str]) -> None:
+    """Raises a UserError for a mesh that doesn't fit the devices, or batches that don't fit it."""
+    parts = sharding.make_mesh(**config.mesh).shape["data"]
+    for name in sorted(sections):
+        section = config[name]
+        if isinstance(section, ConfigDict) and section.get("batch_size", 0) % parts:
+            raise UserError(
+                f"--config.{name}.batch_size is {section.batch_size}, which doesn't divide over {parts} "
+                "data devices"
+            )
