@@ -130,8 +130,12 @@ def submit(rounds: Rounds, at_once: int | None, workdir: Path) -> None:
         return
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "jobs.txt"
-    path.write_text("".join(f"{shlex.join(job.command)}\n" for jobs in rounds for job in jobs))
-    options, first = [f"--job-name={name}", f"--output={workdir}/slurm-%A_%a.txt"], 1
+    commands = [shlex.join(job.command) for jobs in rounds for job in jobs]
+    if any("\n" in one for one in commands):
+        raise UserError("a value with a line break can't be given to jobs of Slurm")
+    path.write_text("".join(f"{one}\n" for one in commands))
+    output = f"{workdir}/slurm-".replace("%", "%%") + "%A_%a.txt"
+    options, first = [f"--job-name={name}", f"--output={output}"], 1
     for jobs in rounds:
         lines = f"{first}-{first + len(jobs) - 1}" + (f"%{at_once}" if at_once else "")
         words = [*options, f"--array={lines}", str(_ARRAY), str(path)]

@@ -87,3 +87,13 @@ def _unknown_field(argv: Sequence[str], error: str) -> str:
     given = next((key for key in keys if key.rpartition(".")[2] in error), "--config")
     meant = re.search(r'Did you mean \\*"(\w+)', error)
     return f"{given}: no such field" + (f"; did you mean {meant.group(1)}?" if meant else "")
+
+
+def describe(error: BaseException) -> str:
+    """An error of a user's own file in one line, with its place there."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UserError | SyntaxError):
+        return message
+    place = traceback.extract_tb(error.__traceback__)
+    where = f" ({place[-1].filename}, line {place[-1].lineno})" if place else ""
+    return f"{type(error).__name__}: {message}{where}"

@@ -84,16 +84,23 @@ def plan(
     check_same(workdir, config)
     others = working_directories(reuse)
     check_source(config)
-    keys: dict[str, str] = {}
+    keys = stage_keys(config, stages)
     planned, lines = set[str](), []
     for stage in stages:
-        keys[stage.name] = stage_key(config, stage, {name: keys[name] for name in stage.needs})
         if only and stage.name not in only:
             continue
         check_needs(workdir, stage, planned)
         planned.add(stage.name)
         lines.append(f"{stage.name}: {_fate(workdir, stage.name, keys[stage.name], others)}")
     return lines + (["report: will be drawn"] if not only or "report" in only else [])
+
+
+def stage_keys(config: ConfigDict, stages: Sequence[Stage]) -> dict[str, str]:
+    """The key that each stage has when it is finished, by its name."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        keys[stage.name] = stage_key(config, stage, {name: keys[name] for name in stage.needs})
+    return keys
 
 
 def _fate(workdir: Path, stage: str, key: str, reuse: Sequence[Path]) -> str:

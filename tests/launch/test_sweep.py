@@ -18,7 +18,7 @@ from experiments.common.study import read_json
 from experiments.mnist.config import get_config
 from launch import backends
 from launch.backends import Job
-from launch.sweep import apply_point, load_sweep
+from launch.sweep import apply_point, check_command, load_sweep, point_names, rounds
 
 TINY = (
     SMOKE,
@@ -33,14 +33,14 @@ TINY = (
 )
 POINTS = """
 def sweep(name):
-    key, points = "distilled.temperature", [{"distilled.temperature": t} for t in (2.0, 4.0, 8.0)]
+    points = [{"distilled.temperature": t, "distilled.hidden": (8, 4)} for t in (2.0, 4.0, 8.0)]
     return {
         "good": points,
         "typo": [{"distilled.temprature": 2.0}],
         "failing": [*points[:2], {"distilled.learning_rate": 1e38}, points[2]],
     }[name]
 """
-NAMES = [f"temperature={t}" for t in ("2.0", "4.0", "8.0")]
+NAMES = [f"temperature={t},hidden=(8,4)" for t in ("2.0", "4.0", "8.0")]
 
 
 def test_points_of_a_sweep():
@@ -52,7 +52,7 @@ def test_points_of_a_sweep():
 def sweep(tmp_path: Path, name: str, *more: str) -> tuple[str, ...]:
     (tmp_path / "sweep.py").write_text(POINTS)
     named = f"--sweep={tmp_path / 'sweep.py'}:{name}"
-    return (*TINY, named, f"--workdir={tmp_path / 'runs'}", *more)
+    return (*TINY, named, f"--workdir={tmp_path / 'runs, all'}", *more)
 
 
 def test_a_point_is_checked_against_the_config(tmp_path):
@@ -69,33 +69,99 @@ def test_a_point_is_checked_against_the_config(tmp_path):
 
 def test_points_side_by_side(tmp_path):
     """One that fails stops no other, and all but it are joined afterwards."""
-    runs, failing = tmp_path / "runs", "learning_rate=1e+38"
+    runs, failing = tmp_path / "runs, all", "learning_rate=1e+38"
     message = fails(*sweep(tmp_path, "failing", "--at_once=3"), module="launch.sweep")
     assert message == f"error: 1 of 4 failed: {failing} ({runs / failing / 'log.txt'})"
-    assert "the loss of member 0" in (runs / failing / "log.txt").read_text()
-    assert "teacher: running" in (runs / NAMES[0] / "log.txt").read_text()
-    for name in (*NAMES[1:], failing):
-        assert "teacher: reused from" in (runs / name / "log.txt").read_text()
+    logs = {name: (runs / name / "log.txt").read_text() for name in (*NAMES, failing)}
+    assert "the loss of member 0" in logs[failing]
+    assert [name for name, log in logs.items() if "teacher: running" in log] == NAMES[:1]
+    assert sum("teacher: reused from" in log for log in logs.values()) == 3
 
     left = run(*sweep(tmp_path, "failing", "--backend=print"), module="launch.sweep")
     (line,) = left.splitlines()
-    others = ",".join(str(runs / name) for name in NAMES)
     assert shlex.split(line)[1:] == [
         *("-m", "launch.main", SMOKE, f"--workdir={runs / failing}"),
         *(flag.replace("'", "") for flag in TINY if flag.startswith("--config.")),
         "--config.distilled.learning_rate=1e+38",
-        *(TINY[-1], f"--reuse={others}"),
+        *(TINY[-1], f"--reuse={runs}"),
     ]
 
     table = run(*sweep(tmp_path, "good"), module="launch.sweep")
     assert " | ".join(NAMES) in table and "started" not in table
     rows = read_json(runs / "sweep.json")
     students = [row["point"] for row in rows if row["row"].startswith("distilled")]
-    assert students == [{"distilled.temperature": t} for t in (2.0, 4.0, 8.0)]
+    expected = [{"distilled.temperature": t, "distilled.hidden": [8, 4]} for t in (2.0, 4.0, 8.0)]
+    assert students == expected
 
     other = (*sweep(tmp_path, "good", "--backend=print"), "--config.distilled.epochs=2")
     message = fails(*other, module="launch.sweep")
     assert "distilled.epochs is 1 there and 2 now" in message
+
+
+def test_what_points_share_is_made_once():
+    """Two teachers, each with two students: the teachers side by side, then the other students."""
+    wanted = [{teacher, teacher + student} for teacher in "ab" for student in "xy"]
+    assert rounds(wanted) == [[0, 2], [1, 3]]
+    assert rounds([{"a", "b"}, {"b"}, {"a"}, {"c"}]) == [[0, 3], [1, 2]]
+    assert rounds([set(), set(), {"a"}]) == [[0, 1, 2]]
+
+
+def test_points_have_names_of_their_own():
+    assert point_names([{"a.x": 1.0, "b.y": (1, 2)}]) == ["x=1.0,y=(1,2)"]
+    assert point_names([{"a.x": 1}, {"b.x": 1}]) == ["a.x=1", "b.x=1"]
+    assert point_names([{"a.x": 1, "b.x": 2}, {"a.x": 2, "b.x": 1}]) == [
+        "a.x=1,b.x=2",
+        "a.x=2,b.x=1",
+    ]
+    (name,) = point_names([{"a.x": "a/b c|d\n"}])
+    assert name == "x=a_bc_d_"
+    names = point_names([{"a.x": "é" * 300}, {"a.x": "é" * 301}])
+    assert len(set(names)) == 2 and all(len(name.encode()) <= 200 for name in names)
+    with pytest.raises(UserError, match=r"two points of the sweep are a\.x=b_c; they must differ"):
+        point_names([{"a.x": "b/c"}, {"a.x": "b_c"}])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize(
+    ("overrides", "good"),
+    [
+        ({"distilled.temperature": 1e-7, "sweep.widths": (128,)}, True),
+        ({"selection": "validation", "data.data_dir": "a, b\n'c' \"d\" $e", "seeds": (0, 1)}, True),
+        ({"mesh.data": -1, "data.source": "tfds:a/b"}, True),
+        ({"sweep.widths": (None,)}, True),
+        ({"data.data_dir": None}, False),
+    ],
+)
+def test_values_that_flags_can_not_carry_are_refused(overrides, good):
+    config = apply_point(get_config("smoke").lock(), overrides)
+    words = ["python", SMOKE, *(f"--config.{key}={value}" for key, value in overrides.items())]
+    if good:
+        check_command(words, config)
+    else:
+        with pytest.raises(UserError, match=r"when given as flags: --config\.data\.data_dir=None"):
+            check_command(words, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("syntax.py:a", "syntax.py, line 1"),
+        ("raises.py:a", r"KeyError: 'a' \(.*raises.py, line 2\)"),
+        ("none.py:a", "has no function sweep"),
+        ("empty.py:a", "expected a list of"),
+        ("missing.py:a", "no file"),
+        ("syntax.py", "expected FILE:NAME"),
+    ],
+)
+def test_mistakes_in_the_file_of_a_sweep_are_one_line(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    Path("syntax.py").write_text("def sweep(:\n")
+    Path("raises.py").write_text("def sweep(name):\n    return {}[name]\n")
+    Path("none.py").write_text("")
+    Path("empty.py").write_text("def sweep(name):\n    return []\n")
+    with pytest.raises(UserError, match=f"^--sweep={name}: .*{message}") as raised:
+        load_sweep(name)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
