@@ -7,7 +7,9 @@ is lost if one is damaged, and the best by a metric if one is named.
 import logging
 import operator
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
-from distill_jax import processes
+from distill_jax import files, processes
 from distill_jax.errors import UserError
 
 History = list[dict[str, Any]]
@@ -45,13 +47,19 @@ def open_dir(
         directory: a folder for one run only.
         best_metric: name of an entry of `metrics` in `save`; the checkpoint with its lowest value is
             kept too.
+
+    Raises:
+        UserError: for a folder that holds anything else.
     """
+    directory = files.local_path(directory).absolute()
+    own = [path.name for path in directory.glob("*") if _is_own(path)]
+    files.check_own_folder(directory, own, "a training's checkpoints")
     policies: list[PreservationPolicy] = [LatestN(2)]
     get_metric = None if best_metric is None else operator.itemgetter(best_metric)
     if get_metric is not None:
         policies.append(BestN(get_metric_fn=get_metric, reverse=True, n=1))
     return ocp.CheckpointManager(
-        Path(directory).absolute(),
+        directory,
         options=ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             best_fn=get_metric,  # without it orbax does not write the metrics
@@ -83,7 +91,8 @@ def save(
         )
     # A copy of the list, because it is written later, when the loop may have added to it.
     notes = {"history": [*history], "checksum": int(processes.fetch(checksum(state)))}
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+    stored = ocp.args.StandardSave(jax.tree.map(_storable, state))
+    items = ocp.args.Composite(state=stored, notes=ocp.args.JsonSave(notes))
     try:
         manager.save(step, args=items, metrics=metrics, force=True)
     except (OSError, ValueError) as error:
@@ -102,7 +111,7 @@ def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None
     """Reads the newest checkpoint that is not damaged; returns None if the folder is empty.
 
     A damaged checkpoint is skipped with a warning that names it. Once an older one has been read, it is
-    deleted, so that the run can write it again.
+    renamed to "N.damaged", so that the run can write it again; what had that name is deleted.
 
     Args:
         manager: from `open_dir`.
@@ -127,8 +136,9 @@ def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None
             )
             damaged.append(step)
             continue
-        for later in damaged:
-            manager.delete(later)
+        if damaged:
+            _put_aside(Path(manager.directory), damaged)
+            manager.reload()
         return restored
     if damaged:
         raise UserError(
@@ -171,29 +181,87 @@ def checksum(tree: Any) -> Array:
     """
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}"))
+        bits = _bits(leaf)
         weights = jnp.uint32(1)
         for axis in range(bits.ndim):
             places = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             weights = weights + places * jnp.uint32(2 * 2654435761 * (axis + 1) % 2**32)
-        total = total * jnp.uint32(31) + jnp.sum(
-            bits.astype(jnp.uint32) * weights, dtype=jnp.uint32
-        )
+        total = total * jnp.uint32(31) + jnp.sum(bits * weights, dtype=jnp.uint32)
     return total
 
 
+def _bits(leaf: Array) -> Array:
+    """The bits of an array of any dtype, random keys among them: uint32 `[...]`, or `[..., n]`."""
+    dtype = leaf.dtype
+    if is_key(leaf):
+        return jax.random.key_data(leaf).astype(jnp.uint32)
+    if dtype == jnp.bool_:
+        return leaf.astype(jnp.uint32)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return _bits(jnp.stack([leaf.real, leaf.imag], axis=-1))
+    info: Any = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype)
+    words = jnp.dtype(f"uint{min(info.bits, 32)}")  # a number of 64 bits becomes two words
+    return jax.lax.bitcast_convert_type(leaf, words).astype(jnp.uint32)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf holds random keys (`jax.random.key`), which have no bits of their own."""
+    return isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+_SHORT = (jnp.uint2, jnp.uint4)
+
+
+def _storable(leaf: Array) -> Array:
+    """An array that orbax can write: it refuses empty arrays and these short integers."""
+    if leaf.size == 0:
+        return jnp.zeros((), jnp.uint8)
+    return leaf.astype(jnp.uint8) if leaf.dtype in _SHORT else leaf
+
+
+def _stored_as(leaf: Any) -> Any:
+    """The ShapeDtypeStruct of what `_storable` makes of an array, on the same devices."""
+    own = ocp.utils.to_shape_dtype_struct(leaf)
+    stored = jax.eval_shape(_storable, own)
+    sharding = own.sharding if own.size else None
+    return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
+
+
+def _as_it_was(stored: Array, leaf: Any) -> Array:
+    """The inverse of `_storable`."""
+    if leaf.size == 0:
+        return jnp.zeros(leaf.shape, leaf.dtype, device=getattr(leaf, "sharding", None))
+    return stored.astype(leaf.dtype) if leaf.dtype in _SHORT else stored
+
+
 def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Restored:
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     items = manager.restore(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(jax.tree.map(_stored_as, like)),
+            notes=ocp.args.JsonRestore(),
         ),
     )
+    state = jax.tree.map(_as_it_was, items["state"], like)
     # Orbax detects missing and truncated files, but not a changed bit in the data of an array.
-    if int(processes.fetch(checksum(items["state"]))) != items["notes"]["checksum"]:
+    if int(processes.fetch(checksum(state))) != items["notes"]["checksum"]:
         raise ValueError("the checksum of the arrays differs from the one that was saved with them")
-    return Restored(step, items["state"], items["notes"]["history"])
+    return Restored(step, state, items["notes"]["history"])
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a name in the folder is of a checkpoint, of one that is half written, or put aside."""
+    if path.name.isdigit():
+        return not path.is_file() and ((path / "state").exists() or (path / "notes").exists())
+    return re.fullmatch(r"\d+\.(damaged|orbax-checkpoint-tmp.*)", path.name) is not None
+
+
+@processes.main_only
+def _put_aside(directory: Path, steps: Sequence[int]) -> None:
+    for step in steps:
+        aside = directory / f"{step}.damaged"
+        files.remove(aside)
+        (directory / str(step)).rename(aside)
 
 
 def _write_error(manager: ocp.CheckpointManager, error: Exception) -> UserError:

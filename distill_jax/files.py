@@ -5,6 +5,7 @@ read back carries the name and version of its format, and is checked.
 """
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -16,10 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distill_jax.errors import UserError
 
 # The partial file was removed by another writer, or a folder has the name already.
 _ANOTHER_WAS_FIRST = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+_CWD, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -54,7 +58,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def write_whole(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
     """Gives a partial name to write to, which takes the real name at the end.
 
     The partial name is this writer's own, so several may write the same file: the last one counts. A
@@ -62,6 +66,7 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: of the file or folder; its parent must exist.
+        replace: a folder does replace another, which is removed.
 
     Raises:
         OSError: if it can't be written; whatever the block raises. Nothing is left then.
@@ -70,6 +75,9 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
+        if replace and path.is_dir():
+            exchange(partial, path)  # what was there has the partial name now
+            return
         try:
             os.replace(partial, path)
         except OSError as error:
@@ -77,6 +85,18 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
                 raise
     finally:
         remove(partial)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swaps the names of two folders: in one step where the file system can, else in three renames."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = _CWD, os.fsencode(one), _CWD, os.fsencode(other)
+    if hasattr(libc, "renameat2") and libc.renameat2(*paths, _EXCHANGE) == 0:
+        return
+    aside = other.with_name(f"{other.name}.{secrets.token_hex(4)}.partial")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
 
 
 def remove(path: Path) -> None:
@@ -90,10 +110,21 @@ def remove(path: Path) -> None:
 def check_own_folder(folder: Path, own: Sequence[str], what: str) -> None:
     """Raises a UserError for a folder that holds anything but `own` names, before it is written to."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = sorted(name for name in names - set(own) if not name.endswith(".partial"))
+    others = sorted(name for name in names - set(own) if _written_name(name) not in own)
     if others or folder.is_file():
         holds = "is a file" if folder.is_file() else f"holds {', '.join(others[:3])}"
         raise UserError(f"{folder} {holds}, so {what} is not written there: name an empty folder")
+
+
+def leftovers(folder: Path, own: str) -> list[Path]:
+    """What killed writers of files with that name left in a folder; a glob pattern may be given."""
+    return [path for path in folder.glob(f"{own}.*.partial") if _written_name(path.name)]
+
+
+def _written_name(name: str) -> str | None:
+    """The name that a partial one of `write_whole` would have taken; None for any other name."""
+    partial = re.fullmatch(r"(.+)\.[0-9a-f]{8}\.partial", name)
+    return partial[1] if partial else None
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -113,6 +144,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Reads a .npy file; a UserError that names it if it is not there or damaged."""
+    try:
+        return np.load(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tensorboardX import SummaryWriter
 
-from distill_jax import checkpoints, processes, sharding
+from distill_jax import checkpoints, files, processes, sharding
 from distill_jax.errors import Stopped, UserError
 from distill_jax.train_step import TrainState
 
@@ -134,7 +134,7 @@ def tensorboard(directory: str | os.PathLike[str]) -> Callable[[Record], None]:
 
     def write(record: Record) -> None:
         if not writers:
-            writers.append(SummaryWriter(str(directory)))
+            writers.append(SummaryWriter(str(files.local_path(directory))))
         writer = writers[0]
         for key, value in record.items():
             values = np.ravel(value)

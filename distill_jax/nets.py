@@ -108,7 +108,7 @@ def save(folder: str | os.PathLike[str], net: Net) -> None:
     Raises:
         UserError: for parameters that are not nested dicts of arrays.
     """
-    folder = Path(folder)
+    folder = files.local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stored = net if net.members is not None else _with_member_axis(net)
     dtypes = save_params(folder / _PARAMS, stored.params)
@@ -126,7 +126,7 @@ def save(folder: str | os.PathLike[str], net: Net) -> None:
 
 def exists(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a finished net."""
-    return (Path(folder) / _META).exists()
+    return (files.local_path(folder) / _META).exists()
 
 
 def load(folder: str | os.PathLike[str], model: Model | None = None) -> Net:
@@ -140,7 +140,7 @@ def load(folder: str | os.PathLike[str], model: Model | None = None) -> Net:
         UserError: for a folder without a net, another version, a damaged file, a model of your own that
             is not handed in, or one that the parameters don't fit.
     """
-    folder = Path(folder)
+    folder = files.local_path(folder)
     meta = read_meta(folder)
     kept = meta["parameters"]
     files.check_sha256(folder / _PARAMS, kept["sha256"], "train the net again, or copy it again")
@@ -192,7 +192,7 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: for a folder without a net, another version, or a damaged file.
     """
     again = "expected the folder of a finished training"
-    return files.read_sealed(Path(folder) / _META, FORMAT, again)
+    return files.read_sealed(files.local_path(folder) / _META, FORMAT, again)
 
 
 def save_params(path: Path, params: Params) -> dict[str, str]:

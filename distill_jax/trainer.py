@@ -166,7 +166,7 @@ def train(
             another config; see `loop.fit` and `checkpoints`.
         Stopped: if the run was asked to stop, after saving.
     """
-    directory = Path(directory)
+    directory = files.local_path(directory)
     if nets.exists(directory):
         return _finished(directory, model, len(keys), config)
     mesh = sharding.make_mesh() if mesh is None else mesh

@@ -1,4 +1,4 @@
-"""What names a teacher, and the inputs that it saw."""
+"""What names a teacher, the examples, and the inputs that it saw."""
 
 import hashlib
 import json
@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
+from distill_jax.errors import UserError
 from distill_jax.models import Params
 
 
-def digests(inputs: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every example's input: `[N, ...]` -> uint64 `[N]`.
+def digests(inputs: ArrayLike) -> np.ndarray:
+    """A 64-bit hash of every example's input: `[N, ...]` of any dtype -> uint64 `[N]`.
+
+    Raises:
+        UserError: for a single number, or Python objects, such as lists of different lengths.
 
     Examples:
         >>> images = np.zeros((3, 28, 28), np.uint8)
@@ -21,9 +27,55 @@ def digests(inputs: np.ndarray) -> np.ndarray:
         >>> bool(first == second), bool(first == third)
         (True, False)
     """
-    rows = np.ascontiguousarray(inputs)
-    hashes = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows)
-    return np.frombuffer(hashes, np.uint64)
+    try:
+        rows = np.asarray(inputs)
+    except ValueError as error:
+        raise UserError(f"inputs are no array: {error}") from error
+    if rows.ndim < 1 or rows.dtype == object:
+        raise UserError(
+            f"inputs are an array {rows.shape} of {rows.dtype}; expected [N, ...] of numbers or text, "
+            "of one shape for every example"
+        )
+    size = rows.nbytes // max(len(rows), 1)
+    content = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+    hashes = [
+        hashlib.blake2b(content[i * size : (i + 1) * size], digest_size=8) for i in range(len(rows))
+    ]
+    return np.frombuffer(b"".join(one.digest() for one in hashes), np.uint64)
+
+
+def as_ids(ids: ArrayLike) -> np.ndarray:
+    """Examples' ids as int64 `[n]`; a UserError if they are anything but whole numbers.
+
+    Examples:
+        >>> as_ids([3, 1])
+        array([3, 1])
+    """
+    found = np.asarray(ids)
+    if found.ndim != 1 or not (np.issubdtype(found.dtype, np.integer) or not found.size):
+        raise UserError(
+            f"ids are an array {found.shape} of {found.dtype}; expected whole numbers [n], one for each "
+            "example: number other names, such as file names, and keep the list"
+        )
+    if found.size and found.max() > np.iinfo(np.int64).max:
+        raise UserError(f"ids go up to {found.max()}; expected numbers of 63 bits")
+    return found.astype(np.int64)
+
+
+def as_digests(values: ArrayLike) -> np.ndarray:
+    """Inputs' digests as uint64 `[n]`; a UserError if `digests` can't have made them.
+
+    Examples:
+        >>> as_digests(digests(np.zeros((2, 3)))).shape
+        (2,)
+    """
+    found = np.asarray(values)
+    if found.ndim != 1 or found.dtype != np.uint64:
+        raise UserError(
+            f"digests are an array {found.shape} of {found.dtype}; expected uint64 [n] as "
+            "soft_targets.digests gives them, in NumPy: JAX cuts numbers of 64 bits to 32"
+        )
+    return found
 
 
 def fingerprint(params: Params, config: Mapping[str, Any]) -> str:
@@ -35,7 +87,8 @@ def fingerprint(params: Params, config: Mapping[str, Any]) -> str:
     """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
+        is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
         digest.update(f"{jax.tree_util.keystr(path)}{array.dtype}{array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]

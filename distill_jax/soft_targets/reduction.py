@@ -25,6 +25,8 @@ Teacher = Callable[[np.ndarray], ArrayLike]
 def check(meta: Meta) -> None:
     """Raises a UserError for arguments of `store.write` that don't fit together."""
     encoding, k, num_classes = (meta[name] for name in ("encoding", "k", "num_classes"))
+    if not isinstance(meta["teacher"], str):
+        raise UserError(f"teacher is {meta['teacher']!r}; expected its fingerprint, text")
     if not meta["num_examples"]:
         raise UserError("soft targets need at least one example; digests is empty")
     if encoding not in FIELDS:

@@ -1,7 +1,8 @@
 """The files of a store of soft targets, which any number of writers may share out.
 
     shards/00000/*.npy        arrays of the first `shard_rows` examples, and the sums of their targets
-    shards/00000/shard.json   how the store is made, and the SHA-256 of the shard's arrays
+    shards/00000/shard.json   how the store is made, the SHA-256 of the shard's arrays, and that of the
+                              logits they were made of, if those were an array
     tail_weights_T2.0.npy     the mean distribution of all examples, at each temperature
     meta.json                 the index: how the store was made, and all hashes; written last
 
@@ -10,7 +11,8 @@ those that are being written. Two writers of one shard write under names of thei
 to be done counts.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,11 @@ FORMAT = ("distill_jax.soft_targets", 2)
 INDEX, NOTE = "meta.json", "shard.json"
 _FORMATS = (FORMAT[0], "distill_jax.compressed_targets")  # the second was that of older stores
 _AGAIN = "delete {} and run the same command again"
+_WHAT = "the store of soft targets"
+_OTHERS = "name another folder, or replace it with overwrite=True"
+
+Digest = Callable[[range], str]
+"""Names the logits of some rows, as an array holds them."""
 
 
 def count(meta: Meta) -> int:
@@ -46,7 +53,9 @@ def tail_weights_file(store: Path, temperature: float) -> Path:
     return store / f"{array_name('tail_weights', temperature)}.npy"
 
 
-def write(store: Path, number: int, arrays: Mapping[str, np.ndarray], meta: Meta) -> None:
+def write(
+    store: Path, number: int, arrays: Mapping[str, np.ndarray], meta: Meta, logits: str | None
+) -> None:
     """Writes a shard and its hash; one that is there stays as it is.
 
     Args:
@@ -54,6 +63,7 @@ def write(store: Path, number: int, arrays: Mapping[str, np.ndarray], meta: Meta
         number: of the shard.
         arrays: by name; among them "digests" uint64 `[n]` of the inputs.
         meta: of the store.
+        logits: the SHA-256 of those that it is made of; None: of a function's.
     """
     shard = folder(store, number)
     shard.parent.mkdir(parents=True, exist_ok=True)
@@ -62,19 +72,54 @@ def write(store: Path, number: int, arrays: Mapping[str, np.ndarray], meta: Meta
             partial.mkdir()
             for name, array in arrays.items():
                 np.save(partial / f"{name}.npy", array)
-            files.write_json(partial / NOTE, {**meta, "sha256": files.sha256(partial)})
+            note = {**meta, "sha256": files.sha256(partial), "logits": logits}
+            files.write_json(partial / NOTE, note)
     except FileNotFoundError:  # another writer finished the store, and removed this partial shard
         if not shard.exists():
             raise
 
 
-def check_started(store: Path, meta: Meta) -> None:
-    """Raises a UserError if the folder holds anything but a part of this store."""
+def check_folder(store: Path) -> None:
+    """Raises a UserError if the folder holds anything but a store, finished or not."""
     for path in (store / INDEX, *_notes(store)):
         if path.exists():
-            _check_same(store, _read(path), meta)
-    weights = [tail_weights_file(store, t).name for t in meta["temperatures"] or ()]
-    files.check_own_folder(store, ["shards", INDEX, *weights], "the store of soft targets")
+            _read(path)
+    weights = [path.name for path in store.glob("tail_weights_T*.npy")]
+    files.check_own_folder(store, ["shards", INDEX, *weights], _WHAT)
+    shards = store / "shards"
+    numbers = {path.name[:5] for path in shards.glob("[0-9]" * 5 + "*")}
+    files.check_own_folder(shards, sorted(numbers), _WHAT)
+
+
+def check_started(store: Path, meta: Meta, digests: np.ndarray, logits: Digest | None) -> None:
+    """Raises a UserError if the folder holds another store, or a part of one.
+
+    Args:
+        store: its folder.
+        meta: of the store that is asked for.
+        digests: uint64 `[N]`, of its inputs.
+        logits: what names the logits that it is made of; None: they are a function's.
+    """
+    if (store / INDEX).exists():
+        _check_same(store, _read(store / INDEX), meta, _OTHERS)
+    for note in _notes(store):
+        shard, there = note.parent, _read(note)
+        _check_same(store, there, meta, _OTHERS)
+        here = rows(meta, int(shard.name))
+        try:
+            _check_inputs(shard, here.start, digests[here.start : here.stop])
+        except UserError:
+            _check_whole(shard, {shard.name: str(there.get("sha256"))})
+            raise
+        if logits is None:
+            continue
+        if "logits" not in there:
+            logging.warning("%s does not say of which logits it was made: not compared", shard)
+        elif there["logits"] != logits(here):
+            raise UserError(
+                f"{store} was made of other logits than these, by a teacher of the same name "
+                f"{meta['teacher']!r}: {_OTHERS}"
+            )
 
 
 def finish(store: Path, digests: np.ndarray) -> None:
@@ -94,14 +139,14 @@ def finish(store: Path, digests: np.ndarray) -> None:
     for number in range(count(meta)):
         shard, here = folder(store, number), rows(meta, number)
         note = _read_note(shard)
-        hashes[shard.name] = note.pop("sha256")
+        hashes[shard.name], _ = note.pop("sha256"), note.pop("logits", None)
         _check_same(store, note, meta)
         _check_whole(shard, hashes)
         _check_inputs(shard, here.start, digests[here.start : here.stop])
         for t in sums:
-            sums[t] = sums[t] + np.load(shard / f"{array_name('sum', t)}.npy")
-    for pattern in (f"{INDEX}.*.partial", "tail_weights_T*.partial", "shards/[0-9]*.partial"):
-        for left in store.glob(pattern):
+            sums[t] = sums[t] + files.read_array(shard / f"{array_name('sum', t)}.npy")
+    for own in (INDEX, "tail_weights_T*", "shards/[0-9]*"):
+        for left in files.leftovers(store, own):
             files.remove(left)
     for t, total in sums.items():
         path = tail_weights_file(store, t)
@@ -134,8 +179,8 @@ def open_finished(store: Path, expected: Meta) -> tuple[Meta, list[Path]]:
     return meta, shards
 
 
-def _check_same(store: Path, found: Meta, expected: Meta) -> None:
-    files.check_same(f"{store} holds other soft targets", found, expected)
+def _check_same(store: Path, found: Meta, expected: Meta, hint: str = "") -> None:
+    files.check_same(f"{store} holds other soft targets", found, expected, hint)
 
 
 def _notes(store: Path) -> list[Path]:
@@ -148,7 +193,8 @@ def _unfinished(store: Path) -> Meta:
     notes = _notes(store)
     if not notes:
         raise UserError(f"no readable soft targets in {store}: no shards are there")
-    return {name: value for name, value in _read(notes[0]).items() if name != "sha256"}
+    own = ("sha256", "logits")  # a shard's, not the store's
+    return {name: value for name, value in _read(notes[0]).items() if name not in own}
 
 
 def _read(path: Path) -> Meta:
@@ -179,10 +225,10 @@ def _check_whole(path: Path, hashes: Mapping[str, str]) -> None:
 
 
 def _check_inputs(shard: Path, start: int, digests: np.ndarray) -> None:
-    differs = np.load(shard / "digests.npy") != digests
+    there = files.read_array(shard / "digests.npy")
+    differs = there != digests if len(there) == len(digests) else np.ones(len(digests), bool)
     if differs.any():
         raise UserError(
             f"{differs.sum()} of {len(digests)} examples are not the inputs that {shard} was made of, "
-            f"first row {start + differs.argmax()}: the data have changed; "
-            f"{_AGAIN.format(shard.parent.parent)}"
+            f"first row {start + differs.argmax()}: the data have changed; {_OTHERS}"
         )

@@ -7,11 +7,13 @@ shuffled, changed or augmented inputs. `writer` makes stores.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
+from distill_jax import files
 from distill_jax.errors import UserError
 from distill_jax.soft_targets import encodings, identity, shard_files
 from distill_jax.soft_targets.encodings import FIELDS, TOP_K_FIELDS
@@ -61,7 +63,7 @@ def load(
         ...
         distill_jax.errors.UserError: ...teacher...
     """
-    folder = Path(folder)
+    folder = files.local_path(folder)
     expected = {"teacher": teacher, "data": data and dict(data), "num_classes": num_classes}
     meta, folders = shard_files.open_finished(
         folder, {name: value for name, value in expected.items() if value is not None}
@@ -79,7 +81,7 @@ def load(
     return Store(meta, arrays, by_id, weights)
 
 
-def rows(store: Store, ids: np.ndarray, temperature: float | None = None) -> dict[str, np.ndarray]:
+def rows(store: Store, ids: ArrayLike, temperature: float | None = None) -> dict[str, np.ndarray]:
     """The soft targets of some examples, in any order.
 
     Args:
@@ -115,11 +117,11 @@ def rows(store: Store, ids: np.ndarray, temperature: float | None = None) -> dic
 
 
 def attach(
-    examples: Mapping[str, np.ndarray],
+    examples: Mapping[str, Any],
     store: Store,
     temperature: float | None = None,
-    digests: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
+    digests: ArrayLike | None = None,
+) -> dict[str, Any]:
     """Joins soft targets to examples by id: the examples' fields, and those of `rows`.
 
     The examples may be a part of the store's, in any order. Each one's input is checked to be the one
@@ -135,7 +137,8 @@ def attach(
         digests: uint64 `[n]`, of these examples' inputs; None: `soft_targets.digests` of "inputs".
 
     Raises:
-        UserError: for an id without targets, other inputs under an id, or another temperature.
+        UserError: for examples without "id" or "inputs", an id without targets, other inputs under an
+            id, or another temperature.
 
     Examples:
         >>> import tempfile
@@ -151,14 +154,19 @@ def attach(
         ...
         distill_jax.errors.UserError: 1 of 1 examples are not the inputs that teacher t saw ...
     """
-    ids = np.asarray(examples["id"])
+    for name in ("id",) if digests is not None else ("id", "inputs"):
+        if name not in examples:
+            raise UserError(
+                f"examples have {', '.join(examples) or 'no fields'}, not {name!r}: soft targets are "
+                "joined by ids, and checked to be of these inputs"
+            )
     found = identity.digests(examples["inputs"]) if digests is None else digests
-    check(store, ids, found, temperature)
-    return {**examples, **rows(store, ids, temperature)}
+    check(store, examples["id"], found, temperature)
+    return {**examples, **rows(store, examples["id"], temperature)}
 
 
 def check(
-    store: Store, ids: np.ndarray, digests: np.ndarray, temperature: float | None = None
+    store: Store, ids: ArrayLike, digests: ArrayLike, temperature: float | None = None
 ) -> None:
     """Raises the errors of `attach`; for a program that reads the rows later.
 
@@ -176,9 +184,10 @@ def check(
         >>> check(load(folder), np.array([2]), digests[[2]])
     """
     _made_at(store, temperature)
-    if np.shape(digests) != np.shape(ids):
-        raise UserError(f"{len(digests)} digests for {len(ids)} examples")
-    differs = _take(store, "digests", _places(store, ids)) != digests
+    ids, found = identity.as_ids(ids), identity.as_digests(digests)
+    if len(found) != len(ids):
+        raise UserError(f"{len(found)} digests for {len(ids)} examples")
+    differs = _take(store, "digests", _places(store, ids)) != found
     if differs.any():
         raise UserError(
             f"{differs.sum()} of {len(ids)} examples are not the inputs that teacher "
@@ -227,9 +236,9 @@ def _made_at(store: Store, temperature: float | None) -> float | None:
     return float(temperature)
 
 
-def _places(store: Store, ids: np.ndarray) -> np.ndarray:
+def _places(store: Store, ids: ArrayLike) -> np.ndarray:
     """The rows of some ids."""
-    size, ids = store.meta["num_examples"], np.asarray(ids, np.int64)
+    size, ids = store.meta["num_examples"], identity.as_ids(ids)
     if store.by_id is None:
         places, there = ids, (ids >= 0) & (ids < size)
     else:

@@ -5,7 +5,6 @@ A folder holds the specialists' nets (`nets.save`), `class_sets.npy` and `correc
 """
 
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +45,7 @@ class Specialists(NamedTuple):
 
 @main_only
 def save(directory: str | os.PathLike[str], specialists: Specialists) -> None:
-    """Writes specialists; they appear whole or not at all. Earlier ones of that name are removed first.
+    """Writes specialists; they appear whole or not at all, in place of earlier ones of that name.
 
     Raises:
         UserError: for a folder that holds anything else, which stays; for nets, sets or corrections that
@@ -71,10 +70,10 @@ def save(directory: str | os.PathLike[str], specialists: Specialists) -> None:
     """
     arrays = _arrays(specialists)
     _check(specialists, **arrays)
-    directory = Path(directory)
+    directory = files.local_path(directory)
     files.check_own_folder(directory, _OWN, "a set of specialists")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with files.write_whole(directory) as partial:
+    with files.write_whole(directory, replace=True) as partial:
         nets.save(partial, specialists.net)
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
@@ -87,7 +86,6 @@ def save(directory: str | os.PathLike[str], specialists: Specialists) -> None:
             "arrays": files.sha256(partial),
         }
         files.write_sealed(partial / _META, FORMAT, fields)
-        files.remove(directory)
 
 
 def load(
@@ -117,7 +115,7 @@ def load(
         ...
         distill_jax.errors.UserError: nowhere/specialists.json can't be read: ...
     """
-    directory = Path(directory)
+    directory = files.local_path(directory)
     meta = files.read_sealed(directory / _META, FORMAT, _AGAIN)
     expected = {"generalist": generalist, "data": data, "num_classes": num_classes}
     now = {name: value for name, value in expected.items() if value is not None}

@@ -127,6 +127,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, damage, caplog):
         with caplog.at_level(logging.WARNING):
             assert_restored(checkpoints.restore_newest(manager, make_state()), 1)
         assert f"checkpoint {tmp_path}/2 is damaged and skipped" in caplog.text
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.damaged"]
         save(manager, 2)  # the run resumes and writes it again
         assert_restored(checkpoints.restore_newest(manager, make_state()), 2)
 
@@ -201,6 +202,66 @@ def test_a_state_of_another_shape_deletes_nothing(tmp_path):
         assert_restored(checkpoints.restore_newest(manager, make_state()), 2)
 
 
+def every_kind():
+    """Leaves of all kinds that an optimizer or a quantised net may hold."""
+    random = np.random.default_rng(0)
+    dtypes = "bool int2 uint2 int4 uint4 float4_e2m1fn float8_e4m3fn int8 uint8 float16 complex64"
+    tree = {name: jnp.asarray(random.integers(0, 2, (8, 3)), name) for name in dtypes.split()}
+    keys = {
+        impl: jax.random.split(jax.random.key(1, impl=impl), 8) for impl in ("rbg", "threefry2x32")
+    }
+    empty = {"empty": jnp.zeros((0, 3)), "none": jnp.zeros((2, 0), bool)}
+    return {**tree, **keys, **empty, "scalar": jnp.float32(2.5), "key": jax.random.key(7)}
+
+
+def bits(leaf):
+    return (
+        np.asarray(leaf) if not checkpoints.is_key(leaf) else np.asarray(jax.random.key_data(leaf))
+    )
+
+
+def test_leaves_of_every_kind_come_back_bit_for_bit_on_a_mesh_too(tmp_path):
+    mesh = sharding.make_mesh(1, 8)
+
+    def lay_out(leaf):
+        axes = PartitionSpec("data") if leaf.shape[:1] == (8,) else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, axes))
+
+    plain = every_kind()
+    spread = jax.tree.map(lay_out, plain)
+    with checkpoints.open_dir(tmp_path) as manager:
+        checkpoints.save(manager, 1, spread, [])
+        checkpoints.wait(manager)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), spread
+        )
+        for like in (plain, spread, shapes):
+            found = checkpoints.restore_newest(manager, like).state
+            for name, leaf in found.items():
+                assert leaf.dtype == plain[name].dtype
+                np.testing.assert_array_equal(bits(leaf), bits(plain[name]))
+                assert leaf.sharding.is_equivalent_to(like[name].sharding, leaf.ndim)
+    sums = {int(checkpoints.checksum(plain)), int(checkpoints.checksum(spread))}
+    assert len(sums) == 1
+    for name in ("bool", "int4", "float8_e4m3fn", "complex64"):
+        changed = (
+            plain[name].at[0, 0].set(jnp.logical_not(plain[name][0, 0]).astype(plain[name].dtype))
+        )
+        sums.add(int(checkpoints.checksum({**plain, name: changed})))
+    sums.add(int(checkpoints.checksum({**plain, "key": jax.random.key(8)})))
+    assert len(sums) == 6
+
+
+def test_a_folder_with_anything_else_is_refused_and_stays(tmp_path):
+    for name in ("thesis.tex", "3/default/weights", "2.partial"):
+        folder = tmp_path / name.replace("/", "_")
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match="checkpoints is not written there"):
+            checkpoints.open_dir(folder)
+        assert (folder / name).read_text() == "mine"
+
+
 def test_restore_onto_another_mesh(tmp_path):
     def on(mesh, axis):
         sharding = NamedSharding(mesh, PartitionSpec(axis))
@@ -227,7 +288,8 @@ FULL_DISK = textwrap.dedent("""
     from distill_jax import checkpoints
     from distill_jax.errors import UserError
 
-    directory, mode, mounted = sys.argv[1], sys.argv[2], sys.argv[3] == "mounted"
+    disk, mode, mounted = sys.argv[1], sys.argv[2], sys.argv[3] == "mounted"
+    directory = f"{disk}/checkpoints"
 
     def state(kilobytes, seed):
         bits = np.random.default_rng(seed).integers(0, 2**32, kilobytes * 256, np.uint32)
@@ -245,7 +307,7 @@ FULL_DISK = textwrap.dedent("""
             broken = state(kilobytes, 2)
             if mounted:
                 free = os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize
-                with open(f"{directory}/filler", "wb") as file:
+                with open(f"{disk}/filler", "wb") as file:
                     file.write(bytes(free - kilobytes * 1024 - 8192))
             else:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -50,7 +50,7 @@ def test_an_error_of_the_disk_is_not_hidden(tmp_path):
 def test_a_folder_with_other_files_is_refused(tmp_path):
     files.check_own_folder(tmp_path / "none", [], "a store")
     (tmp_path / "meta.json").write_text("{}")
-    (tmp_path / "shards.12.partial").mkdir()
+    (tmp_path / "meta.json.0a1b2c3d.partial").mkdir()
     files.check_own_folder(tmp_path, ["meta.json"], "a store")
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"holds thesis.tex, so a store is not written there"):

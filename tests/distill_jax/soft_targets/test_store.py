@@ -226,3 +226,51 @@ def test_more_classes_drawn_than_there_are(tmp_path):
         with pytest.raises(UserError, match=f"k must be 1 to 32768 draws, not {wrong['k']}"):
             write(tmp_path / "none", **wrong)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ({"inputs": [1]}, "examples have inputs, not 'id'"),
+        ({"id": [1], "label": [0]}, "examples have id, label, not 'inputs'"),
+        ({}, "examples have no fields, not 'id'"),
+        ({"id": ["a.png"], "inputs": [1]}, r"array \(1,\) of <U5; expected whole numbers"),
+        ({"id": [1.0], "inputs": [1]}, r"array \(1,\) of float64; expected whole numbers"),
+        ({"id": [[1]], "inputs": [1]}, r"array \(1, 1\) of int64; expected whole numbers"),
+        ({"id": [1], "inputs": [[1], [1, 2]]}, "inputs are no array"),
+        ({"id": [1], "inputs": np.array([None])}, r"an array \(1,\) of object; expected"),
+        ({"id": [1], "inputs": 3}, r"an array \(\) of int64; expected"),
+    ],
+)
+def test_examples_that_can_not_be_joined_are_named(examples, message, whole):
+    with pytest.raises(UserError, match=message):
+        soft_targets.attach(examples, soft_targets.load(whole), 2.0)
+
+
+def test_lists_and_arrays_of_any_library_are_joined(whole):
+    store = soft_targets.load(whole)
+    expected = soft_targets.rows(store, np.array([7, 3]), 2.0)
+    for ids in ([7, 3], jnp.array([7, 3]), np.array([7, 3], np.uint8)):
+        joined = soft_targets.attach({"id": ids, "inputs": [7, 3]}, store, 2.0)
+        for name, field in expected.items():
+            np.testing.assert_array_equal(joined[name], field)
+
+
+def test_digests_are_of_the_bytes_of_any_array():
+    values = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
+    expected = soft_targets.digests(values)
+    for same in (jnp.asarray(values), np.asfortranarray(values)):
+        np.testing.assert_array_equal(soft_targets.digests(same), expected)
+    for other in (
+        values.astype(jnp.bfloat16),
+        values.astype("U3"),
+        values.reshape(2, 2, 1)[:, ::-1],
+    ):
+        found = soft_targets.digests(other)
+        assert found.shape == (2,) and (found != expected).all()
+    assert soft_targets.digests(values[:0]).shape == (0,)
+
+
+def test_the_fingerprint_of_parameters_with_random_keys():
+    one, other = ({"key": jax.random.key(seed), "w": np.zeros(2)} for seed in (0, 1))
+    assert soft_targets.fingerprint(one, {}) != soft_targets.fingerprint(other, {})

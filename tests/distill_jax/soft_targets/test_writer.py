@@ -9,6 +9,7 @@ from stores import BATCH, CLASSES, DIGESTS, SHARD, N, content, joined, never, ti
 
 from distill_jax import losses, soft_targets
 from distill_jax.errors import UserError
+from distill_jax.soft_targets import shard_files
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 1000])
@@ -218,3 +219,99 @@ def test_logits_that_are_none(tmp_path):
         for source, how in ((broken, {}), ([logits, broken], {"mean": "arithmetic"})):
             with pytest.raises(UserError, match="logits are not finite, first for example 20"):
                 write_logits(tmp_path / f"b{len(how)}", source, **how)
+
+
+def test_the_same_call_goes_on_and_other_logits_under_the_same_name_are_refused(tmp_path):
+    random = np.random.default_rng(0)
+    old, new = random.standard_normal((2, N, CLASSES)).astype(np.float32)
+    folder = tmp_path / "store"
+    write_logits(folder, old)
+    before = content(folder)
+    for same in (old, jnp.asarray(old), old.astype(np.float64)):
+        write_logits(folder, same)
+        assert content(folder) == before
+    with pytest.raises(
+        UserError, match=r"made of other logits than these, by .* name 'abc': name an"
+    ):
+        write_logits(folder, new)
+    changed = old.copy()
+    changed[-1, 0] += 1
+    half = tmp_path / "half"
+    write(half, old, shards=[3], probabilities=False)
+    with pytest.raises(UserError, match="made of other logits"):
+        write_logits(half, changed, temperatures=2.0)
+    assert content(folder) == before and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_store_is_replaced_whole_and_only_where_asked(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    old, new = random.standard_normal((2, N, CLASSES)).astype(np.float32)
+    folder = tmp_path / "store"
+    write_logits(folder, old)
+    before = content(folder)
+
+    def stop(done, size):
+        if done > SHARD:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_logits(folder, new, overwrite=True, progress=stop)
+    assert content(folder) == before
+    asked = []
+    monkeypatch.setattr(shard_files, "write", record(asked, shard_files.write))
+    store = write_logits(folder, new, overwrite=True, temperatures=[3.0])
+    assert asked == [2, 3]  # it went on where it was stopped
+    np.testing.assert_array_equal(joined(store, "classes_T3.0")[:, 0], new.argmax(axis=1))
+    after = content(folder)
+    write_logits(folder, new, overwrite=True)
+    assert content(folder) == after and [path.name for path in tmp_path.iterdir()] == ["store"]
+    with pytest.raises(UserError, match="leave shards out"):
+        write(folder, old, probabilities=False, overwrite=True, shards=[0])
+    (folder / "shards" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"holds thesis\.tex"):
+        write_logits(folder, old, overwrite=True)
+    assert (folder / "shards" / "thesis.tex").read_text() == "mine"
+
+
+def record(calls, function):
+    def call(store, number, *more):
+        calls.append(number)
+        return function(store, number, *more)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"ids": [f"img_{i}.png" for i in range(N)]},
+            r"array \(50,\) of <U10; expected whole numb",
+        ),
+        ({"ids": np.arange(N) + 0.5}, r"array \(50,\) of float64; expected whole numbers"),
+        ({"ids": np.arange(2 * N).reshape(N, 2)}, r"array \(50, 2\) of int64; expected whole"),
+        ({"ids": np.zeros(N, int)}, "distinct ids"),
+        ({"digests": jnp.zeros(N, jnp.uint32)}, "uint32; expected uint64 .* JAX cuts numbers"),
+        ({"k": 2.5}, "k is 2.5; expected a whole number"),
+        ({"shard_rows": 0}, "shard_rows is 0; expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"temperatures": "warm"}, "temperatures are 'warm'; expected numbers"),
+        ({"teacher": None}, "teacher is None; expected its fingerprint"),
+        ({"data": {"a": np.zeros(2)}}, "data is .* expected words by name"),
+        ({"source": np.zeros((N, CLASSES), complex)}, "logits are of complex128; expected real"),
+        ({"source": np.zeros((N, 3, CLASSES))}, r"logits are \(50, 3, 12\) for 50 digests"),
+    ],
+)
+def test_what_no_store_can_be_made_of_is_named(changes, message, tmp_path):
+    arguments = {"source": np.zeros((N, CLASSES)), "probabilities": False, "num_classes": None}
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "store", **{**arguments, **changes})
+    assert not (tmp_path / "store").exists()
+
+
+def test_numbers_and_arrays_of_any_library(tmp_path):
+    logits, ids = np.arange(N * CLASSES).reshape(N, CLASSES) % 7, jnp.arange(N)[::-1] - 5
+    how = {"k": np.int64(3), "shard_rows": np.int32(SHARD), "seed": jnp.int32(1)}
+    store = write_logits(tmp_path, logits, ids=ids, temperatures=jnp.float32(3.0), **how)
+    found = soft_targets.rows(store, jnp.array([-5, 44]), np.float32(3.0))["teacher_ids"][:, 0]
+    np.testing.assert_array_equal(found, logits[[49, 0]].argmax(axis=1))
