@@ -35,14 +35,14 @@ def take_rows(examples: Batch, rows: Array) -> Batch:
     return {name: field[rows] for name, field in examples.items()}
 
 
-def count_labels(examples: Mapping[str, Any]) -> int:
-    """The examples in an epoch: all, N."""
-    return examples["label"].shape[0]
+def count_examples(examples: Mapping[str, Any]) -> int:
+    """The examples in an epoch: all, N; read off their labels, or their inputs if they have none."""
+    return examples["label" if "label" in examples else "inputs"].shape[0]
 
 
 def shuffle(examples: Batch, key: Array, steps: int, batch_size: int) -> Array:
     """Each example at most once, in random order: rows int32 `[steps, B]`."""
-    order = jax.random.permutation(key, count_labels(examples))
+    order = jax.random.permutation(key, count_examples(examples))
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
@@ -54,7 +54,7 @@ def make_epoch(
     shard_batch: ShardBatch = lambda batch: batch,
     gather: Gather = take_rows,
     draw: Draw = shuffle,
-    size: Callable[[Batch], int] = count_labels,
+    size: Callable[[Batch], int] = count_examples,
 ) -> Epoch:
     """Builds `run_epoch(state, examples, key, hyper, constants=None) -> (state, metrics)`.
 

@@ -15,6 +15,7 @@ arXiv 2410.10989).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,11 +23,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from distill_jax.errors import UserError
+
 Layer = dict[str, Array]
-"""An output layer: "kernel" `[D, C]` and "bias" `[C]`."""
+"""An output layer: "kernel" `[D, C]` and, if it has one, "bias" `[C]`."""
 
 ChunkLoss = Callable[[Array, Any, Any], Array]
-"""`(logits [b, C] float32, fields of these b examples, constants) -> [b]`."""
+"""`(logits [b, ..., C] float32, fields of these b examples, constants) -> [b, ...]`."""
 
 Over = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Runs a pass on each device's own examples: `sharding.over_data`."""
@@ -46,9 +49,9 @@ def on_one_device(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Outcome(NamedTuple):
-    """The result for B examples.
+    """The result for B examples, or for B sequences of frames.
 
-    values: float32 `[B]`, the loss of each example. predicted: int32 `[B]`, the most probable class.
+    values: float32 `[B, ...]`, the losses. predicted: int32 `[B, ...]`, the most probable classes.
     """
 
     values: Array
@@ -111,6 +114,7 @@ def per_example(
         )
         return *gradients, None, None
 
+    _check(hidden, layer, fields)
     values.defvjp(lambda *arguments: (values(*arguments), arguments), backward)
     return values(hidden, layer, fields, constants)
 
@@ -134,7 +138,8 @@ def mean_loss(
     Args:
         loss: per-example values of logits. Only the gradient in the logits is computed: fields and
             constants count as constants.
-        hidden: `[B, D]`, activations of the last hidden layer; B need not be a multiple of `rows`.
+        hidden: `[B, D]`, activations of the last hidden layer, or `[B, T, D]` of sequences; B need not
+            be a multiple of `rows`.
         layer: float32 or in the dtype of `hidden`. To exclude a class, give it a bias of -inf.
         fields: a tree of arrays `[B, ...]`, such as labels and soft targets.
         constants: a tree of values that all examples share: traced scalars, the layer of a teacher.
@@ -143,6 +148,10 @@ def mean_loss(
 
     Returns:
         The mean, float32, and the outcome, through which no gradient flows.
+
+    Raises:
+        UserError: for a layer that isn't a kernel with or without a bias, or that `hidden` doesn't fit;
+            for a field that isn't of B examples.
 
     Examples:
         >>> import jax
@@ -165,7 +174,8 @@ def mean_loss(
         return jnp.mean(outcome.values), outcome
 
     def forward(*arguments: Any) -> tuple[tuple[Array, Outcome], Any]:
-        weights = jnp.full(len(hidden), 1.0 / len(hidden), jnp.float32)
+        values = jax.eval_shape(functools.partial(_values, loss=loss, rows=rows), *arguments).values
+        weights = jnp.full(values.shape, 1.0 / values.size, jnp.float32)
         run = over(functools.partial(_gradients, loss=loss, rows=rows))
         outcome, gradients = run(*arguments, weights)
         return (jnp.mean(outcome.values), outcome), gradients
@@ -174,6 +184,7 @@ def mean_loss(
         scale, _ = cotangent
         return *jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), None, None
 
+    _check(hidden, layer, fields)
     mean.defvjp(forward, backward)
     return mean(hidden, layer, fields, constants)
 
@@ -187,7 +198,7 @@ def _values(
         logits = _logits(chunk[0], layer)
         return _outcome(loss(logits, chunk[1], constants), logits)
 
-    rows, size = rows or chunk_rows(*hidden.shape), len(hidden)
+    rows, size = _rows(hidden, rows), len(hidden)
     return _joined(jax.lax.map(one, _chunks((hidden, fields), size, rows)), size)
 
 
@@ -209,18 +220,18 @@ def _gradients(
         values, pull_back = jax.vjp(lambda z: loss(z, fields, constants), logits)
         (slope,) = pull_back(weights)
         narrow = slope.astype(hidden.dtype)
-        total = {
-            "kernel": total["kernel"] + _product(hidden.T, narrow),
-            "bias": total["bias"] + jnp.sum(slope, axis=0),
+        terms = {
+            "kernel": _product(_flat(hidden).T, _flat(narrow)),
+            "bias": jnp.sum(_flat(slope), axis=0),
         }
+        total = {name: x + terms[name] for name, x in total.items()}
         back = _product(narrow, layer["kernel"].astype(hidden.dtype).T).astype(hidden.dtype)
         return total, (_outcome(values, logits), back)
 
-    rows, size = rows or chunk_rows(*hidden.shape), len(hidden)
+    rows, size = _rows(hidden, rows), len(hidden)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), layer)
-    total, (outcome, back) = jax.lax.scan(
-        add, zeros, _chunks((hidden, fields, weights), size, rows)
-    )
+    chunks = (*_chunks((hidden, fields), size, rows), _chunks(weights, size, rows, mode="constant"))
+    total, (outcome, back) = jax.lax.scan(add, zeros, chunks)
     total = jax.tree.map(lambda x, like: x.astype(like.dtype), total, layer)
     return _joined(outcome, size), (_joined(back, size), total)
 
@@ -230,21 +241,38 @@ def _outcome(values: Array, logits: Array) -> Outcome:
 
 
 def _logits(hidden: Array, layer: Layer) -> Array:
-    kernel, bias = layer["kernel"].astype(hidden.dtype), layer["bias"].astype(jnp.float32)
-    return _product(hidden, kernel) + bias[None]
+    logits = _product(hidden, layer["kernel"].astype(hidden.dtype))
+    if "bias" not in layer:
+        return logits
+    bias = layer["bias"].astype(jnp.float32)
+    return logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
 
 
 def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _chunks(tree: Any, size: int, rows: int) -> Any:
-    """`[size, ...]` -> `[n, rows, ...]`, the last chunk padded with zeros, whose weight is 0."""
+def _flat(x: Array) -> Array:
+    """`[b, ..., n]` -> `[b ..., n]`."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _rows(hidden: Array, rows: int | None) -> int:
+    """The examples in a chunk, each of which may be a sequence."""
+    *shape, units = hidden.shape
+    return rows or max(1, chunk_rows(math.prod(shape), units) // math.prod(shape[1:]))
+
+
+def _chunks(tree: Any, size: int, rows: int, mode: str = "edge") -> Any:
+    """`[size, ...]` -> `[n, rows, ...]`, the last chunk filled up.
+
+    By repeating the last example, whose loss is as finite as it is; weights with 0 ("constant").
+    """
     rows = min(rows, size)
     padding = -size % rows
 
     def cut(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) if padding else x
+        padded = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1), mode) if padding else x
         return padded.reshape(-1, rows, *x.shape[1:])
 
     return jax.tree.map(cut, tree)
@@ -253,3 +281,34 @@ def _chunks(tree: Any, size: int, rows: int) -> Any:
 def _joined(tree: Any, size: int) -> Any:
     """The inverse of `_chunks`."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], tree)
+
+
+def check_rows(fields: Any, size: int, what: str) -> None:
+    """Raises a UserError naming a field that isn't `[size, ...]` and can't be cut like a batch.
+
+    Examples:
+        >>> from distill_jax import fused_loss
+        >>> fused_loss.check_rows({"label": jnp.zeros(4), "rate": 0.5}, 4, "a batch of")
+        Traceback (most recent call last):
+        ...
+        distill_jax.errors.UserError: a batch of 4 examples, but 'rate' is []; expected [4, ...]: ...
+    """
+    for path, field in jax.tree.leaves_with_path(fields):
+        if jnp.shape(field)[:1] != (size,):
+            name = jax.tree_util.keystr(path, simple=True, separator="/") or "the field"
+            raise UserError(
+                f"{what} {size} examples, but {name!r} is {list(jnp.shape(field))}; expected "
+                f"[{size}, ...]: what isn't of examples belongs in the constants"
+            )
+
+
+def _check(hidden: Array, layer: Layer, fields: Any) -> None:
+    shapes = {name: list(x.shape) for name, x in layer.items()}
+    units, classes = hidden.shape[-1], (shapes.get("kernel") or [0])[-1]
+    fitting = {"kernel": [units, classes], "bias": [classes]}
+    if "kernel" not in shapes or any(shapes[name] != fitting.get(name) for name in shapes):
+        raise UserError(
+            f"an output layer of {shapes} for hidden activations {list(hidden.shape)}; expected "
+            f"a kernel [{units}, C] and, if any, a bias [C]"
+        )
+    check_rows(fields, len(hidden), "the hidden activations are of")

@@ -23,12 +23,12 @@ from distill_jax.train_step import TrainState
 
 Record = dict[str, Any]
 """What is recorded after a unit: "unit" (how many are done), "seconds" of training so far (with those
-before a resumption), "step", "train_loss" and "train_errors" (share of the unit's examples) per
-member, and what `evaluate` measured."""
+before a resumption), "step", "train_loss" (mean of the unit's examples) and "train_errors" (share of
+their known labels; None where none is known) per member, and what `evaluate` measured."""
 
 Advance = Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]
-"""`(state, unit) -> (state, metrics)`, where metrics are sums over batches: "loss", "errors" and
-"count", each `[..., steps]` with a leading member axis where there are members."""
+"""`(state, unit) -> (state, metrics)`, where metrics are sums over batches, those of
+`train_step.make_train_step`, each `[..., steps]` with a leading member axis where there are members."""
 
 
 @processes.stopping_at_boundaries()
@@ -115,7 +115,8 @@ def print_progress(name: str, units: int) -> Callable[[Record], None]:
         text += f", loss {_mean(record['train_loss']):.4f}"
         for key, value in record.items():
             if key not in ("unit", "seconds", "step", "train_loss"):
-                text += f", {key.replace('_', ' ')} {_mean(value):.4g}"
+                shown_value = "none" if None in np.ravel(value) else f"{_mean(value):.4g}"
+                text += f", {key.replace('_', ' ')} {shown_value}"
         if len(started) > 1:
             seconds = (now - started[0]) / (len(started) - 1)
             left = seconds * (units - record["unit"])
@@ -140,7 +141,8 @@ def tensorboard(directory: str | os.PathLike[str]) -> Callable[[Record], None]:
             values = np.ravel(value)
             for member, scalar in enumerate(values):
                 tag = key if len(values) == 1 else f"{key}/{member}"
-                writer.add_scalar(tag, float(scalar), int(np.ravel(record["step"])[0]))
+                if scalar is not None:
+                    writer.add_scalar(tag, float(scalar), int(np.ravel(record["step"])[0]))
         writer.flush()
 
     return write
@@ -169,14 +171,18 @@ def _append(
     unit, step, fetched = pending
     step, fetched = processes.fetch((step, fetched))
     values = {name: np.asarray(value) for name, value in fetched.items()}
-    losses, count = values.pop("loss"), values.pop("count")
+    losses, examples = values.pop("loss"), values.pop("examples")
+    nothing = np.zeros_like(examples)  # of batches without labels
+    errors, known = values.pop("errors", nothing).sum(-1), values.pop("count", nothing).sum(-1)
     _check_finite(losses, np.asarray(step), unit, manager)
     record = {
         "unit": unit,
         "seconds": clock(),  # now that the unit's metrics are here, it is done
         "step": np.asarray(step).tolist(),
-        "train_loss": (losses.sum(-1) / count.sum(-1)).tolist(),
-        "train_errors": (values.pop("errors").sum(-1) / count.sum(-1)).tolist(),
+        "train_loss": (losses.sum(-1) / examples.sum(-1)).tolist(),
+        "train_errors": np.asarray(
+            np.where(known > 0, errors / np.maximum(known, 1), None), object
+        ).tolist(),
         **{name: value.tolist() for name, value in values.items()},
     }
     history.append(record)
@@ -201,7 +207,8 @@ def _check_finite(
         good = "; there is no checkpoint before it"
     raise UserError(
         f"the loss{who} is {losses[bad].flat[0]} at step {int(step.max()) - steps + at} (unit {unit})"
-        f"{good}. A lower learning_rate or a longer warm-up may help"
+        f"{good}. A lower learning_rate or a longer warm-up may help, if the data are sound: labels "
+        "below the number of classes, finite inputs and soft targets"
     )
 
 

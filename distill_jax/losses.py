@@ -5,6 +5,9 @@ accumulated in float32 for every input dtype, bfloat16 too. Probabilities of exa
 +-1e4 give finite values and gradients. To exclude a class, give it a logit of -inf and a soft target of
 0. Soft targets are constants: no gradient flows into the teacher.
 
+A label below 0 is unknown, and has no part. A label of C or more is a mistake: the loss and its gradient
+are NaN, since compiled code can't raise an error.
+
 `temperature` and `hard_weight` may be traced scalars, so that one program can train a sweep of them.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (the paper).
@@ -15,6 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike
+
+from distill_jax.errors import UserError
 
 
 def softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
@@ -96,14 +101,17 @@ def soft_kl(logits: Array, soft_targets: Array, temperature: ArrayLike) -> Array
 
 
 def hard_cross_entropy(logits: Array, labels: Array) -> Array:
-    """Cross-entropy with the correct labels at temperature 1.
+    """Cross-entropy with the correct labels at temperature 1; 0 where a label is unknown.
 
     Args:
         logits: `[..., C]`.
-        labels: int `[...]`, in 0..C-1.
+        labels: int `[...]`, in 0..C-1, or below 0 where unknown.
 
     Returns:
-        `[...]` float32, in nats.
+        `[...]` float32, in nats; NaN for a label of C or more.
+
+    Raises:
+        UserError: for labels of another shape.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -111,14 +119,21 @@ def hard_cross_entropy(logits: Array, labels: Array) -> Array:
         >>> logits = jnp.array([[4.0, 2.0, 0.0], [4.0, 2.0, 0.0]])
         >>> print(losses.hard_cross_entropy(logits, jnp.array([0, 1])))
         [0.143 2.143]
+        >>> print(losses.hard_cross_entropy(logits, jnp.array([-1, 3])))
+        [ 0. nan]
     """
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    _check_labels(labels, logits)
+    known = labels >= 0
+    values = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), jnp.where(known, labels, 0)
+    )
+    return jnp.where(known, values * _valid(labels, logits.shape[-1]), 0.0)
 
 
 def distillation(
     logits: Array,
     soft_targets: Array,
-    labels: Array,
+    labels: Array | None,
     temperature: ArrayLike,
     hard_weight: ArrayLike = 0.0,
     *,
@@ -132,13 +147,16 @@ def distillation(
     Args:
         logits: `[..., C]` of the student; both terms use the same logits.
         soft_targets: `[..., C]` probabilities at `temperature`.
-        labels: int `[...]`; ignored (any value) where `label_known` is false.
+        labels: int `[...]`, below 0 where unknown; None: all are unknown.
         temperature: scalar above 0.
         hard_weight: scalar in 0..1; the paper found a considerably lower weight on labels best.
-        label_known: bool `[...]`; None means that all labels are known.
+        label_known: bool `[...]`; where it is false, a label counts as unknown, whatever its value.
 
     Returns:
-        `[...]` float32.
+        `[...]` float32; NaN for a known label of C or more.
+
+    Raises:
+        UserError: for labels of another shape.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -173,7 +191,8 @@ def top_k_soft_cross_entropy(
 
     Args:
         logits: `[..., C]` of the student.
-        ids: integer `[..., k]`; the probabilities of a class that occurs several times are added.
+        ids: integer `[..., k]`; the probabilities of a class that occurs several times are added. An id
+            below 0 is padding, and its probability must be 0.
         probabilities: `[..., k]` of these classes, or `[..., 1]` for all k, produced at the same
             temperature.
         tail: `[...]`, the probability of all other classes together; it has no effect if k = C.
@@ -181,7 +200,7 @@ def top_k_soft_cross_entropy(
         tail_weights: `[C]`, see `tail_distribution`.
 
     Returns:
-        `[...]` float32, in nats times T^2.
+        `[...]` float32, in nats times T^2; NaN for an id of C or more, or padding with a probability.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -196,8 +215,9 @@ def top_k_soft_cross_entropy(
         [0.928]
     """
     log_q = log_softmax(logits, temperature)
-    named = jax.lax.stop_gradient(probabilities.astype(jnp.float32))
-    log_q_named = jnp.take_along_axis(log_q, ids.astype(jnp.int32), axis=-1)
+    ids, named = named_classes(ids, probabilities)
+    named = jax.lax.stop_gradient(named)
+    log_q_named = jnp.take_along_axis(log_q, jnp.maximum(ids, 0), axis=-1)
     spread = tail_distribution(ids, logits.shape[-1], tail_weights)
     # Multiplied first: without a tail, a class left out by -inf has no part in the sum.
     rest = jax.lax.stop_gradient(tail.astype(jnp.float32))[..., None] * spread
@@ -210,7 +230,7 @@ def top_k_distillation(
     ids: Array,
     probabilities: Array,
     tail: Array,
-    labels: Array,
+    labels: Array | None,
     *,
     temperature: ArrayLike,
     hard_weight: ArrayLike = 0.0,
@@ -244,6 +264,23 @@ def top_k_distillation(
     return _with_labels(soft, logits, labels, hard_weight, label_known)
 
 
+def named_classes(ids: Array, probabilities: Array) -> tuple[Array, Array]:
+    """The k classes of each example as int32 `[..., k]` and their probabilities as float32 `[..., k]`.
+
+    An id below 0 is padding: -1 and 0. One that has a probability is a mistake, which becomes NaN.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import losses
+        >>> ids, named = losses.named_classes(jnp.array([2, -7]), jnp.array([0.5, 0.0]))
+        >>> print(ids, named)
+        [ 2 -1] [0.5 0. ]
+    """
+    ids = jnp.maximum(ids.astype(jnp.int32), -1)
+    named = jnp.broadcast_to(probabilities.astype(jnp.float32), ids.shape)
+    return ids, jnp.where((ids >= 0) | (named == 0), named, jnp.nan)
+
+
 def tail_distribution(ids: Array, num_classes: int, tail_weights: Array | None = None) -> Array:
     """How the other classes share the probability that an example's k classes do not have.
 
@@ -251,13 +288,14 @@ def tail_distribution(ids: Array, num_classes: int, tail_weights: Array | None =
     are summed directly: their sum as a difference would be lost to rounding where the k have most of it.
 
     Args:
-        ids: integer `[..., k]`.
+        ids: integer `[..., k]`; those below 0 are padding.
         num_classes: C.
         tail_weights: `[C]`, at least 0 and with any sum, such as the teacher's mean distribution; None
             for equal shares.
 
     Returns:
-        `[..., C]` float32 with sum 1; all 0 where no other class has a weight (k = C).
+        `[..., C]` float32 with sum 1; all 0 where no other class has a weight (k = C), NaN for an id of
+        C or more.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -269,11 +307,14 @@ def tail_distribution(ids: Array, num_classes: int, tail_weights: Array | None =
     weights = jnp.broadcast_to(weights, (*ids.shape[:-1], num_classes)).astype(jnp.float32)
     # Vectorised over examples, so that XLA sees that it needs no ids of other devices.
     other_than = jnp.vectorize(
-        lambda k: jnp.ones(num_classes, bool).at[k].set(False), signature="(k)->(c)"
+        lambda k: jnp.ones(num_classes, bool).at[k].set(False, mode="drop"), signature="(k)->(c)"
     )
-    weights = jax.lax.stop_gradient(jnp.where(other_than(ids.astype(jnp.int32)), weights, 0.0))
+    ids = ids.astype(jnp.int32)
+    beyond = jnp.any(ids >= num_classes, axis=-1, keepdims=True)
+    others = other_than(jnp.where(ids >= 0, ids, num_classes))  # a negative index would wrap
+    weights = jax.lax.stop_gradient(jnp.where(others, weights, 0.0))
     remaining = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(remaining > 0, remaining, 1.0)
+    return weights / jnp.where(beyond, jnp.nan, jnp.where(remaining > 0, remaining, 1.0))
 
 
 def label_modified(
@@ -288,12 +329,15 @@ def label_modified(
 
     Args:
         soft_targets: `[..., C]` probabilities.
-        labels: int `[...]`; ignored where `label_known` is false.
+        labels: int `[...]`; where one is below 0, unknown, the soft targets stay as they are.
         weight: scalar in 0..1.
-        label_known: bool `[...]`; None means that all labels are known.
+        label_known: as for `distillation`.
 
     Returns:
-        `[..., C]` float32 probabilities.
+        `[..., C]` float32 probabilities; NaN for a known label of C or more.
+
+    Raises:
+        UserError: for labels of another shape.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -302,8 +346,11 @@ def label_modified(
         [0.3 0.65 0.05]
     """
     targets, weight = soft_targets.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
+    labels = _known_labels(labels, label_known)
+    _check_labels(labels, targets)
+    valid = _valid(labels, targets.shape[-1])[..., None]
     mixed = (1.0 - weight) * targets + weight * jax.nn.one_hot(labels, targets.shape[-1])
-    return mixed if label_known is None else jnp.where(label_known[..., None], mixed, targets)
+    return jnp.where((labels >= 0)[..., None], mixed * valid, targets)
 
 
 def logit_matching(logits: Array, teacher_logits: Array, zero_mean: bool = False) -> Array:
@@ -343,19 +390,38 @@ def logit_matching(logits: Array, teacher_logits: Array, zero_mean: bool = False
 def _with_labels(
     soft: Array,
     logits: Array,
-    labels: Array,
+    labels: Array | None,
     hard_weight: ArrayLike,
     label_known: Array | None,
 ) -> Array:
     """The weighted average of a soft objective `[...]` and the cross-entropy with the labels."""
     hard_weight = jnp.asarray(hard_weight, jnp.float32)
-    known = jnp.ones(labels.shape, bool) if label_known is None else label_known
+    soft = (1.0 - hard_weight) * soft
+    if labels is None:
+        return soft
+    labels = _known_labels(labels, label_known)
+    hard = hard_cross_entropy(logits, labels)
     # `where`, not a product: the loss of a class that is left out is inf, and 0 * inf is NaN.
-    weight = jnp.where(known, hard_weight, 0.0)
-    hard = hard_cross_entropy(logits, jnp.where(known, labels, 0))
-    return (1.0 - hard_weight) * soft + jnp.where(weight > 0, weight * hard, 0.0)
+    return soft + jnp.where((labels >= 0) & (hard_weight > 0), hard_weight * hard, 0.0)
+
+
+def _known_labels(labels: Array, label_known: Array | None) -> Array:
+    return labels if label_known is None else jnp.where(label_known, labels.astype(jnp.int32), -1)
+
+
+def _check_labels(labels: Array, logits: Array) -> None:
+    if labels.shape != logits.shape[:-1]:
+        raise UserError(
+            f"labels are {list(labels.shape)} for logits or soft targets {list(logits.shape)}; "
+            f"expected {list(logits.shape[:-1])}"
+        )
+
+
+def _valid(labels: Array, num_classes: int) -> Array:
+    """1 for a label below C, else NaN: a factor, so that the gradient becomes NaN too."""
+    return jnp.where(labels < num_classes, 1.0, jnp.nan)
 
 
 def _expected_log(probabilities: Array, log_q: Array) -> Array:
-    """`sum_i p_i log q_i` where 0 * -inf counts as 0, in the gradient too."""
-    return jnp.sum(probabilities * jnp.where(probabilities > 0, log_q, 0.0), axis=-1)
+    """`sum_i p_i log q_i` where 0 * -inf counts as 0, in the gradient too; NaN where a p_i is."""
+    return jnp.sum(probabilities * jnp.where(probabilities == 0, 0.0, log_q), axis=-1)

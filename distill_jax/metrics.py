@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
+from distill_jax.errors import UserError
+
 
 def error_counts(logits: Array, labels: Array) -> dict[str, Array]:
     """`prediction_counts` of the most probable classes.
@@ -23,24 +25,32 @@ def error_counts(logits: Array, labels: Array) -> dict[str, Array]:
 
 
 def prediction_counts(predicted: Array, labels: Array) -> dict[str, Array]:
-    """Counts errors and examples.
+    """Counts known labels, and the errors among them.
 
     Args:
         predicted: int `[...]`, classes.
-        labels: int `[...]`; a label of -1 is unknown and never counts as an error.
+        labels: int `[...]`; one below 0 is unknown, and not counted.
 
     Returns:
         `{"errors", "count"}`, int32 scalars.
+
+    Raises:
+        UserError: for labels of another shape.
 
     Examples:
         >>> import jax.numpy as jnp
         >>> from distill_jax import metrics
         >>> counts = metrics.prediction_counts(jnp.array([0, 1, 2]), jnp.array([0, 0, -1]))
         >>> print(counts["errors"], counts["count"])
-        1 3
+        1 2
     """
-    wrong = (predicted.astype(labels.dtype) != labels) & (labels >= 0)
+    if predicted.shape != labels.shape:
+        raise UserError(
+            f"labels are {list(labels.shape)} for predictions {list(predicted.shape)}; expected one each"
+        )
+    known = labels >= 0
+    wrong = (predicted.astype(labels.dtype) != labels) & known
     return {
         "errors": jnp.sum(wrong, dtype=jnp.int32),
-        "count": jnp.asarray(wrong.size, jnp.int32),
+        "count": jnp.sum(known, dtype=jnp.int32),
     }

@@ -23,14 +23,17 @@ Activation = Callable[[Array], Array]
 
 
 class Model(NamedTuple):
-    """A network without state.
+    """A network without mutable state: what `apply` changes besides its result is lost.
+
+    So the running statistics of BatchNorm are not kept: in evaluation mode they are those of `init`.
+    Take a norm that needs none, such as LayerNorm or GroupNorm.
 
     init: `(key, inputs [B, ...]) -> params`; only the inputs' shape matters.
     apply: `(params, inputs [B, ...], dropout_key=None) -> logits [B, C]` float32. Without a key
         nothing is dropped.
     hidden: the same arguments -> the last hidden layer's activations `[B, D]`, which the layer
-        `params["output"]` makes the logits of, for losses fused with it (`large_output`). None where
-        there is no such layer.
+        "output" of the params (or `train_step.Fused.output`) makes the logits of, for losses fused with
+        it (`fused_loss`). None where there is no such layer.
     description: JSON from which `build` makes the same model again; "" for a model of your own.
     """
 
@@ -71,6 +74,9 @@ def mlp(
         activation: of the hidden layers.
         output_scale: on the standard deviation of the output layer's first weights. Where few units
             serve a thousand classes, a small one shortens the plateau that training begins with.
+
+    Raises:
+        UserError: when applied, for inputs that are neither uint8 nor floating point.
     """
     return _as_model(
         _MLP(
@@ -112,7 +118,7 @@ def conv_trunk(
 
     Raises:
         UserError: if there aren't as many strides as channels, or one is odd or below 1; when applied,
-            for images whose sides the strides don't divide.
+            for images whose sides the strides don't divide, and as `mlp`.
     """
     if len(channels) != len(strides) or any(s < 1 or s % 2 for s in strides):
         raise UserError(
@@ -310,8 +316,13 @@ def patches(x: Array, stride: int) -> Array:
 
 
 def _from_bytes(x: Array, dtype: Any, scaling: tuple[float, float]) -> Array:
-    if x.dtype != jnp.uint8:
+    if jnp.issubdtype(x.dtype, jnp.floating):
         return x.astype(dtype)
+    if x.dtype != jnp.uint8:
+        raise UserError(
+            f"inputs are {x.dtype}; expected uint8, which are scaled, or floating point, which are "
+            "taken as they are: convert them to one of the two"
+        )
     zero, unit = scaling
     return (x.astype(dtype) - zero) / unit
 

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-OUTPUT_LAYER = "output"  # the name of the softmax layer in every model of distill_jax.models
+from distill_jax import layers
 
 
 def sgd(
-    schedule: optax.Schedule, momentum: float = 0.9, max_norm: float = 0.0
+    schedule: optax.Schedule,
+    momentum: float = 0.9,
+    max_norm: float = 0.0,
+    output: str = layers.OUTPUT,
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic gradient descent with Nesterov momentum.
 
@@ -24,6 +27,10 @@ def sgd(
         schedule: step -> factor on `learning_rate`, such as `cosine(...)`.
         momentum: decay of the gradient trace, 0..1.
         max_norm: if above 0, the limit on the L2 norm of a hidden unit's incoming weights.
+        output: the name of the softmax layer, which is not limited, at any depth of the parameters.
+
+    Raises:
+        UserError: from `init`, if there is a limit and no layer of that name.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -37,11 +44,13 @@ def sgd(
         >>> print(optax.apply_updates(params, updates)["w"])
         [0.95 2.1 ]
     """
-    return _chain(optax.trace(momentum, nesterov=True), schedule, max_norm)
+    return _chain(optax.trace(momentum, nesterov=True), schedule, max_norm, output)
 
 
-def adam(schedule: optax.Schedule, max_norm: float = 0.0) -> optax.GradientTransformationExtraArgs:
-    """Adam with optax's defaults; arguments as for `sgd`.
+def adam(
+    schedule: optax.Schedule, max_norm: float = 0.0, output: str = layers.OUTPUT
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with optax's defaults; arguments and errors as for `sgd`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -54,11 +63,11 @@ def adam(schedule: optax.Schedule, max_norm: float = 0.0) -> optax.GradientTrans
         >>> print(updates["w"])
         [-0.1 -0.1]
     """
-    return _chain(optax.scale_by_adam(), schedule, max_norm)
+    return _chain(optax.scale_by_adam(), schedule, max_norm, output)
 
 
 def dropout_2012(
-    steps_per_epoch: int, max_norm: float = 15.0**0.5
+    steps_per_epoch: int, max_norm: float = 15.0**0.5, output: str = layers.OUTPUT
 ) -> optax.GradientTransformationExtraArgs:
     """The recipe of Hinton et al. 2012 (arXiv 1207.0580, appendix A), the paper's reference [5].
 
@@ -69,6 +78,10 @@ def dropout_2012(
     Args:
         steps_per_epoch: batches in an epoch.
         max_norm: as for `sgd`. The recipe's limit of 15 is on the *squared* norm, hence the root.
+        output: as for `sgd`.
+
+    Raises:
+        UserError: as `sgd`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -98,10 +111,12 @@ def dropout_2012(
         epoch = state.steps.astype(jnp.float32) / steps_per_epoch
         momentum = jnp.minimum(0.5 + epoch / 500.0 * (0.99 - 0.5), 0.99)
         rate = (1.0 - momentum) * learning_rate * 0.998**epoch
-        trace = jax.tree.map(lambda v, g: momentum * v - rate * g, state.trace, grads)
-        return trace, _MomentumState(state.steps + 1, trace)
+        trace = jax.tree.map(lambda v, g: momentum * _wide(v) - rate * _wide(g), state.trace, grads)
+        kept = jax.tree.map(lambda v, old: v.astype(old.dtype), trace, state.trace)
+        return trace, _MomentumState(state.steps + 1, kept)
 
-    return optax.chain(optax.GradientTransformationExtraArgs(init, update), _hidden_only(max_norm))
+    moved = optax.GradientTransformationExtraArgs(init, update)
+    return optax.chain(moved, _hidden_only(max_norm, output))
 
 
 def limit_incoming_weights(max_norm: float) -> optax.GradientTransformation:
@@ -126,10 +141,10 @@ def limit_incoming_weights(max_norm: float) -> optax.GradientTransformation:
     def project(update: Array, kernel: Array) -> Array:
         if kernel.ndim != 2:
             return update
-        moved = kernel + update
+        moved = _wide(kernel) + _wide(update)
         # 1e-12 avoids 0 / 0 for a unit whose weights are all zero.
         length = jnp.sqrt(jnp.sum(jnp.square(moved), axis=0, keepdims=True) + 1e-12)
-        return moved * jnp.minimum(1.0, max_norm / length) - kernel
+        return moved * jnp.minimum(1.0, max_norm / length) - _wide(kernel)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -174,9 +189,8 @@ def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransforma
     ) -> tuple[optax.Updates, optax.OptState]:
         assert isinstance(state, optax.ScaleByScheduleState)
         rate = -learning_rate * schedule(state.count)
-        return jax.tree.map(lambda u: rate * u, updates), optax.ScaleByScheduleState(
-            count=state.count + 1
-        )
+        scaled = jax.tree.map(lambda u: rate * _wide(u), updates)
+        return scaled, optax.ScaleByScheduleState(count=state.count + 1)
 
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32)), update
@@ -189,16 +203,26 @@ class _MomentumState(NamedTuple):
 
 
 def _chain(
-    direction: optax.GradientTransformation, schedule: optax.Schedule, max_norm: float
+    direction: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    max_norm: float,
+    output: str,
 ) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(direction, scale_by_learning_rate(schedule), _hidden_only(max_norm))
+    return optax.chain(direction, scale_by_learning_rate(schedule), _hidden_only(max_norm, output))
 
 
-def _hidden_only(max_norm: float) -> optax.GradientTransformation:
+def _hidden_only(max_norm: float, output: str) -> optax.GradientTransformation:
     """`limit_incoming_weights` for all layers but the softmax layer; no limit for `max_norm` 0."""
     if max_norm <= 0:
         return optax.identity()
-    return optax.masked(
-        limit_incoming_weights(max_norm),
-        lambda params: {name: name != OUTPUT_LAYER for name in params},
-    )
+
+    def is_hidden(params: optax.Params) -> optax.Params:
+        layers.check(params, output)
+        return jax.tree.map_with_path(lambda path, _: output not in layers.names(path), params)
+
+    return optax.masked(limit_incoming_weights(max_norm), is_hidden)
+
+
+def _wide(x: Array) -> Array:
+    """In float32 at least: updates of narrow parameters are rounded once, when they are added."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -19,11 +19,10 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from distill_jax import processes
+from distill_jax import layers, processes
 from distill_jax.epochs import Epoch
 from distill_jax.errors import UserError
 from distill_jax.fused_loss import on_one_device
-from distill_jax.optimizers import OUTPUT_LAYER
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
 AXES = ("member", "data", "model")
@@ -69,11 +68,12 @@ def state_shardings(state: TrainState, mesh: Mesh, *leading: str) -> TrainState:
         A NamedSharding for each leaf.
 
     Raises:
-        UserError: for a hidden layer that "model" doesn't divide.
+        UserError: for a hidden layer that "model" doesn't divide; if "model" has several devices, and
+            no layer can be split over them.
     """
     paths = [path for path, _ in jax.tree.leaves_with_path(state)]
     hidden = len({_layer_of(path)[0] for path in paths if _layer_of(path)[0].startswith("hidden_")})
-    depths = {OUTPUT_LAYER: 0, **{f"hidden_{i}": hidden - i for i in range(hidden)}}
+    depths = {layers.OUTPUT: 0, **{f"hidden_{i}": hidden - i for i in range(hidden)}}
 
     def sharding(path: tuple[Any, ...], leaf: Array) -> NamedSharding:
         layer, weights = _layer_of(path)
@@ -82,7 +82,13 @@ def state_shardings(state: TrainState, mesh: Mesh, *leading: str) -> TrainState:
             split = _split_layer(layer, depths[layer], weights, leaf.shape, mesh.shape["model"])
         return NamedSharding(mesh, PartitionSpec(*leading, *split))
 
-    return jax.tree.map_with_path(sharding, state)
+    found = jax.tree.map_with_path(sharding, state)
+    if mesh.shape["model"] > 1 and not any("model" in one.spec for one in jax.tree.leaves(found)):
+        raise UserError(
+            f"mesh.model is {mesh.shape['model']}, but no layer can be split over it: only layers named "
+            f"{layers.OUTPUT!r} and 'hidden_0', 'hidden_1', ... are split, if it divides their units"
+        )
+    return found
 
 
 def compile_step(step: TrainStep, mesh: Mesh, state: TrainState) -> TrainStep:
@@ -124,7 +130,7 @@ def compile_pmap_step(step: TrainStep) -> TrainStep:
     def run(
         state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
     ) -> tuple[TrainState, dict[str, Array]]:
-        check_divides(batch["label"].shape[0], count, "the batch size", "devices")
+        check_divides(len(batch["inputs"]), count, "the batch size", "devices")
         cut = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
         return mapped(state, cut, key, hyper, constants)
 
@@ -376,7 +382,7 @@ def _split_layer(
         return ()
     size = shape[-1] if by_units else shape[-2]
     if size % parts:
-        if layer == OUTPUT_LAYER:
+        if layer == layers.OUTPUT:
             return ()
         raise UserError(
             f"{layer} has {size} {'units' if by_units else 'inputs'}, which don't divide over {parts} "

@@ -16,15 +16,15 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import fused_loss, losses, metrics, soft_targets
+from distill_jax import fused_loss, layers, losses, metrics, soft_targets
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
-from distill_jax.optimizers import OUTPUT_LAYER
 
 Batch = dict[str, Any]
-"""Fields of B examples: "id" [B], "inputs" [B, ...], "label" int32 [B]; by need "label_known" bool
-[B] and "teacher_logits" float32 [B, C]; or "teacher_ids" uint [B, k], "teacher_probabilities" [B, k]
-(or [B, 1] for all k) and "teacher_tail" float32 [B]; or "teacher_hidden" [B, M, D]."""
+"""Fields of B examples: "id" [B], "inputs" [B, ...], "label" int32 [B], below 0 where unknown (see
+`known_labels`); by need "label_known" bool [B] and "teacher_logits" float32 [B, C]; or "teacher_ids"
+uint [B, k], "teacher_probabilities" [B, k] (or [B, 1] for all k) and "teacher_tail" float32 [B]; or
+"teacher_hidden" [B, M, D]. Soft targets need no labels."""
 
 Constants = Any
 """A tree of arrays that are the same for all examples, such as {"teacher": parameters}. Traced, so that
@@ -42,14 +42,16 @@ Transform = Callable[[Batch, Array, Constants], Batch]
 
 
 class Fused(NamedTuple):
-    """A loss that the step computes together with the output layer, without `[B, C]` (`large_output`).
+    """A loss that the step computes together with the output layer, without `[B, C]` (`fused_loss`).
 
-    loss: of logits. rows and over: as for `fused_loss.mean_loss`.
+    loss: of logits. rows and over: as for `fused_loss.mean_loss`. output: the name of the output layer
+    in the model's params, at any depth.
     """
 
     loss: Loss
     rows: int | None = None
     over: fused_loss.Over = fused_loss.on_one_device
+    output: str = layers.OUTPUT
 
 
 class TrainState(NamedTuple):
@@ -102,20 +104,23 @@ def make_train_step(
     Args:
         model: trained with dropout; `loss` sees its logits.
         optimizer: from `distill_jax.optimizers`; receives `hyper["learning_rate"]`.
-        loss: per-example values; the step minimises their mean over the whole batch. `Fused` for very
-            many classes.
+        loss: per-example values; the step minimises their mean over the whole batch. They must not be
+            divided by sums over the batch, such as that of a mask: a micro-batch or a device has another
+            sum. `Fused` for very many classes.
         transforms: applied to the batch in turn, each with a key of its own.
         micro_batches: parts into which the batch is cut to save memory; the gradient is their mean.
         axis_name: the mapped axis to average over when the step runs under `pmap` or `shard_map`;
             None in the global view of `jit`, where the mean is already over all devices.
 
     Returns:
-        The step; its metrics are sums over the batch: "loss" float32, "errors" and "count" int32.
+        The step; its metrics are sums over the batch: "loss" float32 and "examples" int32; "errors" and
+        "count", of known labels, int32, if the batch has labels.
 
     Raises:
-        UserError: for a fused loss of a model without `hidden`.
+        UserError: for a fused loss of a model without `hidden`. When called, for what the batch lacks,
+            and for micro-batches of a field that is not `[B, ...]`.
     """
-    mean_loss = _fused_mean(model, loss) if isinstance(loss, Fused) else _dense_mean(model, loss)
+    mean_loss = _mean(model, loss)
 
     def gradient(params: Params, batch: Batch, key: Array, shared: tuple[Hyper, Constants]):
         (_, sums), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key, shared)
@@ -127,9 +132,7 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         if axis_name is not None:  # every device draws its own dropout masks and shifts
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        dropout_key, *transform_keys = jax.random.split(key, 1 + len(transforms))
-        for transform, transform_key in zip(transforms, transform_keys, strict=True):
-            batch = transform(batch, transform_key, constants)
+        batch, dropout_key = _transform(transforms, batch, key, constants)
         own_gradient = functools.partial(gradient, state.params, shared=(hyper, constants))
         if micro_batches == 1:
             grads, sums = own_gradient(batch, dropout_key)
@@ -146,53 +149,112 @@ def make_train_step(
     return step
 
 
-def _dense_mean(model: Model, loss: Loss):
+def make_loss_step(
+    model: Model, loss: Loss | Fused, *, transforms: Sequence[Transform] = ()
+) -> TrainStep:
+    """Builds a step that changes nothing and measures the loss, the model in evaluation mode.
+
+    Arguments, metrics and errors as for `make_train_step`.
+    """
+    mean_loss = _mean(model, loss)
+
+    def step(
+        state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
+    ) -> tuple[TrainState, dict[str, Array]]:
+        batch, _ = _transform(transforms, batch, key, constants)
+        return state, mean_loss(state.params, batch, None, (hyper, constants))[1]
+
+    return step
+
+
+def _transform(
+    transforms: Sequence[Transform], batch: Batch, key: Array, constants: Constants
+) -> tuple[Batch, Array]:
+    """The batch with all transforms applied, and a key for dropout."""
+    dropout_key, *keys = jax.random.split(key, 1 + len(transforms))
+    for transform, transform_key in zip(transforms, keys, strict=True):
+        batch = transform(batch, transform_key, constants)
+    return batch, dropout_key
+
+
+def _mean(model: Model, loss: Loss | Fused) -> Any:
+    """`(params, batch, dropout key, (hyper, constants)) -> (mean loss, the step's metrics)`."""
+    return _fused_mean(model, loss) if isinstance(loss, Fused) else _dense_mean(model, loss)
+
+
+def _dense_mean(model: Model, loss: Loss) -> Any:
     def mean_loss(params: Params, batch: Batch, key: Array, shared: tuple[Hyper, Constants]):
-        logits = model.apply(params, batch["inputs"], dropout_key=key)
+        logits = model.apply(params, _inputs(batch), dropout_key=key)
         values = loss(logits, batch, *shared)
-        sums = {"loss": jnp.sum(values), **metrics.error_counts(logits, batch["label"])}
-        return jnp.mean(values), sums
+        return jnp.mean(values), _sums(values, jnp.argmax(logits, axis=-1), batch)
 
     return mean_loss
 
 
-def _fused_mean(model: Model, fused: Fused):
+def _fused_mean(model: Model, fused: Fused) -> Any:
     hidden_of = model.hidden
     if hidden_of is None:
         raise UserError(
             "a loss can't be fused with the output layer of a model without `hidden`: give it one, "
-            "which makes the activations that params['output'] takes"
+            f"which makes the activations that the layer {fused.output!r} takes"
         )
 
     def loss(logits: Array, fields: Batch, shared: tuple[Hyper, Constants]) -> Array:
         return fused.loss(logits, fields, *shared)
 
     def mean_loss(params: Params, batch: Batch, key: Array, shared: tuple[Hyper, Constants]):
-        hidden = hidden_of(params, batch["inputs"], dropout_key=key)
+        hidden = hidden_of(params, _inputs(batch), dropout_key=key)
         # A loss of logits has no use for the inputs, and they need not be cut into chunks.
         fields = {name: field for name, field in batch.items() if name != "inputs"}
         mean, (values, predicted) = fused_loss.mean_loss(
             loss,
             hidden,
-            params[OUTPUT_LAYER],
+            layers.find(params, fused.output),
             fields,
             shared,
             rows=fused.rows,
             over=fused.over,
         )
-        counts = metrics.prediction_counts(predicted, batch["label"])
-        return mean, {"loss": jnp.sum(values), **counts}
+        return mean, _sums(values, predicted, batch)
 
     return mean_loss
 
 
+def _sums(values: Array, predicted: Array, batch: Batch) -> dict[str, Array]:
+    """The step's metrics."""
+    labels = known_labels(batch)
+    counts = {} if labels is None else metrics.prediction_counts(predicted, labels)
+    return {
+        "loss": jnp.sum(values),
+        "examples": jnp.asarray(values.size, jnp.int32),
+        **counts,
+    }
+
+
 def make_eval_step(model: Model) -> Callable[[Params, Batch], dict[str, Array]]:
-    """Builds `evaluate(params, batch) -> {"errors", "count"}`, the model in evaluation mode."""
+    """Builds `evaluate(params, batch) -> {"errors", "count"}`, the model in evaluation mode.
+
+    The count is of known labels.
+    """
 
     def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
-        return metrics.error_counts(model.apply(params, batch["inputs"]), batch["label"])
+        return metrics.error_counts(model.apply(params, _inputs(batch)), _labels(batch))
 
     return evaluate
+
+
+def known_labels(batch: Batch) -> Array | None:
+    """The batch's "label", -1 where "label_known" is false; None if it has no labels.
+
+    Examples:
+        >>> batch = {"label": jnp.array([2, 0, -1]), "label_known": jnp.array([True, False, True])}
+        >>> print(known_labels(batch), known_labels({}))
+        [ 2 -1 -1] None
+    """
+    labels, known = batch.get("label"), batch.get("label_known")
+    if labels is None or known is None:
+        return labels
+    return jnp.where(known, labels.astype(jnp.int32), -1)
 
 
 def online_teacher(apply: Callable[[Params, Array], Array]) -> Transform:
@@ -230,16 +292,17 @@ def online_teacher_hidden(hidden: Callable[[Params, Array], Array]) -> Transform
 
 
 def label_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
-    """Cross-entropy with the labels: teachers and baselines. A label of -1 is unknown, and adds 0."""
-    known = batch["label"] >= 0
-    values = losses.hard_cross_entropy(logits, jnp.where(known, batch["label"], 0))
-    return jnp.where(known, values, 0.0)
+    """Cross-entropy with the labels: teachers and baselines. An unknown label adds 0."""
+    return losses.hard_cross_entropy(logits, _labels(batch))
 
 
 def distillation_loss(
     logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
 ) -> Array:
-    """The paper's objective at `hyper["temperature"]` and `hyper["hard_weight"]`."""
+    """The paper's objective at `hyper["temperature"]` and `hyper["hard_weight"]`.
+
+    Where labels are unknown, or the batch has none, it is the soft term alone, with the same weight.
+    """
     targets = losses.softmax(_teacher_logits(batch), hyper["temperature"])
     return _distillation(logits, targets, batch, hyper)
 
@@ -265,10 +328,9 @@ def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
             ids,
             probabilities,
             tail,
-            batch["label"],
+            known_labels(batch),
             temperature=hyper["temperature"],
             hard_weight=hyper["hard_weight"],
-            label_known=batch.get("label_known"),
             tail_weights=weights,
         )
 
@@ -302,9 +364,8 @@ def label_modified_loss(
     temperature = hyper["temperature"]
     targets = losses.label_modified(
         losses.softmax(_teacher_logits(batch), temperature),
-        batch["label"],
+        _labels(batch),
         hyper["hard_weight"],
-        label_known=batch.get("label_known"),
     )
     return losses.soft_cross_entropy(logits, targets, temperature)
 
@@ -318,13 +379,19 @@ def logit_matching_loss(
 
 def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> Array:
     return losses.distillation(
-        logits,
-        targets,
-        batch["label"],
-        hyper["temperature"],
-        hyper["hard_weight"],
-        label_known=batch.get("label_known"),
+        logits, targets, known_labels(batch), hyper["temperature"], hyper["hard_weight"]
     )
+
+
+def _inputs(batch: Batch) -> Array:
+    return _take(batch, ("inputs",), "the batch has", "the model is applied to that field")[0]
+
+
+def _labels(batch: Batch) -> Array:
+    _take(batch, ("label",), "the batch has", "this loss or evaluation reads it")
+    labels = known_labels(batch)
+    assert labels is not None
+    return labels
 
 
 def _teacher_logits(batch: Batch) -> Array:
@@ -343,9 +410,10 @@ def _take(fields: Any, names: Sequence[str], what: str, how: str) -> tuple[Any, 
 
 def _accumulate(gradient: Any, parts: int, batch: Batch, key: Array) -> tuple[Params, Any]:
     """The mean gradient and summed metrics of `parts` equal parts of the batch, one at a time."""
-    size = batch["label"].shape[0]
+    size = _inputs(batch).shape[0]
     if size % parts:
         raise UserError(f"a batch of {size} can't be cut into {parts} equal micro-batches")
+    fused_loss.check_rows(batch, size, "micro-batches are cut from a batch of")
     # Every parts-th example: a piece has some of each device, where a run of them would be sent about.
     pieces = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0), batch

@@ -6,6 +6,7 @@ trains nothing again.
 """
 
 import dataclasses
+import functools
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from distill_jax import (
     optimizers,
     processes,
     sharding,
+    train_checks,
     train_step,
 )
 from distill_jax.data.stream import Block, make_advance
@@ -81,7 +83,7 @@ class Reader(NamedTuple):
     gather: epochs.Gather
     count_errors: Callable[[Model, Params, Batch], Array]
     draw: epochs.Draw = epochs.shuffle
-    size: Callable[[Any], int] = epochs.count_labels
+    size: Callable[[Any], int] = epochs.count_examples
 
 
 PLAIN = Reader(
@@ -142,7 +144,8 @@ def train(
             (`nets.save`). Nets that are finished there are read, and nothing is trained.
         model: of all members.
         examples: for all members, or each member's own (fields that are the same object or have the same
-            values are kept once); or a stream, whose blocks come in one order for all.
+            values are kept once); or a stream, whose blocks come in one order for all. A "label" is a
+            class of the model, or below 0 where unknown; a loss of soft targets needs none.
         loss: of `distill_jax.train_step`.
         recipe: how.
         keys: `[M]`, of initial weights, the order of examples and dropout. Equal keys, equal nets.
@@ -162,8 +165,9 @@ def train(
         The nets, parameters as arrays of NumPy.
 
     Raises:
-        UserError: for sizes that don't fit each other, a loss that is not finite, a folder with nets of
-            another config; see `loop.fit` and `checkpoints`.
+        UserError: for sizes that don't fit each other, a label beyond the model's classes, an
+            evaluation set without known labels, a loss that is not finite, a folder with nets of another
+            config; see `loop.fit` and `checkpoints`.
         Stopped: if the run was asked to stop, after saving.
     """
     directory = files.local_path(directory)
@@ -174,24 +178,27 @@ def train(
     plan = _cut(recipe, sets, reader, name)
     sample = _sample_input(sets, reader.gather)
     classes = _num_classes(model, sample)
+    sets = _checked(sets, classes, name)
+    train_checks.check_evaluation(evaluation, classes, name)
     optimizer = recipe.optimizer(plan.steps, recipe.epochs)
+    objective = _fuse(recipe, model, loss, classes, mesh)
     step = train_step.make_train_step(
         model,
         optimizer,
-        _fuse(recipe, model, loss, classes, mesh),
+        objective,
         transforms=recipe.transforms,
         micro_batches=recipe.micro_batches,
     )
     init_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     states = _start(model, optimizer, mesh, init_keys if start is None else start, sample)
     shared = (train_keys, _numbers(hyper, len(keys)), _stack(constants))
-    advance = _advance(recipe, step, mesh, sets, reader=reader, shared=shared)
+    advance_of = functools.partial(_advance, mesh=mesh, examples=sets, shared=shared)
     best = BEST if BEST in evaluation else None
     if selection == "validation" and best is None:
         raise UserError("selection is 'validation', but no validation set is held out")
     with checkpoints.open_dir(directory / "checkpoints", best) as manager:
         states, history = loop.fit(
-            advance,
+            advance_of(recipe, step, reader=reader),
             states,
             plan.units,
             evaluate=_evaluator(model, evaluation, reader, mesh),
@@ -201,6 +208,12 @@ def train(
             on_record=_recorders(name, plan.units, directory),
         )
         seconds = history[-1]["seconds"]
+        if not model.description:
+            loss_step = train_step.make_loss_step(model, objective, transforms=recipe.transforms)
+            one_batch = reader._replace(size=lambda examples: recipe.batch_size)
+            measure = advance_of(recipe, loss_step, reader=one_batch)
+            states, sums = processes.serialize_on_cpu(measure(states, 0))
+            train_checks.compare_losses(history[-1], processes.fetch(sums), name)
         if selection == "validation":
             chosen = checkpoints.restore_best(manager, states, BEST)
             assert chosen is not None
@@ -292,12 +305,27 @@ def _numbers(hyper: Mapping[str, ArrayLike], count: int) -> dict[str, Array]:
     }
 
 
+def _checked(
+    examples: Sequence[Examples] | Stream, classes: int, name: str
+) -> Sequence[Examples] | Stream:
+    """The examples, whose labels are checked: now, or block by block."""
+    if not isinstance(examples, Stream):
+        train_checks.check_labels(examples, classes, name)
+        return examples
+
+    def put(block: Block, mesh: Any) -> Batch:
+        train_checks.check_labels([block], classes, name)
+        return examples.put(block, mesh)
+
+    return examples._replace(put=put)
+
+
 def _advance(
     recipe: Recipe,
     step: train_step.TrainStep,
+    *,
     mesh: Any,
     examples: Sequence[Examples] | Stream,
-    *,
     reader: Reader,
     shared: tuple[Array, dict[str, Array], tuple[dict[str, Any], dict[str, bool]]],
 ) -> loop.Advance:

@@ -70,7 +70,9 @@ def test_one_file_of_the_library_names_devices():
 
 def test_losses_need_only_jax_and_optax():
     path = ROOT / "distill_jax" / "losses.py"
-    assert packages(path) == {"jax", "optax"}
+    own = {name for name in imports(path) if name.startswith("distill_jax.")}
+    assert packages(path) == {"jax", "optax", "distill_jax"}
+    assert own <= {"distill_jax.errors", "distill_jax.errors.UserError"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from distill_jax.data import images
 from distill_jax.data.images import Examples
-from distill_jax.epochs import Epoch, make_steps, steps_per_epoch, take_rows
+from distill_jax.epochs import Epoch, count_examples, make_steps, steps_per_epoch, take_rows
 from distill_jax.errors import UserError
 from distill_jax.loop import Advance
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
@@ -246,7 +246,7 @@ def make_block_epoch(step: TrainStep, shard_batch: Callable[[Batch], Batch]) -> 
     def run_block(
         state: TrainState, block: Batch, key: Array, hyper: Hyper, constants: Constants = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        steps = jnp.arange(block["label"].shape[0], dtype=jnp.int32)
+        steps = jnp.arange(count_examples(block), dtype=jnp.int32)
         return run_steps(state, (block, steps), key, hyper, constants)
 
     return run_block

@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax import losses
+from distill_jax.errors import UserError
 from distill_jax.soft_targets.encodings import Kept, densify
 
 
@@ -48,6 +49,9 @@ def against_dense(
         to the mean loss. "gradient_cosine": of the losses' gradients with respect to all logits.
         "gradient_bias" and "gradient_noise": see above; no noise with one compression.
 
+    Raises:
+        UserError: for probabilities or logits of another shape.
+
     Examples:
         >>> from distill_jax.soft_targets import top_k
         >>> probabilities = jnp.array([[0.5, 0.25, 0.125, 0.125]])
@@ -57,6 +61,11 @@ def against_dense(
         >>> print(found["kl"], found["gradient_noise"])
         0.0 0.0
     """
+    if probabilities.ndim != 2 or logits.shape != probabilities.shape:
+        raise UserError(
+            f"probabilities {list(probabilities.shape)} and logits {list(logits.shape)}; expected "
+            "[N, C] of both"
+        )
     z = logits.astype(jnp.float32)
 
     def with_gradient(loss: Callable[[Array], Array]) -> tuple[Array, Array]:

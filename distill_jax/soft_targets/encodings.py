@@ -86,7 +86,8 @@ def densify(
     """Dense targets float32 `[..., C]` for which the loss is the same; to measure and to test.
 
     Args:
-        classes: integer `[..., k]`; the probabilities of a repeated class are added.
+        classes: integer `[..., k]`; the probabilities of a repeated class are added, a class below 0 is
+            padding. NaN for one of C or more.
         probabilities: `[..., k]`, or `[..., 1]` for all k.
         tail: `[...]`.
         tail_weights: `[C]`; None spreads the tail equally.
@@ -99,9 +100,9 @@ def densify(
     """
     spread = losses.tail_distribution(classes, num_classes, tail_weights)
     dense = tail.astype(jnp.float32)[..., None] * spread
-    named = jnp.broadcast_to(probabilities.astype(jnp.float32), classes.shape)
+    ids, named = losses.named_classes(classes, probabilities)
     add = jnp.vectorize(lambda row, k, p: row.at[k].add(p), signature="(c),(k),(k)->(c)")
-    return add(dense, classes.astype(jnp.int32), named)
+    return add(dense, jnp.maximum(ids, 0), named)
 
 
 def sample(probabilities: Array, draws: int, offsets: Array) -> Array:

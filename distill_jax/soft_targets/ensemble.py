@@ -126,13 +126,17 @@ def logits_over(
     """A frozen teacher's logits over a whole data set, in one jitted pass.
 
     Args:
-        apply: `(params, inputs [B, ...]) -> logits [B, C]`, in evaluation mode.
+        apply: `(params, inputs [B, ...]) -> logits [B, C]`, in evaluation mode; or `[B, T, C]` of
+            sequences.
         params: the teacher's, or a whole ensemble's if `apply` takes that.
         inputs: `[N, ...]`.
         batch_size: examples in memory at a time.
 
     Returns:
-        float32 `[N, C]` on the host.
+        float32 `[N, C]`, or `[N, T, C]`, on the host.
+
+    Raises:
+        UserError: without any inputs, or if `apply` doesn't return a row for each example.
 
     Examples:
         >>> logits_over(lambda scale, inputs: scale * inputs, 2.0, np.ones((3, 2)), batch_size=2)
@@ -141,11 +145,21 @@ def logits_over(
                [2., 2.]], dtype=float32)
     """
     size = len(inputs)
+    if not size or batch_size < 1:
+        raise UserError(
+            f"logits of {size} inputs, {batch_size} at a time; expected 1 or more of both"
+        )
     batch_size = min(batch_size, size)
     padding = [(0, -size % batch_size)] + [(0, 0)] * (inputs.ndim - 1)
-    batches = np.pad(inputs, padding).reshape(-1, batch_size, *inputs.shape[1:])
+    # Filled up with the last example, which the model takes; it might not take zeros.
+    batches = np.pad(inputs, padding, "edge").reshape(-1, batch_size, *inputs.shape[1:])
     logits = np.asarray(_map_batches(apply, params, batches), np.float32)
-    return logits.reshape(-1, logits.shape[-1])[:size]
+    if logits.ndim < 3 or logits.shape[1] != batch_size:
+        raise UserError(
+            f"the model returned {list(logits.shape[1:])} for {batch_size} inputs; expected logits "
+            f"[{batch_size}, ..., C]"
+        )
+    return logits.reshape(-1, *logits.shape[2:])[:size]
 
 
 @functools.partial(jax.jit, static_argnums=0)

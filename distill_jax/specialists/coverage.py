@@ -3,28 +3,46 @@
 Class sets are int32 `[K, S]`, padded with C (`clustering`).
 """
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike
 
 from distill_jax.errors import UserError
+from distill_jax.train_checks import check_labels
 
 
-def check_class_sets(class_sets: np.ndarray, num_classes: int) -> None:
-    """Checks that all classes are in 0..C, where C is padding.
+def check_class_sets(class_sets: ArrayLike, num_classes: int) -> None:
+    """Checks that a set's classes are distinct and in 0..C-1, or C, padding; what is traced passes.
+
+    Args:
+        class_sets: int `[..., S]`.
+        num_classes: C.
 
     Raises:
-        UserError: if one is not; the message names it.
+        UserError: for a class that is not; the message names it.
 
     Examples:
         >>> import numpy as np
         >>> from distill_jax.specialists import coverage
         >>> coverage.check_class_sets(np.array([[0, 1], [3, 4]]), num_classes=4)
     """
+    try:
+        class_sets = np.asarray(class_sets)
+    except jax.errors.TracerArrayConversionError:
+        return
     wrong = class_sets[(class_sets < 0) | (class_sets > num_classes)]
     if len(wrong):
         raise UserError(
             f"class_sets name class {wrong[0]}; there are {num_classes}, so expected 0 to "
             f"{num_classes - 1}, or {num_classes} for padding"
+        )
+    ordered = np.sort(class_sets, axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < num_classes)
+    if twice.any():
+        *place, _ = np.argwhere(twice)[0].tolist()
+        which = f"set {place[0] if len(place) == 1 else place}" if place else "a set"
+        raise UserError(
+            f"{which} names class {ordered[..., 1:][twice][0]} twice; expected distinct classes"
         )
 
 
@@ -99,7 +117,7 @@ def mistakes_covered(
     Args:
         sets: int32 `[K, S]`.
         num_classes: C.
-        labels: int `[N]`, in 0..C-1.
+        labels: int `[N]`, in 0..C-1; one below 0 is unknown, and no mistake.
         predictions: int `[N]`, the generalist's most probable classes.
 
     Returns:
@@ -113,7 +131,8 @@ def mistakes_covered(
         0.5
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
-    wrong = labels != predictions
+    check_labels([{"label": labels}, {"label": predictions}], num_classes, "mistakes_covered")
+    wrong = (labels != predictions) & (labels >= 0)
     if not wrong.any():
         return 1.0
     members = _members(sets, num_classes)
@@ -124,6 +143,7 @@ def mistakes_covered(
 def _members(sets: ArrayLike, num_classes: int) -> np.ndarray:
     """Which set contains which class: bool `[K, C]`."""
     sets = np.asarray(sets)
+    check_class_sets(sets, num_classes)
     members = np.zeros((len(sets), num_classes + 1), bool)
     np.put_along_axis(members, sets, True, axis=1)
     return members[:, :num_classes]

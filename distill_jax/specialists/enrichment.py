@@ -28,7 +28,9 @@ from distill_jax import trainer
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists.clustering import pad_sets
+from distill_jax.specialists.coverage import check_class_sets
 from distill_jax.specialists.heads import Head
+from distill_jax.train_checks import check_labels
 
 
 class Enriched(NamedTuple):
@@ -96,15 +98,15 @@ def enriched_rows(
 
     Args:
         labels: int `[N]`; a row of label -1, unknown, is in neither half.
-        class_set: int `[S]`, padded with C.
+        class_set: int `[S]`, of distinct classes, padded with C.
         num_classes: C.
 
     Returns:
         Rows int32 of the special classes' examples and of all others.
 
     Raises:
-        UserError: naming a class of the set without any example, or if no example is left for the
-            dustbin.
+        UserError: naming a class of the set without any example, or that occurs twice or doesn't exist,
+            or a label that doesn't; if no example is left for the dustbin.
 
     Examples:
         >>> import numpy as np
@@ -113,6 +115,8 @@ def enriched_rows(
         ([1, 2, 3], [0])
     """
     labels, class_set = np.asarray(labels), np.asarray(class_set)
+    check_class_sets(class_set, num_classes)
+    check_labels([{"label": labels}], num_classes, "a specialist's examples")
     missing = np.setdiff1d(class_set[class_set < num_classes], labels)
     if len(missing):
         raise UserError(

@@ -10,8 +10,8 @@ its generalist, is trained on enriched batches, and is corrected for these (`enr
 - `FULL_HARD` and `FULL_SOFT`: all C classes and no dustbin. The other classes are trained with labels,
   or with the generalist's soft targets (section 6.1).
 
-For K specialists the functions here are vmapped over class sets int32 `[K, S]`; a smaller set is padded
-with C at its end.
+For K specialists the functions here are vmapped over class sets int32 `[K, S]` of distinct classes; a
+smaller set is padded with C at its end. Any other set is a UserError, unless it is traced.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from distill_jax import losses, train_step
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
+from distill_jax.specialists.coverage import check_class_sets
 from distill_jax.train_step import Batch, Constants, Hyper, Transform
 
 
@@ -68,6 +69,7 @@ def dustbin_labels(class_set: Array, num_classes: int) -> Array:
         >>> dustbin_labels(jnp.array([1, 3]), 5).tolist()
         [2, 0, 2, 1, 2]
     """
+    check_class_sets(class_set, num_classes)
     size = len(class_set)
     labels = jnp.full(num_classes, size, jnp.int32)
     return labels.at[class_set].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
@@ -184,7 +186,7 @@ def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constan
 
     Args:
         logits: `[B, C]` of the specialist.
-        batch: with "label" int32 `[B]`, of the generalist's classes, all known.
+        batch: with "label" int32 `[B]`, of the generalist's classes; one below 0 is unknown, and adds 0.
         hyper: not read.
         constants: with "class_set" int32 `[S]`, padded with C.
 
@@ -202,9 +204,9 @@ def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constan
         >>> print(jnp.exp(-collapsed_loss(jnp.zeros((2, 4)), batch, {}, constants)))
         [0.25 0.75]
     """
-    label, class_set = _get(batch, "label", "batch"), _get(constants, "class_set", "constants")
-    targets = dustbin_labels(class_set, logits.shape[-1])
-    return losses.hard_cross_entropy(collapse(logits, class_set), targets[label])
+    label, class_set = _labels(batch), _get(constants, "class_set", "constants")
+    targets = _map_labels(label, class_set, logits.shape[-1])
+    return losses.hard_cross_entropy(collapse(logits, class_set), targets)
 
 
 def full_softmax_loss(
@@ -217,7 +219,7 @@ def full_softmax_loss(
 
     Args:
         logits: `[B, C]` of the specialist.
-        batch: with "label" int32 `[B]`, -1 where unknown, and "teacher_logits" `[B, C]`, the
+        batch: with "label" int32 `[B]`, below 0 where unknown, and "teacher_logits" `[B, C]`, the
             generalist's.
         hyper: with "temperature".
         constants: with "class_set" int32 `[S]`, padded with C.
@@ -235,17 +237,20 @@ def full_softmax_loss(
         >>> print(full_softmax_loss(jnp.zeros((2, 4)), batch, hyper, constants))  # log 4, 2^2 log 4
         [1.386 5.545]
     """
-    label, class_set = _get(batch, "label", "batch"), _get(constants, "class_set", "constants")
+    label, class_set = _labels(batch), _get(constants, "class_set", "constants")
     temperature = hyper["temperature"]
-    places = dustbin_labels(class_set, logits.shape[-1])[label]
-    special = (label >= 0) & (places < len(class_set))
-    hard = losses.hard_cross_entropy(logits, jnp.where(special, label, 0))
+    place = _map_labels(label, class_set, logits.shape[-1])
+    special = (place >= 0) & (place != len(class_set))  # or a label that is no class, which is NaN
+    hard = losses.hard_cross_entropy(logits, jnp.where(special, label, -1))
     targets = losses.softmax(_get(batch, "teacher_logits", "batch"), temperature)
     return jnp.where(special, hard, losses.soft_cross_entropy(logits, targets, temperature))
 
 
 def _map_labels(labels: Array, class_set: Array, num_classes: int) -> Array:
-    return jnp.where(labels >= 0, dustbin_labels(class_set, num_classes)[labels], labels)
+    """What the specialist is trained with; unknown labels stay below 0, those of no class beyond all."""
+    places = dustbin_labels(class_set, num_classes)
+    mapped = places.at[labels].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
+    return jnp.where(labels >= 0, mapped, -1)
 
 
 def _read_collapsed(logits: Array, class_set: Array, correction: ArrayLike) -> Array:
@@ -296,7 +301,15 @@ def head_of(name: str) -> Head:
 
 def _outside(class_set: Array, num_classes: int) -> Array:
     """The classes that are not in a set: bool `[C]`."""
+    check_class_sets(class_set, num_classes)
     return jnp.ones(num_classes, bool).at[class_set].set(False, mode="drop")
+
+
+def _labels(batch: Batch) -> Array:
+    _get(batch, "label", "batch")
+    labels = train_step.known_labels(batch)
+    assert labels is not None
+    return labels
 
 
 def _get(fields: Any, name: str, where: str) -> Any:

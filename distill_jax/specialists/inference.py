@@ -60,7 +60,7 @@ def active_specialists(
         is above A, the least relevant are left out.
 
     Raises:
-        UserError: if `max_active` is more than K.
+        UserError: if `max_active` is more than K, n is not in 1..C, or for sets that are none.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -72,6 +72,8 @@ def active_specialists(
     num_specialists, num_classes = len(class_sets), generalist_logits.shape[1]
     if max_active > num_specialists:
         raise UserError(f"max_active is {max_active}, but there are {num_specialists} specialists")
+    _check_n(n, num_classes)
+    check_class_sets(class_sets, num_classes)
     p = jax.nn.softmax(generalist_logits.astype(jnp.float32))
     rows = jnp.arange(num_specialists)[:, None]
     members = jnp.zeros((num_specialists, num_classes), bool)
@@ -222,7 +224,8 @@ def combine(
         q float32 `[B, C]` with sums 1, and int32 `[B]`, the passes that each took.
 
     Raises:
-        UserError: for shapes that don't fit together, naming them.
+        UserError: for shapes that don't fit together, naming them; for an active specialist's class
+            that doesn't exist or occurs twice.
 
     Examples:
         >>> import numpy as np
@@ -233,6 +236,8 @@ def combine(
         (0, 1.0)
     """
     _check_shapes(evidence)
+    num_classes, active = evidence.generalist.shape[1], evidence.active[..., None]
+    check_class_sets(jnp.where(active, evidence.class_sets, num_classes), num_classes)
     return _combine(evidence, tolerance, max_passes, method or eq5.newton(), batch_size)
 
 
@@ -290,8 +295,7 @@ def _check_run(
 ) -> None:
     num_classes, count = generalist_logits.shape[1], len(specialists.class_sets)
     check_class_sets(np.asarray(specialists.class_sets), num_classes)
-    if not 0 < n <= num_classes:
-        raise UserError(f"n is {n}; expected 1 to {num_classes} classes")
+    _check_n(n, num_classes)
     leading = {leaf.shape[0] for leaf in jax.tree.leaves(specialists.net.params)}
     if leading != {count}:
         raise UserError(
@@ -300,6 +304,11 @@ def _check_run(
         )
     if not len(inputs) or len(inputs) != len(generalist_logits):
         raise UserError(f"{len(inputs)} inputs for {len(generalist_logits)} rows of logits")
+
+
+def _check_n(n: int, num_classes: int) -> None:
+    if not 0 < n <= num_classes:
+        raise UserError(f"n is {n}; expected 1 to {num_classes} classes")
 
 
 def _check_shapes(evidence: Evidence) -> None:

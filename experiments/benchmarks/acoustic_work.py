@@ -13,11 +13,10 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import soft_targets, train_step
+from distill_jax import layers, soft_targets, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
-from distill_jax.optimizers import OUTPUT_LAYER
 from experiments.benchmarks.measure import seconds
 from experiments.benchmarks.scaling_plan import parameter_count
 from experiments.common.training import build_model, build_optimizer, dtype_of
@@ -180,7 +179,7 @@ def _constants(targets: str, teachers: Params) -> dict[str, Any]:
     if not TEACHERS[targets]:
         return {}
     some = jax.tree.map(lambda leaf: leaf[: TEACHERS[targets]], teachers)
-    return {"teacher": some, "teacher_layer": some[OUTPUT_LAYER]}
+    return {"teacher": some, "teacher_layer": some[layers.OUTPUT]}
 
 
 def _examples(job: Job, targets: str) -> train_step.Batch:

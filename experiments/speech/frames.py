@@ -165,7 +165,7 @@ def count_errors(
         batch_size: windows in memory at a time.
 
     Returns:
-        `{"errors", "count"}`, int32 scalars.
+        `{"errors", "count"}`, int32 scalars; the count is of frames whose label is known.
     """
     used = {name: examples[name] for name in ("frames", "position", "label")}
     return _count_errors(apply, params, used, batch_size)
@@ -188,16 +188,15 @@ def _count_errors(
         padded = jnp.pad(field, (0, -size % batch_size), constant_values=filler)
         return padded.reshape(-1, batch_size)
 
-    def errors(batch: tuple[Array, Array]) -> Array:
+    def counts(batch: tuple[Array, Array]) -> dict[str, Array]:
         positions, labels = batch
-        logits = apply(params, cut(examples["frames"], positions))
-        return metrics.error_counts(logits, labels)["errors"]
+        return metrics.error_counts(apply(params, cut(examples["frames"], positions)), labels)
 
-    # The padding of the last batch has the label -1, which never counts as an error.
-    wrong = jax.lax.map(
-        errors, (batches(examples["position"], LEFT), batches(examples["label"], -1))
+    # The padding of the last batch has the label -1, which is not counted.
+    each = jax.lax.map(
+        counts, (batches(examples["position"], LEFT), batches(examples["label"], -1))
     )
-    return {"errors": jnp.sum(wrong, dtype=jnp.int32), "count": jnp.asarray(size, jnp.int32)}
+    return jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.int32), each)
 
 
 def _with_edges(frames: Sequence[np.ndarray], lengths: np.ndarray) -> np.ndarray:

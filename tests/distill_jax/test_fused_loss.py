@@ -10,7 +10,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax import fused_loss, train_step
+from distill_jax import fused_loss, losses, train_step
+from distill_jax.errors import UserError
 from distill_jax.specialists import heads
 
 # Examples, units, classes and rows of a chunk; few enough that compiling takes no time.
@@ -262,6 +263,75 @@ def test_members_of_a_vmap_are_those_alone():
         own_layer, own_hyper = jax.tree.map(lambda x, m=m: x[m], (layers, hyper))
         alone = run(hidden, own_layer, batch, own_hyper)
         tiny.assert_close(jax.tree.map(lambda x, m=m: x[m], found), alone)
+
+
+def of_labels(logits, fields, constants):
+    return losses.hard_cross_entropy(logits, fields["label"])
+
+
+def mean_and_gradients(loss, hidden, layer, fields, rows):
+    """Of the fused loss, and of the dense one."""
+
+    def fused(hidden, layer):
+        return fused_loss.mean_loss(loss, hidden, layer, fields, None, rows=rows)[0]
+
+    def dense(hidden, layer):
+        logits = jnp.matmul(hidden, layer["kernel"])
+        if "bias" in layer:
+            logits += layer["bias"].reshape((1,) * (logits.ndim - 1) + (-1,))
+        return jnp.mean(loss(logits, fields, None))
+
+    return (jax.value_and_grad(run, (0, 1))(hidden, layer) for run in (fused, dense))
+
+
+def test_rows_that_fill_up_the_last_chunk_have_no_part():
+    hidden, layer, batch = drawn("labels", 7, 3, 5, 0)
+    fields = {
+        **batch,
+        "frames": np.arange(1, 8, dtype=np.float32),
+    }  # none is 0, as padding would be
+
+    def mean_of_frames(logits, fields, constants):
+        return of_labels(logits, fields, constants) / fields["frames"]
+
+    found, expected = mean_and_gradients(mean_of_frames, hidden, layer, fields, rows=5)
+    tiny.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("per_frame", [True, False])
+def test_sequences_and_a_layer_without_bias(per_frame):
+    hidden, layer, _ = drawn("labels", 15, 4, 6, 0)
+    hidden, layer = hidden.reshape(5, 3, 4), {"kernel": layer["kernel"]}
+    fields = {"label": np.arange(15, dtype=np.int32).reshape(5, 3) % 6}
+
+    def loss(logits, fields, constants):
+        values = of_labels(logits, fields, constants)
+        return values if per_frame else jnp.sum(values, axis=-1)
+
+    found, expected = mean_and_gradients(loss, hidden, layer, fields, rows=2)
+    tiny.assert_close(found, expected)
+    _, outcome = fused_loss.mean_loss(loss, hidden, layer, fields, None, rows=2)
+    np.testing.assert_array_equal(
+        outcome.predicted, jnp.argmax(jnp.matmul(hidden, layer["kernel"]), axis=-1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"layer": {"bias": np.zeros(5)}}, r"a kernel \[3, C\]"),
+        ({"layer": {"kernel": np.zeros((4, 5))}}, r"a kernel \[3, C\]"),
+        ({"layer": {"kernel": np.zeros((3, 5)), "scale": np.zeros(5)}}, r"a kernel \[3, C\]"),
+        ({"fields": {"label": np.zeros(7, int), "rate": 0.5}}, "7 examples, but 'rate' is"),
+        ({"fields": {"prior": np.zeros(5)}}, r"'prior' is \[5\]; expected \[7, ...\]"),
+    ],
+)
+def test_what_does_not_fit_is_named(wrong, message):
+    hidden, layer, fields = drawn("labels", 7, 3, 5, 0)
+    given = {"hidden": hidden, "layer": layer, "fields": fields, **wrong}
+    for run in (fused_loss.mean_loss, fused_loss.per_example):
+        with pytest.raises(UserError, match=message):
+            run(of_labels, **given, constants=None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,6 +39,13 @@ def test_uint8_inputs_are_scaled(key):
     np.testing.assert_allclose(model.apply(params, images), scaled, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16, bool])
+def test_inputs_that_would_be_read_unscaled(key, dtype):
+    for model in (models.mlp([2], tiny.CLASSES), models.conv_trunk([2], [2])):
+        with pytest.raises(UserError, match=rf"inputs are {np.dtype(dtype)}; expected uint8"):
+            jax.eval_shape(model.init, key, np.zeros((2, 4, 4), dtype))
+
+
 def test_nothing_is_dropped_without_a_key(key):
     model, params, images = build(key, input_dropout=0.5, hidden_dropout=0.5)
     plain, _, _ = build(key)

@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from flax import nnx
 
-from distill_jax import optimizers
+from distill_jax import layers, optimizers
+from distill_jax.errors import UserError
 
 # optax's own arithmetic in adam and in the cosine promotes dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -76,6 +78,55 @@ def test_max_norm_limits_hidden_units_alone(make):
         tiny.assert_equal(limited[name]["bias"], free[name]["bias"])
     tiny.assert_equal(limited["output"], free["output"])
     assert lengths(free["output"]).max() > 1.5
+
+
+def own_net(wrap):
+    """Parameters of a net whose softmax layer is called "classifier", as flax gives them."""
+    params = make_params()
+    named = {"hidden": params["hidden_0"], "classifier": params["output"]}
+    return {"dict": lambda p: {"params": p}, "nnx": nnx.State}[wrap](named)
+
+
+@pytest.mark.parametrize("wrap", ["dict", "nnx"])
+def test_the_layer_that_max_norm_leaves_free_is_named(wrap):
+    params, rate = own_net(wrap), {"learning_rate": jnp.float32(0.0)}
+
+    def longest(output, layer):
+        optimizer = optimizers.sgd(CONSTANT, max_norm=0.1, output=output)
+        updates, _ = optimizer.update(params, optimizer.init(params), params, **rate)
+        return lengths(layers.find(optax.apply_updates(params, updates), layer)).max()
+
+    free = lengths(layers.find(params, "classifier")).max()
+    np.testing.assert_allclose(longest("classifier", "classifier"), free, rtol=1e-6)
+    np.testing.assert_allclose(longest("classifier", "hidden"), 0.1, rtol=1e-5)
+    for optimizer in (
+        optimizers.sgd(CONSTANT, max_norm=1.0),
+        optimizers.adam(CONSTANT, max_norm=1.0, output="head"),
+        optimizers.dropout_2012(2),
+    ):
+        with pytest.raises(UserError, match=r"named '(output|head)', only .*classifier"):
+            optimizer.init(params)
+
+
+def test_a_layer_of_a_name_that_occurs_twice_is_not_chosen():
+    params = {name: {"output": {"bias": jnp.zeros(2)}} for name in ("a", "b")}
+    with pytest.raises(UserError, match=r"2 layers .* named 'output': a/output, b/output"):
+        layers.find(params, "output")
+
+
+@pytest.mark.parametrize("make", [optimizers.sgd, optimizers.adam, optimizers.dropout_2012])
+def test_narrow_parameters_train_in_a_scan(make):
+    optimizer = make(4 if make is optimizers.dropout_2012 else CONSTANT, max_norm=1.0)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params())
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(params, state, params, learning_rate=jnp.float32(0.1))
+        return (optax.apply_updates(params, updates), state), None
+
+    (found, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    assert lengths(jax.tree.map(jnp.float32, found["hidden_0"])).max() <= 1.01
 
 
 def test_max_norm_keeps_directions_and_leaves_short_vectors():

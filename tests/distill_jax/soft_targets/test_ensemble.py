@@ -86,6 +86,27 @@ def test_logits_over_is_one_program_for_all_batches_and_teachers():
     assert traces == [(4, 2, 2)]
 
 
+def test_logits_over_sequences_and_inputs_that_a_model_divides_by():
+    inputs = np.arange(1, 31, dtype=np.float32).reshape(5, 2, 3)  # none is 0, as padding would be
+    found = soft_targets.logits_over(lambda p, x: p / x, jnp.float32(2), inputs, 3)
+    np.testing.assert_array_equal(found, 2 / inputs)
+    with jax.debug_nans(True):
+        soft_targets.logits_over(lambda p, x: p * x / jnp.max(x), jnp.float32(2), inputs, 3)
+
+
+@pytest.mark.parametrize(
+    ("apply", "size", "message"),
+    [
+        (lambda p, x: x[0], 4, r"returned \[3\] for 2 inputs"),
+        (lambda p, x: x.reshape(-1, 1), 4, r"returned \[6, 1\] for 2 inputs"),
+        (lambda p, x: x, 0, "logits of 0 inputs"),
+    ],
+)
+def test_logits_over_needs_a_row_for_each_input(apply, size, message):
+    with pytest.raises(UserError, match=message):
+        soft_targets.logits_over(apply, None, np.zeros((size, 3)), 2)
+
+
 def test_fingerprint_names_parameters_and_config(key):
     params = {"a": jnp.ones((2, 3)), "b": jnp.zeros(3)}
     name = soft_targets.fingerprint(params, {"hidden": [1], "seed": 0})

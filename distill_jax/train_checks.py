@@ -1,0 +1,95 @@
+"""Checks before and after a training, of mistakes that would otherwise only show as a bad net."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from distill_jax.errors import UserError
+
+Examples = Mapping[str, Any]
+"""Fields `[N, ...]`."""
+
+
+def check_labels(sets: Sequence[Examples], num_classes: int, what: str) -> None:
+    """Checks that every known "label" is a class of the model.
+
+    Args:
+        sets: of examples; without labels there is nothing to check.
+        num_classes: C, of the model's logits.
+        what: the examples are, for the message.
+
+    Raises:
+        UserError: for a label of C or more, naming the first, its row, and its id if there is one.
+
+    Examples:
+        >>> check_labels([{"label": np.array([0, -1, 5])}], 6, "digits")
+        >>> check_labels([{"label": np.array([0, -1, 5])}], 5, "digits")
+        Traceback (most recent call last):
+        ...
+        distill_jax.errors.UserError: digits: label 5 at row 2; the model has 5 classes, ...
+    """
+    for examples in {id(one): one for one in sets}.values():
+        labels = np.asarray(examples.get("label", ()))
+        wrong = _known(examples, labels) & (labels >= num_classes)
+        if wrong.any():
+            first = tuple(np.argwhere(wrong)[0].tolist())
+            row = first[0] if len(first) == 1 else list(first)
+            ids = np.asarray(examples.get("id", ()))
+            name = f" (id {ids[first]})" if ids.shape == labels.shape else ""
+            raise UserError(
+                f"{what}: label {labels[first]} at row {row}{name}; the model has {num_classes} "
+                f"classes, so labels are 0 to {num_classes - 1}, or below 0 where unknown "
+                f"({wrong.sum()} of {labels.size} are beyond)"
+            )
+
+
+def check_evaluation(
+    evaluation: Mapping[str, Examples | Sequence[Examples]], num_classes: int, what: str
+) -> None:
+    """`check_labels` of all sets by their names, and that each has known labels, if it has labels.
+
+    Raises:
+        UserError: as `check_labels`, or if no label of a set is known.
+    """
+    for name, sets in evaluation.items():
+        sets = [sets] if isinstance(sets, Mapping) else sets
+        check_labels(sets, num_classes, f"{what}, {name}")
+        for examples in sets:
+            labels = np.asarray(examples.get("label", ()))
+            if labels.size and not _known(examples, labels).any():
+                raise UserError(
+                    f"{what}, {name}: none of the {labels.size} labels is known, so there are no errors "
+                    "to count"
+                )
+
+
+def compare_losses(record: Mapping[str, Any], sums: Mapping[str, np.ndarray], what: str) -> None:
+    """Warns if a model of one's own does far worse in evaluation than it did in training.
+
+    Dropout and augmentation make the training loss the higher one. So a loss in evaluation of more than
+    twice that, and 0.1 more, says that training changed something that the parameters don't hold.
+
+    Args:
+        record: the last one of the training (`loop.Record`).
+        sums: "loss" and "examples" `[M, steps]`, of training examples in evaluation mode.
+        what: the net is, for the message.
+    """
+    training = np.asarray(record["train_loss"])
+    evaluation = np.sum(sums["loss"], axis=-1) / np.sum(sums["examples"], axis=-1)
+    worse = ~(evaluation <= training + np.abs(training) + 0.1)  # true of NaN
+    if worse.any():
+        m = int(worse.argmax())
+        logging.warning(
+            "%s: the loss is %.4g in evaluation mode, but was %.4g in training: the model may keep a "
+            "state, such as BatchNorm's statistics, which a models.Model has no place for",
+            what,
+            evaluation[m],
+            training[m],
+        )
+
+
+def _known(examples: Examples, labels: np.ndarray) -> np.ndarray:
+    known = np.asarray(examples.get("label_known", True))
+    return (labels >= 0) & (known if known.shape in ((), labels.shape) else True)
