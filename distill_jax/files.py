@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,21 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:  # ~ of a user that isn't there
         raise UserError(f"{name}: {error}") from error
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Raises a UserError, beginning `name=folder`, for a folder that can't be made or written to.
+
+    Nothing is made, and nothing in it is changed.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"{name}={folder}: {there} is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):  # that has no name, so nothing is left of it
+            pass
+    except OSError as error:
+        raise UserError(f"{name}={folder}: {there} can't be written to") from error
 
 
 @contextlib.contextmanager

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from distill_jax import models, optimizers, soft_targets, train_step
+from distill_jax import files, models, optimizers, soft_targets, train_step
+from distill_jax.command import run
 from distill_jax.data import images
 from distill_jax.data.augment import jitter
 from distill_jax.data.images import Examples
 from distill_jax.epochs import make_epoch, steps_per_epoch
 from distill_jax.errors import UserError
-from experiments.benchmarks import command
 
 INPUTS = ((28, 28), (1, 28, 28), (784,))
 CLASSES, BATCH_SIZE, TEACHER_EPOCHS, STUDENT_EPOCHS = 10, 250, 12, 60
@@ -37,7 +37,9 @@ Teacher = Callable[[np.ndarray], np.ndarray]
 
 def main(teacher_file: str | None, workdir: Path, k: int, count: int) -> None:
     """Prints the test errors of the teacher, and of a student of `count` images without and with it."""
-    data, file = images.load("embedded"), Path(teacher_file or workdir / "teacher.onnx")
+    data = images.load("embedded")
+    file = files.local_path(teacher_file or workdir / "teacher.onnx")
+    files.check_writable(workdir, "--workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     for package in ("onnx", "onnxruntime"):  # before any training
         _require(package)
@@ -192,6 +194,6 @@ if __name__ == "__main__":  # flags are defined here, so that the functions can 
     _WORKDIR = flags.DEFINE_string(
         "workdir", "runs/onnx_teacher", "Keeps teacher and soft targets."
     )
-    _K = flags.DEFINE_integer("k", 0, "Soft targets kept of an example; 0: all.", lower_bound=0)
-    _COUNT = flags.DEFINE_integer("examples", 6000, "That students see.", lower_bound=1)
-    command.run(lambda: main(_TEACHER.value, Path(_WORKDIR.value), _K.value, _COUNT.value))
+    _K = flags.DEFINE_integer("k", 0, "Soft targets kept of an example; 0: all.", 0, CLASSES)
+    _COUNT = flags.DEFINE_integer("examples", 6000, "That students see.", BATCH_SIZE, 60_000)
+    run(lambda: main(_TEACHER.value, files.local_path(_WORKDIR.value), _K.value, _COUNT.value))

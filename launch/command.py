@@ -1,14 +1,16 @@
-"""What all commands share: the config flag, and errors that are printed as one line."""
+"""What the launchers' commands share: the config and its flags, and how they end."""
 
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from distill_jax.errors import Stopped, UserError
+from distill_jax import command
+from distill_jax.errors import Stopped
 
 
 def define_config() -> flags.FlagHolder:
@@ -37,8 +39,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     flags.mark_flag_as_required("config")
 
     def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            sys.exit(f"error: unexpected argument {argv[1]!r}; flags begin with --")
+        command.check_arguments(argv)
         logging.set_verbosity(logging.WARNING)
         try:
             main(argv)
@@ -52,8 +53,8 @@ def _end(error: BaseException) -> None:
     """Ends the command with one line, or with a traceback if the error is a bug."""
     from distill_jax import processes  # imported late: JAX reads its settings on import
 
-    if isinstance(error, UserError):
-        status, message = 1, f"error: {error}"
+    if command.is_mistake(error):
+        status, message = 1, f"error: {command.describe(error)}"
     elif isinstance(error, Stopped):
         status, message = processes.STOPPED, f"{error}; the same command resumes the run"
     elif isinstance(error, KeyboardInterrupt):
@@ -64,36 +65,38 @@ def _end(error: BaseException) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv):
-        return app.parse_flags_with_usage(argv)
+    """Parses flags and reads the config; whatever is wrong with either ends with one line."""
+    file = _config_file(argv)
+    if file is not None and not file.is_file():
+        sys.exit(f"error: --config: no config file {str(file)!r}")
     try:
-        rest = flags.FLAGS(argv)
-        # A missing file is noticed only when the config is read.
-        getattr(flags.FLAGS["config"].value, "is_locked", None)
-        return rest
-    except AttributeError as error:  # ml_collections, for a field that the locked config lacks
+        rest = command.parse(argv)
+        config = flags.FLAGS["config"].value
+    except Exception as error:  # the config file's own, or ml_collections' about a field
+        raised_in = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError) or (file and str(file) in raised_in):
+            sys.exit(f"error: --config={file}: {command.describe(error)}")
         sys.exit(f"error: {_unknown_field(argv, str(error))}")
-    except OSError as error:
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        sys.exit(f"error: no config file {path!r}: {str(error).strip().splitlines()[-1].strip()}")
-    except flags.Error as error:
-        # An error in a config file comes with its traceback; the last line is enough.
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].strip()}")
+    if config is not None and not isinstance(config, ConfigDict):
+        sys.exit(f"error: --config={file}: get_config gives no ConfigDict but {type(config)}")
+    return rest
+
+
+def _config_file(argv: Sequence[str]) -> Path | None:
+    """The file that --config names, as the flag does: up to a colon."""
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-config"):
+            given = value if equals else "".join(argv[i + 1 : i + 2])
+            return Path(given.partition(":")[0])
+    return None
 
 
 def _unknown_field(argv: Sequence[str], error: str) -> str:
     """A message with the flag and the suggested field, from an `error` that names only the field."""
     keys = [arg.partition("=")[0] for arg in argv if arg.startswith("--config.")]
-    given = next((key for key in keys if key.rpartition(".")[2] in error), "--config")
+    named = [key for key in keys if any(part in error for part in key.split(".")[1:])]
     meant = re.search(r'Did you mean \\*"(\w+)', error)
-    return f"{given}: no such field" + (f"; did you mean {meant.group(1)}?" if meant else "")
-
-
-def describe(error: BaseException) -> str:
-    """An error of a user's own file in one line, with its place there."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, UserError | SyntaxError):
-        return message
-    place = traceback.extract_tb(error.__traceback__)
-    where = f" ({place[-1].filename}, line {place[-1].lineno})" if place else ""
-    return f"{type(error).__name__}: {message}{where}"
+    if not named:
+        return f"{', '.join(keys) or '--config'}: {' '.join(error.split())}"
+    return f"{named[0]}: no such field" + (f"; did you mean {meant.group(1)}?" if meant else "")

@@ -34,10 +34,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from distill_jax import files
+from distill_jax.command import describe
 from distill_jax.errors import UserError
 from experiments.common import extras, parts
 from experiments.common.config import Overrides, check_config
-from experiments.common.run import POINTS, check_names, check_workdir, stage_keys
+from experiments.common.run import POINTS, check_names, stage_keys
 from experiments.common.study import (
     check_same,
     fields_read,
@@ -82,7 +83,7 @@ class Point(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     """Runs the unfinished points of a sweep, or parts of a stage."""
     sweep, stage_and_count, workdir = _SWEEP.value, _PARTS.value, files.local_path(_WORKDIR.value)
-    check_workdir(workdir)
+    files.check_writable(workdir, "--workdir")
     check_names(_stages(), _STAGES.value)
     if sweep and not stage_and_count:
         _run_sweep(load_sweep(sweep), workdir)
@@ -213,7 +214,7 @@ def load_sweep(file_and_name: str) -> list[Overrides]:
             raise UserError(f"{path} has no function sweep(name)")
         points = list(module.sweep(name))
     except Exception as error:  # whatever the file raises
-        raise UserError(f"--sweep={file_and_name}: {command.describe(error)}") from error
+        raise UserError(f"--sweep={file_and_name}: {describe(error)}") from error
     if not points or not all(isinstance(point, Mapping) and point for point in points):
         raise UserError(f"--sweep={file_and_name}: expected a list of {{dotted key: value}}")
     return points
@@ -242,7 +243,7 @@ def check_command(words: Sequence[str], config: ConfigDict) -> None:
         own(list(words), known_only=True)
         differs = holder.value.to_json() != config.to_json()
     except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(f"its values can't be given as flags: {command.describe(error)}") from error
+        raise UserError(f"its values can't be given as flags: {describe(error)}") from error
     if differs:
         given = [word for word in words if word.startswith("--config.")]
         raise UserError(f"its values aren't the same when given as flags: {shlex.join(given)}")

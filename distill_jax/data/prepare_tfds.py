@@ -6,16 +6,17 @@ The result can be read by `tfds.data_source("mnist", data_dir=DIR, download=Fals
 `distill_jax.data.images.load("tfds:mnist", DIR)`. TFDS's own preparation needs TensorFlow.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import app, flags
+from absl import flags
 from PIL import Image
 from tensorflow_datasets.image_classification import mnist as stock
 
+from distill_jax import files
+from distill_jax.command import run
 from distill_jax.data import images
 from distill_jax.errors import UserError
 
@@ -64,7 +65,9 @@ def prepare(data_dir: str | None = None) -> Path:
     Raises:
         UserError: if the folder has the set in a format without random access.
     """
-    builder = _EmbeddedMnist(data_dir=data_dir)
+    if data_dir is not None:
+        files.check_writable(files.local_path(data_dir), "--data_dir")
+    builder = _EmbeddedMnist(data_dir=data_dir and str(files.local_path(data_dir)))
     if builder.is_prepared() and _FORMAT not in builder.info.available_file_formats():
         raise UserError(
             f"{builder.data_dir} holds the set as {builder.info.file_format.value}: "
@@ -74,15 +77,10 @@ def prepare(data_dir: str | None = None) -> Path:
     return Path(builder.data_dir)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs the command."""
-    if len(argv) > 1:
-        sys.exit(f"unexpected arguments: {' '.join(argv[1:])}")
-    try:
-        print(f"prepared {prepare(_DATA_DIR.value)}")
-    except UserError as error:
-        sys.exit(str(error))
+    print(f"prepared {prepare(_DATA_DIR.value)}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

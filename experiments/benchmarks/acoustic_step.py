@@ -22,7 +22,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.benchmarks import command
+from distill_jax.command import run
 from experiments.benchmarks.acoustic_work import (
     TEACHERS,
     Figures,
@@ -53,7 +53,10 @@ _STEPS = flags.DEFINE_integer(
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements of each kind.", lower_bound=1)
 _MATRIX = flags.DEFINE_integer(
-    "matrix", 0, "Side of the matrices whose product is the yardstick; 0: 8192, on a CPU 2048."
+    "matrix",
+    0,
+    "Side of the matrices whose product is the yardstick; 0: 8192, on a CPU 2048.",
+    lower_bound=0,
 )
 
 
@@ -108,4 +111,4 @@ def _print_table(job: Job, rate: float, found: Mapping[Way, Figures]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    run(main)

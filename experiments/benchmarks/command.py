@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: running a command, and worker processes that measure."""
+"""Worker processes that measure, for benchmarks."""
 
 import json
 import subprocess
@@ -7,27 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from absl import app, logging
-
 from distill_jax.errors import UserError
 
 Ask = Callable[[Any], dict[str, Any]]
 """Sends a worker a request as a line of JSON, and returns its answer."""
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a benchmark; a UserError ends it with one line and exit status 1."""
-
-    def guarded(argv: Sequence[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # hides JAX's messages about missing backends
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}")
-        try:
-            main()
-        except UserError as error:
-            sys.exit(f"error: {error}")
-
-    app.run(guarded)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from typing import Any
 
 from absl import flags
 
+from distill_jax.command import run
 from distill_jax.errors import UserError
 from experiments.benchmarks import command, measure
 from experiments.benchmarks.command import Ask
@@ -255,4 +256,4 @@ def _start() -> Framework:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    run(main)

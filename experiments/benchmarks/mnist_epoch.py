@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from distill_jax.command import run
 from experiments.benchmarks import command
 from experiments.benchmarks.command import Ask
 from experiments.benchmarks.mnist_epoch_jax import (
@@ -252,4 +253,4 @@ def _answer(**fields: Any) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    run(main)

@@ -40,6 +40,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from distill_jax import sharding, train_step
+from distill_jax.command import run
 from distill_jax.data.augment import jitter
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
@@ -326,4 +327,4 @@ def _print_plans() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    run(main)

@@ -22,12 +22,12 @@ import numpy as np
 from absl import flags
 from jax import Array
 
-from distill_jax import losses, models, optimizers, soft_targets, train_step
+from distill_jax import losses, models, optimizers, ranges, soft_targets, train_step
+from distill_jax.command import run
 from distill_jax.epochs import make_epoch, steps_per_epoch
 from distill_jax.errors import UserError
 from distill_jax.soft_targets import Kept
 from distill_jax.soft_targets.compare import against_dense
-from experiments.benchmarks import command
 
 _CLASSES = flags.DEFINE_integer("classes", 14_000, "C.", lower_bound=4)
 _K = flags.DEFINE_integer(
@@ -267,9 +267,11 @@ def draw_independently(probabilities: Array, draws: int, key: Array) -> Array:
 
 def _temperatures() -> list[float]:
     try:
-        return [float(text) for text in _TEMPERATURES.value]
+        found = [float(text) for text in _TEMPERATURES.value]
     except ValueError as error:
         raise UserError(f"--temperatures: {error}; expected such as 1,2") from None
+    ranges.check_value("--temperatures", found, ranges.several(ranges.above(0), distinct=True))
+    return found
 
 
 def _print_table(temperature: float, figures: Mapping[str, Mapping[str, float]]) -> None:
@@ -281,4 +283,4 @@ def _print_table(temperature: float, figures: Mapping[str, Mapping[str, float]])
 
 
 if __name__ == "__main__":
-    command.run(main)
+    run(main)

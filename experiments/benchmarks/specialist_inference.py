@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from distill_jax.command import run
 from distill_jax.errors import UserError
 from distill_jax.specialists import eq5, inference
 from distill_jax.specialists.inference import Evidence
-from experiments.benchmarks import command
 from experiments.specialists.eq5_solvers import compare
 
 _SIZES = flags.DEFINE_list(
@@ -142,4 +142,4 @@ def _print_table(case: str, evidence: Evidence, found: dict[str, dict[str, float
 
 
 if __name__ == "__main__":
-    command.run(main)
+    run(main)

@@ -2,8 +2,6 @@
 report is drawn of them.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -80,7 +78,7 @@ def plan(
     """
     check_names(stages, only)
     check_config(config, fields_read(stages, only))
-    check_workdir(workdir)
+    files.check_writable(workdir, "--workdir")
     check_same(workdir, config)
     others = working_directories(reuse)
     check_source(config)
@@ -116,18 +114,6 @@ def check_names(stages: Sequence[Stage], only: Sequence[str]) -> None:
     unknown = [name for name in only if name not in names]
     if unknown:
         raise UserError(f"no stage {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
-
-
-def check_workdir(workdir: Path) -> None:
-    """Raises a UserError for a working directory that is a file, or can't be made or written to."""
-    there = next(path for path in (workdir, *workdir.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise UserError(f"--workdir={workdir}: {there} is no folder")
-    try:
-        with tempfile.TemporaryFile(dir=there):  # that has no name, so nothing is left of it
-            pass
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: {there} can't be written to") from error
 
 
 def working_directories(reuse: Sequence[Path]) -> list[Path]:

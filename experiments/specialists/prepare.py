@@ -6,13 +6,10 @@ About 60 packages, 0.5 GB, are fetched and unpacked to 2.1 GB; then drawing is a
 The same command resumes a killed one. `--config.data.source=DIR` then trains on it.
 """
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from absl import flags
 
-from absl import app, flags
-
-from distill_jax.errors import UserError
+from distill_jax import files
+from distill_jax.command import run
 from experiments.common import extras
 
 extras.exit_without("specialists")
@@ -36,21 +33,15 @@ _PROCESSES = flags.DEFINE_integer(
 )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Runs the command."""
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; flags begin with --")
-    out = Path(_OUT.value)
-    try:
-        classes = characters.first(_CHARACTERS.value)
-        found = packages.faces(Path(_PACKAGES.value or out / "packages"), classes)
-        folder = pipeline.prepare(found, classes, out, _PROCESSES.value)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command resumes")
-    print(f"prepared {folder}")
+    out = files.local_path(_OUT.value)
+    files.check_writable(out, "--out")
+    classes = characters.first(_CHARACTERS.value)
+    folder = files.local_path(_PACKAGES.value) if _PACKAGES.value else out / "packages"
+    found = packages.faces(folder, classes)
+    print(f"prepared {pipeline.prepare(found, classes, out, _PROCESSES.value)}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

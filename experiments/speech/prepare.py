@@ -8,12 +8,12 @@ Every recording is aligned with its transcript, on all cores: on two, about 60 t
 The same command resumes a killed one. `--config.data.source=DIR` then trains on it.
 """
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from distill_jax import files
+from distill_jax.command import run
 from distill_jax.errors import UserError
 from experiments.common import extras
 
@@ -63,9 +63,9 @@ def recordings(corpus: str, out: Path) -> list[Recording]:
     if kind == "debian" and not where:
         return debian.recordings(out / "packages")
     readers = {
-        "librispeech": lambda: librispeech.recordings(Path(where)),
+        "librispeech": lambda: librispeech.recordings(files.local_path(where)),
         "tfds": lambda: librispeech.tfds_recordings(where),
-        "manifest": lambda: manifest.recordings(Path(where)),
+        "manifest": lambda: manifest.recordings(files.local_path(where)),
     }
     if kind not in readers or not where:
         raise UserError(
@@ -74,28 +74,21 @@ def recordings(corpus: str, out: Path) -> list[Recording]:
     return readers[kind]()
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Runs the command."""
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; flags begin with --")
-    out = Path(_OUT.value)
-    debian_set = _CORPUS.value == "debian"
-    try:
-        folder = pipeline.prepare(
-            _CORPUS.value,
-            recordings(_CORPUS.value, out),
-            out,
-            high_frequency=_HIGH.value or (5000.0 if debian_set else 7600.0),
-            frames={split: flag.value for split, flag in _FRAMES.items()},
-            audio_words=_AUDIO_WORDS.value,
-            processes=_PROCESSES.value,
-        )
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command resumes")
+    out, debian_set = files.local_path(_OUT.value), _CORPUS.value == "debian"
+    files.check_writable(out, "--out")
+    folder = pipeline.prepare(
+        _CORPUS.value,
+        recordings(_CORPUS.value, out),
+        out,
+        high_frequency=_HIGH.value or (5000.0 if debian_set else 7600.0),
+        frames={split: flag.value for split, flag in _FRAMES.items()},
+        audio_words=_AUDIO_WORDS.value,
+        processes=_PROCESSES.value,
+    )
     print(f"prepared {folder}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)
