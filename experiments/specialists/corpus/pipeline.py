@@ -9,6 +9,7 @@ The output folder has:
 """
 
 import shutil
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def _render_all(
 ) -> list[Rendered]:
     """Draws the faces that no earlier run has, in parallel, with progress; the result by face."""
     folder.mkdir(exist_ok=True)
-    paths = [folder / (face.name.replace("/", "_") + ".npz") for face in faces]
+    # Quoted, so that no two names become one.
+    paths = [folder / f"{urllib.parse.quote(face.name, safe='')}.npz" for face in faces]
     tasks = [
         (path, face.path, face.number, characters)
         for path, face in zip(paths, faces, strict=True)

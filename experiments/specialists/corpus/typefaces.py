@@ -1,5 +1,6 @@
 """Finds the typefaces that have the characters."""
 
+import collections
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,8 @@ class Typeface(NamedTuple):
 def find(folder: Path, characters: Sequence[str], source: Source) -> list[Typeface]:
     """The faces in a folder that have 90 % of the characters, by their files' names.
 
+    Files of one name in several folders are told apart by their paths.
+
     Args:
         folder: searched with all that is below it for TrueType and OpenType files and collections;
             links are passed over.
@@ -45,6 +48,7 @@ def find(folder: Path, characters: Sequence[str], source: Source) -> list[Typefa
     """
     files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     fonts = sorted(path for path in files if path.suffix.lower() in (".ttf", ".otf", ".ttc"))
+    names = collections.Counter(path.name for path in fonts)
     codes = [ord(character) for character in characters]
     found = []
     for path in fonts:
@@ -53,7 +57,8 @@ def find(folder: Path, characters: Sequence[str], source: Source) -> list[Typefa
             present = sum(code in here for code in codes)
             if present >= LEAST * len(codes):
                 suffix = f"#{number}" if len(known) > 1 else ""
-                name = f"{source.package}/{path.name}{suffix}"
+                own = path.name if names[path.name] == 1 else path.relative_to(folder).as_posix()
+                name = f"{source.package}/{own}{suffix}"
                 found.append(Typeface(name, source, path, number, present))
     return found
 

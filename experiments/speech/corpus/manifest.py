@@ -1,8 +1,10 @@
 """A corpus of the user's own: a file of JSON lines that names audio files and their transcripts."""
 
+import collections
 import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ def recordings(path: str | os.PathLike[str]) -> list[Recording]:
     """Reads a manifest: one JSON object a line, empty lines between them are allowed.
 
     Keys: "audio", a file in a format of libsndfile, relative to the manifest's folder; "text", its
-    transcript; optionally "id" (the audio file's name without its ending), "speaker" (""), "scene"
-    (""; recordings of one scene stay in one split) and "split" ("train", "validation", "test" or "").
+    transcript; optionally "id" (the audio file's name without its ending, or where several files have
+    that name, "audio" itself), "speaker" (""), "scene" (""; recordings of one scene stay in one split)
+    and "split" ("train", "validation", "test" or "").
     Further keys are ignored.
 
     Raises:
@@ -30,25 +33,31 @@ def recordings(path: str | os.PathLike[str]) -> list[Recording]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"no readable manifest {path}: {error}") from error
+    entries = {
+        number: _entry(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    }
+    if not entries:
+        raise UserError(f"{path}: no recordings; expected one JSON object a line")
+    names = collections.Counter(_name(entry) for entry in entries.values())
     found: list[Recording] = []
     lines_of_ids: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        recording = _recording(line, path.parent, f"{path}, line {number}")
-        first = lines_of_ids.setdefault(recording.id, number)
+    for number, entry in entries.items():
+        where, name = f"{path}, line {number}", _name(entry)
+        id = name if "id" in entry or names[name] == 1 else entry["audio"]
+        found.append(_recording(entry, id, path.parent, where))
+        first = lines_of_ids.setdefault(id, number)
         if first != number:
-            raise UserError(
-                f"{path}, line {number}: id {recording.id!r} is also that of line {first}"
-            )
-        found.append(recording)
-    if not found:
-        raise UserError(f"{path}: no recordings; expected one JSON object a line")
+            raise UserError(f"{where}: id {id!r} is also that of line {first}")
     return found
 
 
-def _recording(line: str, folder: Path, where: str) -> Recording:
-    entry = _entry(line, where)
+def _name(entry: Mapping[str, str]) -> str:
+    return entry.get("id", Path(entry["audio"]).stem)
+
+
+def _recording(entry: Mapping[str, str], id: str, folder: Path, where: str) -> Recording:
     audio = folder / entry["audio"]
     if not audio.is_file():
         raise UserError(f"{where}: no audio file {audio}")
@@ -57,7 +66,7 @@ def _recording(line: str, folder: Path, where: str) -> Recording:
         listed = ", ".join(map(repr, SPLITS))
         raise UserError(f"{where}: split {split!r} is none of {listed}")
     return Recording(
-        id=entry.get("id", audio.stem),
+        id=id,
         speaker=entry.get("speaker", ""),
         scene=entry.get("scene", ""),
         split=split,

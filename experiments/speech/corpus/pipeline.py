@@ -72,8 +72,11 @@ def prepare(
 
     Raises:
         UserError: if the folder has a set, or another corpus half prepared; for invalid bands; if no
-            recording can be used, or none for one of the splits.
+            recording can be used, or none for one of the splits; for two recordings of one id.
     """
+    ids = collections.Counter(one.id for one in recordings)
+    if twice := [name for name, count in ids.items() if count > 1]:
+        raise UserError(f"{corpus}: {ids[twice[0]]} recordings have the id {twice[0]!r}")
     bands = features.Bands(high=high_frequency)
     features.log_mels(np.zeros(0, np.int16), bands)  # checks the bands before any work is done
     work = _claim(out, corpus, recordings, bands)

@@ -130,6 +130,15 @@ def test_find(tmp_path):
     assert len({image.tobytes() for image in images}) == 4
 
 
+def test_fonts_of_one_name_in_two_folders_are_two_typefaces(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(FONTS / "DejaVuSans.ttf", tmp_path / name / "x.ttf")
+    shutil.copy(FONTS / "DejaVuSans.ttf", tmp_path / "a_x.ttf")
+    names = [face.name for face in typefaces.find(tmp_path, LETTERS, SOURCE)]
+    assert sorted(names) == ["fonts-x/a/x.ttf", "fonts-x/a_x.ttf", "fonts-x/b/x.ttf"]
+
+
 @pytest.mark.parametrize("size", [0, 13, 1000, 20_000, 400_000])
 def test_a_cut_font(tmp_path, size):
     path = tmp_path / "x.ttf"

@@ -110,6 +110,18 @@ class TestManifest:
         assert two[:5] == ("b", "", "", "", "two")
         assert one.read()[1] == 8000
 
+    def test_equal_file_names_in_several_folders(self, tmp_path):
+        names = ["x/1.wav", "y/1.wav", "y/2.wav", "z/3.wav"]
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        entries = [{"audio": name, "text": "one"} for name in names]
+        entries[-1]["id"] = "4"
+        path = tmp_path / "m.jsonl"
+        path.write_text("\n".join(map(json.dumps, entries)))
+        found = manifest.recordings(path)
+        assert [one.id for one in found] == ["x/1.wav", "y/1.wav", "2", "4"]
+
     @pytest.mark.parametrize(
         ("line", "message"),
         [
@@ -120,7 +132,7 @@ class TestManifest:
             ('{"audio": "a.wav", "text": 3}', "line 3: text must be a string, found 3"),
             ('{"audio": "no.wav", "text": ""}', r"line 3: no audio file .*no\.wav"),
             ('{"audio": "a.wav", "text": "", "split": "dev"}', "line 3: split 'dev' is none of"),
-            ('{"audio": "a.wav", "text": ""}', "line 3: id 'a' is also that of line 1"),
+            ('{"audio": "a.wav", "text": ""}', "line 3: id 'a.wav' is also that of line 1"),
         ],
     )
     def test_mistakes_are_named_by_file_and_line(self, tmp_path, line, message):
