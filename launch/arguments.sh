@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the launchers. Reads [--dry-run] STUDY [PRESET] [FLAGS...] and sets:
 #   study, preset       as given; the preset is `default` if not
-#   workdir             ${runs:-runs}/STUDY, with -PRESET after it unless that is `default`
+#   workdir             that of a --workdir=; else ${runs:-runs}/STUDY, with -PRESET after it unless
+#                       that is `default`
 #   main                the arguments of the interpreter that run the study
 #   dry_run             1 or nothing
 
@@ -18,6 +19,9 @@ shift
 if [[ $# -gt 0 && $1 != -* ]]; then preset=$1; shift; fi
 workdir=${runs:-runs}/$study
 [[ $preset == default ]] || workdir+=-$preset
+for word in "$@"; do
+  [[ $word != --workdir=* ]] || workdir=${word#--workdir=}
+done
 # shellcheck disable=SC2034  # the launchers read it
 main=(-m launch.main "--config=experiments/$study/config.py:$preset" "--workdir=$workdir" "$@")
 

@@ -41,7 +41,8 @@ esac
 COMMAND=
 for word in python "${main[@]}"; do
   word=${word//\\/\\\\}
-  COMMAND+=", \"${word//\"/\\\"}\""
+  word=${word//\"/\\\"}
+  COMMAND+=", \"${word//$'\n'/\\n}\""
 done
 COMMAND=${COMMAND#, }
 

@@ -146,6 +146,24 @@ def no_jitter(config: ConfigDict, sections: Sequence[str]) -> Iterator[str]:
             )
 
 
+def member_conflicts(
+    config: ConfigDict, name: str, count: int, at_once: int | None = None
+) -> Iterator[str]:
+    """Nets that are trained together, so many at once, and don't divide over the mesh's "member"."""
+    parts = max(config.mesh.member, 1)  # -1: what is left is known when the devices are
+    groups = {min(at_once or count, count), count % (at_once or count)}
+    if any(size % parts for size in groups):
+        at_a_time = f", trained {at_once} at a time," if at_once else ""
+        yield f"{name}: {count} nets{at_a_time} don't divide over mesh.member, {parts}"
+
+
+def layer_conflicts(config: ConfigDict, name: str, hidden: Sequence[int]) -> Iterator[str]:
+    """Every second hidden layer, counted from the last but one, that can't be split over "model"."""
+    parts = max(config.mesh.model, 1)
+    if any(units % parts for units in hidden[-2::-2]):
+        yield f"{name} is {hidden}; its layers don't divide over mesh.model, {parts}"
+
+
 def _mesh_conflicts(config: ConfigDict) -> Iterator[str]:
     sizes = config.mesh.to_dict()
     if list(sizes.values()).count(-1) > 1:

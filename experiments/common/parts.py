@@ -74,6 +74,10 @@ def run_part(
         directory.mkdir(parents=True, exist_ok=True)
         assert stage.groups is not None
         groups = stage.groups(make_context(config, workdir, stages, stage))
+        if part.first >= len(groups):
+            print(
+                f"{stage.name}: {len(groups)} groups, so none for part {part.first} of {part.step}"
+            )
         for number in range(part.first, len(groups), part.step):
             processes.stop_if_asked()
             with hold(directory / f"group_{number}.lock"):

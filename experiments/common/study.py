@@ -180,10 +180,10 @@ def _readable(stages: Sequence[Stage], stage: Stage) -> set[str]:
     return {*ANY_STAGE, *stage.sections}.union(*needed)
 
 
-def fields_read(stages: Sequence[Stage], only: Sequence[str] = ()) -> set[str]:
-    """The sections of the config that stages may read, all or `only` some."""
+def sections_of(stages: Sequence[Stage], only: Sequence[str] = ()) -> set[str]:
+    """The sections that stages, all or `only` some, read beside those of the stages that they need."""
     chosen = [stage for stage in stages if not only or stage.name in only]
-    return {*ANY_STAGE}.union(*(_readable(stages, stage) for stage in chosen))
+    return {*ANY_STAGE}.union(*(stage.sections for stage in chosen))
 
 
 def stage_inputs(workdir: Path, stage: Stage) -> dict[str, Path]:

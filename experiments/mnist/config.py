@@ -16,6 +16,8 @@ from experiments.common.config import (
     SEED,
     WEIGHTS,
     Overrides,
+    layer_conflicts,
+    member_conflicts,
     net_section,
     no_jitter,
     product,
@@ -117,6 +119,12 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
         ],
     )
     yield from no_jitter(config, _NETS[2:])
+    yield from member_conflicts(config, "seeds", len(config.seeds))
+    for net in _NETS:
+        if net != "sweep":
+            yield from layer_conflicts(config, f"{net}.hidden", config[net].hidden)
+    for width in config.sweep.widths:
+        yield from layer_conflicts(config, "sweep.widths", (width, width))
     data = config.data
     if config.selection == "validation" and not data.validation:
         yield "selection is 'validation', but data.validation is 0: hold some examples out"

@@ -16,7 +16,7 @@ from experiments.mnist.data import (
     training_set_with_targets,
     with_soft_targets,
 )
-from experiments.mnist.nets import changed, error_row, errors_by_variant, train
+from experiments.mnist.nets import changed, error_row, errors_by_variant, sizes, train
 
 
 def teacher(context: Context) -> list[Row]:
@@ -33,7 +33,7 @@ def _train_on_labels(context: Context, name: str, paper: float) -> list[Row]:
     net = context.config[name]
     examples = training_set(context.config, net)
     nets = train(context, name, net, examples, train_step.label_loss)
-    return [error_row(context, "mnist", f"{name} 2x{net.hidden[0]}", nets, paper)]
+    return [error_row(context, "mnist", f"{name} {sizes(net)}", nets, paper)]
 
 
 def make_soft_targets(context: Context) -> list[Row]:
@@ -63,7 +63,7 @@ def distilled(context: Context) -> list[Row]:
     """The small net regularised solely by soft targets (74 errors)."""
     net = context.config.distilled
     nets = _distil(context, "distilled", train_step.distillation_loss, net.hard_weight)
-    row = f"distilled 2x{net.hidden[0]}, T={net.temperature:g}"
+    row = f"distilled {sizes(net)}, T={net.temperature:g}"
     return [error_row(context, "mnist", row, nets, 74)]
 
 

@@ -54,6 +54,13 @@ def changed(net: ConfigDict, **changes: Any) -> ConfigDict:
     return ConfigDict({**net.to_dict(), **changes})
 
 
+def sizes(net: ConfigDict) -> str:
+    """The hidden layers in a row's name: "2x800", or "800-400" if they differ."""
+    if len(set(net.hidden)) == 1:
+        return f"{len(net.hidden)}x{net.hidden[0]}"
+    return "-".join(map(str, net.hidden))
+
+
 def error_row(context: Context, table: str, row: str, nets: Net, paper: float | None = None) -> Row:
     """The test errors after the last epoch of one kind of net, over its seeds."""
     errors = nets.history[-1]["test_errors"]

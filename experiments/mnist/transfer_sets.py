@@ -129,7 +129,7 @@ def unlabelled(context: Context) -> list[Row]:
             ],
             number=1,  # the teachers are 0
         )
-        known = f"{share:.0%} of the labels" if share else "no labels"
+        known = f"{100 * share:g}% of the labels" if share else "no labels"
         row = f"distilled, other half, {known}"
         rows.append(error_row(context, "mnist_unlabelled", row, nets))
     return rows

@@ -16,6 +16,8 @@ from distill_jax.ranges import above, at_least, count, flag, number, one_of, sev
 from experiments.common.config import (
     SEED,
     Overrides,
+    layer_conflicts,
+    member_conflicts,
     net_section,
     product,
     report_conflicts,
@@ -146,6 +148,12 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
             ("controls.epochs", "distilled.report_every"),
         ],
     )
+    at_once = config.generalist.at_once
+    yield from member_conflicts(config, "seeds", len(config.seeds), at_once)
+    at_once = config.specialists.at_once
+    yield from member_conflicts(config, "clusters.count", config.clusters.count, at_once)
+    yield from member_conflicts(config, "soft.count", config.soft.count)
+    yield from layer_conflicts(config, "generalist.hidden", config.generalist.hidden)
     net, data, clusters = config.generalist, config.data, config.clusters
     if not data.source.startswith("tfds:"):
         for name in ("data_dir", "side"):

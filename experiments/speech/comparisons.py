@@ -80,7 +80,10 @@ def compression(context: Context) -> list[Row]:
     rows = _compression_rows(config, "dense", 4 * data.num_classes + _DIGEST, dense, {})
     some = np.arange(len(log_probs))[:: -(-len(log_probs) // _COMPARED)]
     logits = jnp.asarray(nets.log_probs(dense.some(0, 1), frames.select(examples, some)))
-    for k in [k for k in net.k if k < data.num_classes]:
+    for k in net.k:
+        if k >= data.num_classes:
+            print(f"compression, k={k}: left out, there are {data.num_classes} classes", flush=True)
+            continue
         for row, size, kept in _encodings(probabilities, k, examples["id"], max(2, seeds)):
             part = jax.tree.map(lambda field: field[some], kept[:4])
             found = against_dense(probabilities[some], part, logits, net.temperature, mean)
@@ -117,11 +120,10 @@ def unlabelled(context: Context) -> list[Row]:
         make_row(config, table, "large net, labels", "frame_accuracy", large, seconds=0.0),
         make_row(config, table, "small net, labels", "frame_accuracy", base, seconds=small.seconds),
     ]
-    for value, weight, paper in (
-        (1.0, 0.0, 28.0),
-        (net.temperature, 0.0, None),
-        (net.temperature, net.hard_weight, None),
-    ):
+    # Li et al.'s way, and ours without labels and with them; once each where they are the same.
+    ways = dict.fromkeys([(1.0, 0.0), (net.temperature, 0.0), (net.temperature, net.hard_weight)])
+    for value, weight in ways:
+        paper = 28.0 if (value, weight) == (1.0, 0.0) else None
         name = f"one_temperature_{value:g}_{weight:g}"
         trained = nets.distil(
             context, name, net, value, seeds=seeds, hard_weight=weight, store="one"

@@ -17,6 +17,8 @@ from experiments.common.config import (
     SEEDS,
     WEIGHTS,
     Overrides,
+    layer_conflicts,
+    member_conflicts,
     net_section,
     no_jitter,
     product,
@@ -24,6 +26,7 @@ from experiments.common.config import (
 )
 
 PRESETS = ("smoke", "default", "paper")
+_MOST_DRAWS = 2**15  # soft_targets.encodings.MAX_DRAWS
 _NETS = ("ensemble", "distilled", "fractions", "compression", "unlabelled")
 
 
@@ -128,6 +131,13 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
                 f"soft_targets.temperatures, {', '.join(map(str, made_at))}"
             )
     members = len(config.ensemble.members)
+    yield from member_conflicts(config, "seeds", len(config.seeds))
+    yield from member_conflicts(config, "ensemble.members", members, config.ensemble.at_once)
+    for net in _NETS:
+        yield from layer_conflicts(config, f"{net}.hidden", config[net].hidden)
+    kept = config.soft_targets
+    if kept.encoding == "sampled" and kept.k > _MOST_DRAWS:
+        yield f"soft_targets.k is {kept.k}; allowed: up to {_MOST_DRAWS} draws"
     if config.decoding.members > members:
         yield f"decoding.members is {config.decoding.members}; the ensemble has {members}"
 

@@ -61,6 +61,24 @@ def test_dry_run(tree, name):
     assert printed == golden.read_text()
 
 
+AWKWARD = """--config.data.data_dir=a b, 'c' "d" $HOME `x` ~ * \\ & !"""
+
+
+@pytest.mark.parametrize("name", ["local", "multi_gpu", "multi_gpu_hosts", "tpu_pod"])
+def test_words_reach_the_study_as_they_are(tree, name):
+    """Also by ssh, and a working directory of one's own."""
+    given = (AWKWARD, "--stages=a,b", "--workdir=/x, y")
+    commands = []
+    for line in dry_run(tree, name, ("mnist", "smoke", *given)).splitlines():
+        words = shlex.split(line)
+        if words[0] in ("ssh", "gcloud"):
+            words = shlex.split(words[-1 if words[0] == "ssh" else -2])
+        commands += [words] if "launch.main" in words else []
+    assert commands and all({*given} <= {*words} for words in commands)
+    if name == "tpu_pod":
+        assert "'distill:/x, y' runs" in dry_run(tree, name, ("mnist", *given))
+
+
 def test_local_runs_what_it_prints(tree):
     add_tool(tree, ".venv/bin/python")
     printed = run(tree, "local.sh", "--dry-run", *WORDS)
@@ -313,7 +331,7 @@ def test_jobset_fits_its_schema(tree, name):
 
 
 def test_words_survive_yaml(tree):
-    word = """--config.data.source=a "b" \\c 'd' $e: #f"""
+    word = """--config.data.source=a "b" \\c 'd'\n$e: #f"""
     _, jobset = documents(tree, "gke_jobset_gpu", ("mnist", word))
     (container,) = pod_of(jobset)["containers"]
     assert word in container["command"]

@@ -121,6 +121,15 @@ CONFLICTS = [
     ("specialists", {"controls.epochs": 3}, "controls.epochs is 3; allowed: multiples of"),
     ("specialists", {"distilled.scratch_epochs": 3}, "distilled.scratch_epochs is 3"),
     ("specialists", {"data.difficulty": 0.0}, "data.views is 2; allowed: 1"),
+    ("mnist", {"mesh.member": 2}, "seeds: 1 nets don't divide over mesh.member, 2"),
+    (
+        "mnist",
+        {"mesh.model": 4},
+        "sweep.widths is (30, 30); its layers don't divide over mesh.model, 4",
+    ),
+    ("speech", {"mesh.member": 2}, "ensemble.members: 3 nets, trained 3 at a time, don't"),
+    ("speech", {"soft_targets.encoding": "sampled", "soft_targets.k": 2**16}, "up to 32768 draws"),
+    ("specialists", {"mesh.member": 2}, "seeds: 2 nets, trained 1 at a time, don't"),
     ("specialists", {"data.side": 32}, "it is of tfds: sources alone"),
 ]
 
