@@ -41,9 +41,9 @@ from experiments.common.config import Overrides, check_config
 from experiments.common.run import POINTS, check_names, stage_keys
 from experiments.common.study import (
     check_same,
+    fields_read,
     finished_key,
     read_json,
-    sections_of,
     write_json,
 )
 from launch import backends, command
@@ -121,7 +121,7 @@ def _checked_config(overrides: Overrides, name: str) -> ConfigDict:
     """The config of a point; a UserError that names the point if anything in it is wrong."""
     try:
         config = apply_point(_CONFIG.value, overrides)
-        check_config(config, sections_of(_stages(), _STAGES.value))
+        check_config(config, fields_read(_stages(), _STAGES.value))
         check_command(_main_command(Path(name), overrides), config)
     except UserError as error:
         raise UserError(f"point {name}: {error}") from error
@@ -165,7 +165,7 @@ def _run_parts(stage_and_count: str, workdir: Path) -> None:
     if _STAGES.value:
         raise UserError("--parts names its stage: leave --stages out")
     parts.find_stage(workdir, _stages(), [stage])
-    check_config(_CONFIG.value, sections_of(_stages(), [stage]))
+    check_config(_CONFIG.value, fields_read(_stages(), [stage]))
     check_same(workdir, _CONFIG.value)
     jobs = [
         Job(

@@ -14,10 +14,10 @@ from experiments.common.study import (
     Stage,
     check_needs,
     check_same,
+    fields_read,
     finished_key,
     read_json,
     run_stages,
-    sections_of,
     stage_key,
 )
 
@@ -42,7 +42,7 @@ def run_study(
     """
     workdir = files.local_path(workdir)
     plan(config, workdir, stages, check_source, only=only, reuse=reuse)
-    check_mesh(config, sections_of(stages, only))
+    check_mesh(config, fields_read(stages, only))
     run_stages(config, workdir, stages, only, working_directories(reuse))
     if not only or "report" in only:
         processes.main_only(write_report)(workdir)
@@ -77,7 +77,7 @@ def plan(
             working directory; for a stage that needs one that is neither finished nor run.
     """
     check_names(stages, only)
-    check_config(config, sections_of(stages, only))
+    check_config(config, fields_read(stages, only))
     files.check_writable(workdir, "--workdir")
     check_same(workdir, config)
     others = working_directories(reuse)

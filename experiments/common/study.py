@@ -180,7 +180,7 @@ def _readable(stages: Sequence[Stage], stage: Stage) -> set[str]:
     return {*ANY_STAGE, *stage.sections}.union(*needed)
 
 
-def sections_of(stages: Sequence[Stage], only: Sequence[str] = ()) -> set[str]:
+def fields_read(stages: Sequence[Stage], only: Sequence[str] = ()) -> set[str]:
     """The sections that stages, all or `only` some, read beside those of the stages that they need."""
     chosen = [stage for stage in stages if not only or stage.name in only]
     return {*ANY_STAGE}.union(*(stage.sections for stage in chosen))
