@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from distill_jax import ranges
 from distill_jax.errors import UserError
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
@@ -25,6 +26,7 @@ Draw = Callable[[Batch, Array, int, int], Array]
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Whole batches in an epoch; the remainder is left out, a different one every epoch."""
+    ranges.check(batch_size=batch_size)
     if num_examples < batch_size:
         raise UserError(f"batch_size {batch_size} is more than the {num_examples} examples")
     return num_examples // batch_size
@@ -74,6 +76,7 @@ def make_epoch(
         The epoch; `examples` are fields `[N, ...]` (or what `gather` takes), the metrics
         `[passes * steps]` per step.
     """
+    ranges.check_value("passes", passes, ranges.count())
     run_steps = make_steps(step, shard_batch, gather)
 
     def one_pass(

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from distill_jax import ranges
 from distill_jax.errors import UserError
 
 Layer = dict[str, Array]
@@ -174,8 +175,7 @@ def mean_loss(
         return jnp.mean(outcome.values), outcome
 
     def forward(*arguments: Any) -> tuple[tuple[Array, Outcome], Any]:
-        values = jax.eval_shape(functools.partial(_values, loss=loss, rows=rows), *arguments).values
-        weights = jnp.full(values.shape, 1.0 / values.size, jnp.float32)
+        weights = jnp.full(len(hidden), 1.0 / len(hidden), jnp.float32)
         run = over(functools.partial(_gradients, loss=loss, rows=rows))
         outcome, gradients = run(*arguments, weights)
         return (jnp.mean(outcome.values), outcome), gradients
@@ -218,7 +218,7 @@ def _gradients(
         hidden, fields, weights = chunk
         logits = _logits(hidden, layer)
         values, pull_back = jax.vjp(lambda z: loss(z, fields, constants), logits)
-        (slope,) = pull_back(weights)
+        (slope,) = pull_back(_spread(weights, values))
         narrow = slope.astype(hidden.dtype)
         terms = {
             "kernel": _product(_flat(hidden).T, _flat(narrow)),
@@ -252,6 +252,13 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
+def _spread(weights: Array, values: Array) -> Array:
+    """The weights of values `[b, ...]`: as given, or each example's shared by its own values."""
+    shape = weights.shape + (1,) * (values.ndim - weights.ndim)
+    share = weights.reshape(shape) / (values.size // weights.size)
+    return jnp.broadcast_to(share, values.shape)
+
+
 def _flat(x: Array) -> Array:
     """`[b, ..., n]` -> `[b ..., n]`."""
     return x.reshape(-1, x.shape[-1])
@@ -260,6 +267,8 @@ def _flat(x: Array) -> Array:
 def _rows(hidden: Array, rows: int | None) -> int:
     """The examples in a chunk, each of which may be a sequence."""
     *shape, units = hidden.shape
+    if rows is not None:
+        ranges.check_value("rows of a chunk", rows, ranges.count())
     return rows or max(1, chunk_rows(math.prod(shape), units) // math.prod(shape[1:]))
 
 

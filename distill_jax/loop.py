@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tensorboardX import SummaryWriter
 
-from distill_jax import checkpoints, files, processes, sharding
+from distill_jax import checkpoints, files, processes, ranges, sharding
 from distill_jax.errors import Stopped, UserError
 from distill_jax.train_step import TrainState
 
@@ -64,9 +64,12 @@ def fit(
         The last state, and the records of all units, those before the resumption included.
 
     Raises:
-        UserError: if a loss is not finite, at the first such step, before anything is saved.
+        UserError: if a loss is not finite, at the first such step, before anything is saved; if
+            `units` or `save_every` is below 1.
         Stopped: if a process was asked to stop, after saving.
     """
+    ranges.check_value("units", units, ranges.count())
+    ranges.check(save_every=save_every)
     restored = checkpoints.restore_newest(manager, state) if manager is not None else None
     first = 0
     history: list[Record] = []

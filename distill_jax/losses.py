@@ -8,7 +8,8 @@ accumulated in float32 for every input dtype, bfloat16 too. Probabilities of exa
 A label below 0 is unknown, and has no part. A label of C or more is a mistake: the loss and its gradient
 are NaN, since compiled code can't raise an error.
 
-`temperature` and `hard_weight` may be traced scalars, so that one program can train a sweep of them.
+`temperature` and `hard_weight` may be traced scalars, so that one program can train a sweep of them. As
+plain numbers they are checked: a temperature of 0 or less or a weight outside 0..1 is a UserError.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (the paper).
 """
@@ -19,6 +20,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
+from distill_jax import ranges
 from distill_jax.errors import UserError
 
 
@@ -41,6 +43,7 @@ def softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
         >>> print(losses.softmax(logits, temperature=4.0))
         [0.506 0.307 0.186]
     """
+    _check_plain(temperature=temperature)
     return jax.nn.softmax(logits.astype(jnp.float32) / temperature)
 
 
@@ -53,6 +56,7 @@ def log_softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
         >>> print(losses.log_softmax(jnp.array([4.0, 2.0, 0.0])))
         [-0.143 -2.143 -4.143]
     """
+    _check_plain(temperature=temperature)
     return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
 
 
@@ -345,6 +349,8 @@ def label_modified(
         >>> print(losses.label_modified(jnp.array([0.6, 0.3, 0.1]), jnp.array(1), 0.5))
         [0.3 0.65 0.05]
     """
+    if isinstance(weight, int | float):
+        ranges.check_value("weight", weight, ranges.share())
     targets, weight = soft_targets.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
     labels = _known_labels(labels, label_known)
     _check_labels(labels, targets)
@@ -395,6 +401,7 @@ def _with_labels(
     label_known: Array | None,
 ) -> Array:
     """The weighted average of a soft objective `[...]` and the cross-entropy with the labels."""
+    _check_plain(hard_weight=hard_weight)
     hard_weight = jnp.asarray(hard_weight, jnp.float32)
     soft = (1.0 - hard_weight) * soft
     if labels is None:
@@ -403,6 +410,12 @@ def _with_labels(
     hard = hard_cross_entropy(logits, labels)
     # `where`, not a product: the loss of a class that is left out is inf, and 0 * inf is NaN.
     return soft + jnp.where((labels >= 0) & (hard_weight > 0), hard_weight * hard, 0.0)
+
+
+def _check_plain(**values: ArrayLike) -> None:
+    """Checks plain numbers alone: to read an array would wait for the device."""
+    plain = {name: x for name, x in values.items() if isinstance(x, int | float)}
+    ranges.check(**plain)
 
 
 def _known_labels(labels: Array, label_known: Array | None) -> Array:

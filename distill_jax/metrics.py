@@ -48,6 +48,7 @@ def prediction_counts(predicted: Array, labels: Array) -> dict[str, Array]:
         raise UserError(
             f"labels are {list(labels.shape)} for predictions {list(predicted.shape)}; expected one each"
         )
+    labels = jnp.asarray(labels)
     known = labels >= 0
     wrong = (predicted.astype(labels.dtype) != labels) & known
     return {

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from distill_jax import ranges
 from distill_jax.errors import UserError
 
 Params = Any  # a nested dict of arrays
@@ -76,12 +77,20 @@ def mlp(
             serve a thousand classes, a small one shortens the plateau that training begins with.
 
     Raises:
-        UserError: when applied, for inputs that are neither uint8 nor floating point.
+        UserError: for sizes or shares that are none; when applied, for inputs that are neither uint8 nor
+            floating point.
     """
+    ranges.check(
+        hidden=tuple(hidden),
+        num_classes=num_classes,
+        input_dropout=input_dropout,
+        hidden_dropout=hidden_dropout,
+    )
+    ranges.check_value("output_scale", output_scale, ranges.at_least(0))
     return _as_model(
         _MLP(
-            tuple(hidden),
-            num_classes,
+            tuple(map(int, hidden)),
+            int(num_classes),
             input_dropout,
             hidden_dropout,
             jnp.dtype(dtype),
@@ -120,6 +129,7 @@ def conv_trunk(
         UserError: if there aren't as many strides as channels, or one is odd or below 1; when applied,
             for images whose sides the strides don't divide, and as `mlp`.
     """
+    ranges.check_value("channels", tuple(channels), ranges.several(ranges.count()))
     if len(channels) != len(strides) or any(s < 1 or s % 2 for s in strides):
         raise UserError(
             f"channels {tuple(channels)} need as many strides, all even and above 0, "
@@ -127,8 +137,8 @@ def conv_trunk(
         )
     return _as_model(
         _Trunk(
-            tuple(channels),
-            tuple(strides),
+            tuple(map(int, channels)),
+            tuple(map(int, strides)),
             jnp.dtype(dtype),
             _pair(scaling),
             activation,
@@ -140,14 +150,19 @@ def conv_trunk(
 def chain(trunk: Model, head: Model) -> Model:
     """One model of a trunk that makes features and a head that classifies them.
 
-    Their parameters lie side by side in one dict; layers of the same name are a mistake.
+    Their parameters lie side by side in one dict.
+
+    Raises:
+        UserError: from `init`, for layers of the same name.
     """
 
     def init(key: Array, inputs: Array) -> Params:
         trunk_key, head_key = jax.random.split(key)
         params = trunk.init(trunk_key, inputs)
-        features = trunk.apply(params, inputs)
-        return {**params, **head.init(head_key, features)}
+        own = head.init(head_key, trunk.apply(params, inputs))
+        if both := sorted(set(params) & set(own)):
+            raise UserError(f"trunk and head both have a layer named {both[0]!r}: rename one")
+        return {**params, **own}
 
     def apply(params: Params, inputs: Array, dropout_key: Array | None = None) -> Array:
         return head.apply(params, trunk.apply(params, inputs), dropout_key)
@@ -211,6 +226,8 @@ def _as_model(net: "_MLP | _Trunk") -> Model:
 
 def _pair(scaling: tuple[float, float]) -> tuple[float, float]:
     zero, unit = scaling
+    ranges.check_value("the zero of scaling", zero, ranges.any_number())
+    ranges.check_value("the unit of scaling", unit, ranges.above(0))
     return float(zero), float(unit)
 
 
@@ -333,12 +350,16 @@ def dropout(key: Array, x: Array, rate: float) -> Array:
     The generator hashes once per number drawn, however narrow, so each 32-bit word serves four units:
     a fifth of a large net's step on a CPU is saved. The rate is rounded to 1/256, and the scale is
     exact for the rounded rate.
+
+    Raises:
+        UserError: for a rate that isn't 0 or more, and less than 1.
     """
+    ranges.check_value("the dropout rate", rate, ranges.below(1))
     kept = round((1.0 - rate) * 256)
     if kept == 256:
         return x
     units = x.shape[-1]
     words = jax.random.bits(key, (*x.shape[:-1], -(-units // 4)), jnp.uint32)
     octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., :units]
-    scaled = x * jnp.asarray(256 / max(kept, 1), x.dtype)
+    scaled = x * jnp.asarray(256 / max(kept, 1), x.dtype)  # a rate near 1 may keep none
     return jnp.where(octets < jnp.uint8(kept), scaled, jnp.zeros((), x.dtype))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from distill_jax import layers
+from distill_jax import layers, ranges
 
 
 def sgd(
@@ -30,7 +30,8 @@ def sgd(
         output: the name of the softmax layer, which is not limited, at any depth of the parameters.
 
     Raises:
-        UserError: from `init`, if there is a limit and no layer of that name.
+        UserError: for a momentum or a limit that is none; from `init`, if there is a limit and no layer
+            of that name.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -44,6 +45,7 @@ def sgd(
         >>> print(optax.apply_updates(params, updates)["w"])
         [0.95 2.1 ]
     """
+    ranges.check(momentum=momentum)
     return _chain(optax.trace(momentum, nesterov=True), schedule, max_norm, output)
 
 
@@ -95,6 +97,8 @@ def dropout_2012(
         [[-5.  0.]
          [ 0. -5.]]
     """
+
+    ranges.check_value("steps_per_epoch", steps_per_epoch, ranges.above(0))
 
     def init(params: optax.Params) -> _MomentumState:
         return _MomentumState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -157,12 +161,17 @@ def limit_incoming_weights(max_norm: float) -> optax.GradientTransformation:
 def cosine(steps: int, warmup_steps: int = 0) -> optax.Schedule:
     """Linear warm-up from 0 to 1, then half a cosine down to 0 at `steps`.
 
+    Raises:
+        UserError: without steps, or for a warm-up that takes them all.
+
     Examples:
         >>> from distill_jax import optimizers
         >>> schedule = optimizers.cosine(steps=100, warmup_steps=10)
         >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 55, 100)]
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """
+    ranges.check_value("steps", steps, ranges.count())
+    ranges.check_value("warmup_steps", warmup_steps, ranges.count(0, steps - 1))
     return optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps, steps)
 
 
@@ -213,7 +222,8 @@ def _chain(
 
 def _hidden_only(max_norm: float, output: str) -> optax.GradientTransformation:
     """`limit_incoming_weights` for all layers but the softmax layer; no limit for `max_norm` 0."""
-    if max_norm <= 0:
+    ranges.check(max_norm=max_norm)
+    if max_norm == 0:
         return optax.identity()
 
     def is_hidden(params: optax.Params) -> optax.Params:

@@ -38,6 +38,11 @@ def number(words: str, accepts: Callable[[float], bool]) -> Allowed:
     return Allowed(f"{words}, finite", holds)
 
 
+def any_number() -> Allowed:
+    """A finite number."""
+    return Allowed("a finite number", number("", lambda value: True).accepts)
+
+
 def above(low: float) -> Allowed:
     """A finite number above `low`."""
     return number(f"above {low:g}", lambda value: value > low)

@@ -5,11 +5,35 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from jax.typing import ArrayLike
 
+from distill_jax import ranges
 from distill_jax.errors import UserError
 
 Examples = Mapping[str, Any]
 """Fields `[N, ...]`."""
+
+
+def check_numbers(hyper: Mapping[str, ArrayLike], count: int) -> None:
+    """Checks what `trainer.train` is given as `hyper`, for `count` members.
+
+    Raises:
+        UserError: for a number that is not allowed (`ranges`), or that isn't one or `[count]`.
+
+    Examples:
+        >>> check_numbers({"temperature": [2.0, 0.0]}, 2)
+        Traceback (most recent call last):
+        ...
+        distill_jax.errors.UserError: temperature is 0.0; allowed: above 0, finite
+    """
+    for name, value in hyper.items():
+        numbers = np.asarray(value)
+        ranges.check_value(name, numbers, ranges.TABLE.get(name, ranges.any_number()))
+        if numbers.shape not in ((), (count,)):
+            raise UserError(
+                f"hyper has {name} {list(numbers.shape)} for {count} keys; expected one number, or one "
+                "for each"
+            )
 
 
 def check_labels(sets: Sequence[Examples], num_classes: int, what: str) -> None:

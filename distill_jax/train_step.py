@@ -16,7 +16,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import fused_loss, layers, losses, metrics, soft_targets
+from distill_jax import fused_loss, layers, losses, metrics, ranges, soft_targets
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 
@@ -117,9 +117,10 @@ def make_train_step(
         "count", of known labels, int32, if the batch has labels.
 
     Raises:
-        UserError: for a fused loss of a model without `hidden`. When called, for what the batch lacks,
-            and for micro-batches of a field that is not `[B, ...]`.
+        UserError: for a fused loss of a model without `hidden`. When called, for what the batch or
+            `hyper` lacks, and for micro-batches of a field that is not `[B, ...]`.
     """
+    ranges.check(micro_batches=micro_batches)
     mean_loss = _mean(model, loss)
 
     def gradient(params: Params, batch: Batch, key: Array, shared: tuple[Hyper, Constants]):
@@ -141,7 +142,7 @@ def make_train_step(
         if axis_name is not None:
             grads, sums = jax.lax.pmean(grads, axis_name), jax.lax.psum(sums, axis_name)
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, learning_rate=hyper["learning_rate"]
+            grads, state.opt_state, state.params, learning_rate=number(hyper, "learning_rate")
         )
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), sums
@@ -303,7 +304,7 @@ def distillation_loss(
 
     Where labels are unknown, or the batch has none, it is the soft term alone, with the same weight.
     """
-    targets = losses.softmax(_teacher_logits(batch), hyper["temperature"])
+    targets = losses.softmax(_teacher_logits(batch), number(hyper, "temperature"))
     return _distillation(logits, targets, batch, hyper)
 
 
@@ -329,8 +330,8 @@ def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
             probabilities,
             tail,
             known_labels(batch),
-            temperature=hyper["temperature"],
-            hard_weight=hyper["hard_weight"],
+            temperature=number(hyper, "temperature"),
+            hard_weight=number(hyper, "hard_weight"),
             tail_weights=weights,
         )
 
@@ -351,7 +352,8 @@ def hidden_teacher_loss(mean: soft_targets.Mean = "arithmetic") -> Loss:
         how = "add train_step.online_teacher_hidden to the step's transforms"
         (hidden,) = _take(batch, ("teacher_hidden",), "the batch has", how)
         (layer,) = _take(constants, ("teacher_layer",), "the constants have", "hand it to the step")
-        targets = soft_targets.mean_probs_of_hidden(hidden, layer, hyper["temperature"], mean)
+        temperature = number(hyper, "temperature")
+        targets = soft_targets.mean_probs_of_hidden(hidden, layer, temperature, mean)
         return _distillation(logits, targets, batch, hyper)
 
     return loss
@@ -361,11 +363,11 @@ def label_modified_loss(
     logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
 ) -> Array:
     """Cross-entropy with soft targets that the labels modified by `hyper["hard_weight"]`."""
-    temperature = hyper["temperature"]
+    temperature = number(hyper, "temperature")
     targets = losses.label_modified(
         losses.softmax(_teacher_logits(batch), temperature),
         _labels(batch),
-        hyper["hard_weight"],
+        number(hyper, "hard_weight"),
     )
     return losses.soft_cross_entropy(logits, targets, temperature)
 
@@ -379,8 +381,17 @@ def logit_matching_loss(
 
 def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> Array:
     return losses.distillation(
-        logits, targets, known_labels(batch), hyper["temperature"], hyper["hard_weight"]
+        logits,
+        targets,
+        known_labels(batch),
+        number(hyper, "temperature"),
+        number(hyper, "hard_weight"),
     )
+
+
+def number(hyper: Hyper, name: str) -> Array:
+    """One of the numbers of `hyper`, or a UserError that it is missing."""
+    return _take(hyper, (name,), "hyper has", "hand that number to the step")[0]
 
 
 def _inputs(batch: Batch) -> Array:

@@ -28,6 +28,7 @@ from distill_jax import (
     nets,
     optimizers,
     processes,
+    ranges,
     sharding,
     train_checks,
     train_step,
@@ -71,6 +72,18 @@ class Recipe:
     fused_logits: int = 2**22
     report_every: int = 1
     save_every: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises a UserError for a number that is not allowed (`ranges`)."""
+        names = (
+            "epochs",
+            "batch_size",
+            "micro_batches",
+            "fused_logits",
+            "report_every",
+            "save_every",
+        )
+        ranges.check(**{name: getattr(self, name) for name in names})
 
 
 class Reader(NamedTuple):
@@ -165,11 +178,13 @@ def train(
         The nets, parameters as arrays of NumPy.
 
     Raises:
-        UserError: for sizes that don't fit each other, a label beyond the model's classes, an
-            evaluation set without known labels, a loss that is not finite, a folder with nets of another
-            config; see `loop.fit` and `checkpoints`.
+        UserError: for numbers that are not allowed or sizes that don't fit each other, a label beyond
+            the model's classes, an evaluation set without known labels, a loss that is not finite, a
+            folder with nets of another config; see `loop.fit` and `checkpoints`.
         Stopped: if the run was asked to stop, after saving.
     """
+    train_checks.check_numbers(hyper, len(keys))
+    ranges.check_value("selection", selection, ranges.one_of("last", "validation"))
     directory = files.local_path(directory)
     if nets.exists(directory):
         return _finished(directory, model, len(keys), config)

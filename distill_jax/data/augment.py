@@ -26,6 +26,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from distill_jax import ranges
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 from distill_jax.train_step import Batch, Constants, Transform
@@ -49,9 +50,11 @@ def jitter(pixels: int) -> Transform:
     """Moves each image by up to `pixels` in any direction, filling with zeros (section 3).
 
     Raises:
-        UserError: at trace time, if the batch has cached soft targets. They belong to the original
-            images; put `online_teacher` after the jitter instead.
+        UserError: for pixels that are no whole number, 0 or more; at trace time, if the batch has cached
+            soft targets. They belong to the original images; put `online_teacher` after the jitter
+            instead.
     """
+    ranges.check_value("the pixels of jitter", pixels, ranges.count(0))
 
     def move(batch: Batch, key: Array, constants: Constants = None) -> Batch:
         if {"teacher_logits", "teacher_ids"} & set(batch):

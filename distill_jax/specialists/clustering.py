@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses
+from distill_jax import losses, ranges
 from distill_jax.errors import UserError
 
 
@@ -48,6 +48,7 @@ def prediction_covariance(batches: Iterable[ArrayLike], temperature: float = 1.0
         [[ 0.167 -0.167]
          [-0.167  0.167]]
     """
+    ranges.check(temperature=temperature)
     count, moments = 0, None
     for batch in batches:
         logits = _checked(batch, None if moments is None else len(moments.mean))
@@ -88,6 +89,7 @@ def confusion(batches: Iterable[tuple[ArrayLike, ArrayLike]], temperature: float
         [[0.5  0.25]
          [0.25 1.  ]]
     """
+    ranges.check(temperature=temperature)
     counts = None
     for labels, batch in batches:
         logits = _checked(batch, None if counts is None else len(counts))

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import trainer
+from distill_jax import ranges, trainer
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists.clustering import pad_sets
@@ -124,6 +124,8 @@ def enriched_rows(
             f"{np.count_nonzero(class_set < num_classes)} classes have none)"
         )
     special = np.isin(labels, class_set)
+    if not special.any():
+        raise UserError(f"a specialist's set {class_set[:5].tolist()} has no class, only padding")
     other = ~special & (labels >= 0)
     if not other.any():
         raise UserError(
@@ -201,10 +203,15 @@ def dustbin_correction(num_special: ArrayLike, num_other: ArrayLike) -> Array:
     Returns:
         float32 of that shape, in nats; negative where special examples are the majority.
 
+    Raises:
+        UserError: for a number that isn't above 0.
+
     Examples:
         >>> float(dustbin_correction(50, 50))
         0.0
     """
+    ranges.check_value("num_special", num_special, ranges.above(0))
+    ranges.check_value("num_other", num_other, ranges.above(0))
     return jnp.log(jnp.asarray(num_other, jnp.float32) / jnp.asarray(num_special, jnp.float32))
 
 

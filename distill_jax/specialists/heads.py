@@ -238,7 +238,7 @@ def full_softmax_loss(
         [1.386 5.545]
     """
     label, class_set = _labels(batch), _get(constants, "class_set", "constants")
-    temperature = hyper["temperature"]
+    temperature = train_step.number(hyper, "temperature")
     place = _map_labels(label, class_set, logits.shape[-1])
     special = (place >= 0) & (place != len(class_set))  # or a label that is no class, which is NaN
     hard = losses.hard_cross_entropy(logits, jnp.where(special, label, -1))

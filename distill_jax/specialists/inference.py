@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from distill_jax import ranges
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists import eq5
@@ -127,6 +128,7 @@ def run_active(
         >>> evidence.active.tolist(), evidence.specialists.shape
         ([[True], [False]], (2, 1, 3))
     """
+    ranges.check(batch_size=batch_size)
     class_sets = np.asarray(specialists.class_sets)
     num_specialists, num_classes = len(class_sets), generalist_logits.shape[1]
     _check_run(specialists, generalist_logits, inputs, n)
@@ -236,6 +238,9 @@ def combine(
         (0, 1.0)
     """
     _check_shapes(evidence)
+    ranges.check(batch_size=batch_size)
+    ranges.check_value("tolerance", tolerance, ranges.any_number())
+    ranges.check_value("max_passes", max_passes, ranges.any_number())
     num_classes, active = evidence.generalist.shape[1], evidence.active[..., None]
     check_class_sets(jnp.where(active, evidence.class_sets, num_classes), num_classes)
     return _combine(evidence, tolerance, max_passes, method or eq5.newton(), batch_size)

@@ -87,7 +87,7 @@ def reference(kind, hidden, layer, batch, temperature, hard_weight, weights):
     z, rows = hidden @ kernel + bias, np.arange(len(hidden))
     known = batch["label_known"]
     if kind == "labels":
-        known, hard_weight, p = np.ones_like(known), 1.0, np.zeros_like(z)
+        hard_weight, p = 1.0, np.zeros_like(z)
     else:
         p = targets64(kind, batch, z.shape[1], temperature)
     q, q_1, one = softmax64(z / temperature), softmax64(z), np.zeros_like(z)

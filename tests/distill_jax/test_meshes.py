@@ -154,8 +154,8 @@ def test_communication_of_a_step(sizes):
     shardings = sharding.state_shardings(states, mesh, "member").params
     shards = jax.tree.map(lambda x, s: s.shard_shape(x.shape), states.params, shardings)
     own = sum(np.prod(s[1:]) for s in jax.tree.leaves(shards, is_leaf=lambda s: type(s) is tuple))
-    # All gradients and the loss's sum at once, and the count of errors, which are integers.
-    gradients = [("all-reduce", values), ("all-reduce", values * (own + 1))]
+    # All gradients and the loss's sum at once, and the errors and known labels, which are integers.
+    gradients = [("all-reduce", 2 * values), ("all-reduce", values * (own + 1))]
     assert sorted(c[:2] for c in over("data", found)) == (gradients if data > 1 else [])
 
     rows = values * BATCH // data  # bytes of a [B] on a device
@@ -284,6 +284,14 @@ def test_a_trunk_is_whole_and_so_are_classes_that_do_not_divide():
 def test_a_layer_that_does_not_divide_is_named(hidden, message):
     with pytest.raises(UserError, match=message):
         specs(models.mlp(hidden, 10), (1, 1, 8))
+
+
+def test_a_net_of_which_nothing_can_be_split_is_refused():
+    small, named = models.mlp([], 10), models.mlp([16], 10)
+    renamed = models.Model(lambda *args: {"net": named.init(*args)["output"]}, named.apply)
+    for model in (small, renamed):
+        with pytest.raises(UserError, match=r"mesh.model is 8, but no layer can be split over it"):
+            specs(model, (1, 1, 8), optimizers.adam(lambda step: 1.0))
 
 
 def test_rows_that_a_process_loads():

@@ -39,7 +39,7 @@ def test_uint8_inputs_are_scaled(key):
     np.testing.assert_allclose(model.apply(params, images), scaled, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16, bool])
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, bool])
 def test_inputs_that_would_be_read_unscaled(key, dtype):
     for model in (models.mlp([2], tiny.CLASSES), models.conv_trunk([2], [2])):
         with pytest.raises(UserError, match=rf"inputs are {np.dtype(dtype)}; expected uint8"):

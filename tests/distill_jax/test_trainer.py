@@ -1,12 +1,14 @@
 """The trainer: members as one program, resumed, saved when finished, and then read."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from distill_jax import models, nets, train_step, trainer
+from distill_jax import models, nets, optimizers, train_step, trainer
 from distill_jax.errors import UserError
 
 MODEL = models.mlp([8], tiny.CLASSES)
@@ -122,7 +124,8 @@ def test_nets_of_the_best_checkpoint_by_validation(tmp_path):
 
 def test_parameters_to_start_from(trained, tmp_path):
     _, net = trained
-    moved = train(tmp_path, start=net.params, hyper={"learning_rate": 0.0})
+    still = dataclasses.replace(RECIPE, optimizer=lambda *_: optimizers.adam(lambda step: 0.0))
+    moved = train(tmp_path, start=net.params, recipe=still)
     tiny.assert_equal(moved.params, net.params)
 
 

@@ -40,8 +40,10 @@ def test_a_class_set_that_is_none(name, classes, message):
         USERS[name](np.array(classes, np.int32))
 
 
-def test_padding_may_repeat():
+def test_padding_may_repeat_but_is_no_set_alone():
     coverage.check_class_sets(np.array([[0, C, C], [2, 1, C]]), C)
+    with pytest.raises(UserError, match=r"set \[5, 5\] has no class, only padding"):
+        enrichment.enriched_rows(LABELS, [C, C], C)
 
 
 def test_labels_of_no_class():
