@@ -174,6 +174,10 @@ def _append(
     unit, step, fetched = pending
     step, fetched = processes.fetch((step, fetched))
     values = {name: np.asarray(value) for name, value in fetched.items()}
+    if missing := {"loss", "examples"} - set(values):
+        raise UserError(
+            f"the metrics of a unit have no {', '.join(sorted(missing))}: see loop.Advance"
+        )
     losses, examples = values.pop("loss"), values.pop("examples")
     nothing = np.zeros_like(examples)  # of batches without labels
     errors, known = values.pop("errors", nothing).sum(-1), values.pop("count", nothing).sum(-1)

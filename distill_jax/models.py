@@ -198,8 +198,15 @@ def build(description: str) -> Model:
 
 
 def head_params(params: Params) -> Params:
-    """The layers of a chained model that come after its trunk."""
-    return {name: layer for name, layer in params.items() if not name.startswith("conv_")}
+    """The layers of a chained model that come after its trunk, a `conv_trunk`.
+
+    Raises:
+        UserError: if the trunk is another one, whose layers can't be told from the head's.
+    """
+    head = {name: layer for name, layer in params.items() if not name.startswith("conv_")}
+    if len(head) == len(params):
+        raise UserError(f"no layer is named conv_0, conv_1, ..., only {', '.join(sorted(params))}")
+    return head
 
 
 def parameter_count(params: Params) -> int:

@@ -68,7 +68,8 @@ def mean_probs_of_hidden(hidden: Array, layer: Params, temperature: ArrayLike, m
 
     Args:
         hidden: `[B, M, D]`, activations of each member; the products take its dtype.
-        layer: {"kernel" `[M, D, C]`, "bias" `[M, C]`}, the members' output layers.
+        layer: {"kernel" `[M, D, C]`, "bias" `[M, C]`}, the members' output layers; the bias may be left
+            out.
         temperature: scalar above 0.
         mean: as for `mean_log_probs`.
 
@@ -92,9 +93,10 @@ def mean_probs_of_hidden(hidden: Array, layer: Params, temperature: ArrayLike, m
         return total + term(logits, temperature), None
 
     check_mean(mean)
-    count = hidden.shape[1]
-    zeros = jnp.zeros((len(hidden), layer["bias"].shape[-1]), jnp.float32)
-    members = (jnp.moveaxis(hidden, 1, 0), layer["kernel"], layer["bias"])
+    count, kernel = hidden.shape[1], layer["kernel"]
+    zeros = jnp.zeros((len(hidden), kernel.shape[-1]), jnp.float32)
+    bias = layer.get("bias", jnp.zeros(kernel.shape[::2]))
+    members = (jnp.moveaxis(hidden, 1, 0), kernel, bias)
     total, _ = jax.lax.scan(add, zeros, members)
     return total / count if mean == "arithmetic" else losses.softmax(total / count)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses, train_step
+from distill_jax import layers, losses, train_step
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from distill_jax.specialists.coverage import check_class_sets
@@ -125,7 +125,7 @@ def reduce_output(params: Params, class_set: Array, num_classes: int) -> Params:
         Parameters with {"output": {"kernel": `[D, S + 1]`, "bias": `[S + 1]`}}.
 
     Raises:
-        UserError: if the output layer has another number of classes.
+        UserError: if there is no such output layer, or one of another number of classes.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -133,7 +133,13 @@ def reduce_output(params: Params, class_set: Array, num_classes: int) -> Params:
         >>> [f"{bias:.2f}" for bias in reduce_output(params, jnp.array([2]), 3)["output"]["bias"]]
         ['2.00', '1.19']
     """
-    kernel, bias = params["output"]["kernel"], params["output"]["bias"]
+    layer = params.get(layers.OUTPUT, {})
+    if not {"kernel", "bias"} <= set(layer):
+        raise UserError(
+            f"the generalist's params need a layer {layers.OUTPUT!r} with kernel and bias; the layers "
+            f"are {', '.join(sorted(params))}, and that one has {', '.join(sorted(layer)) or 'nothing'}"
+        )
+    kernel, bias = layer["kernel"], layer["bias"]
     if kernel.shape[-1:] != (num_classes,) or bias.shape != (num_classes,):
         raise UserError(
             f"the generalist's output has kernel {kernel.shape} and bias {bias.shape}; expected "

@@ -127,6 +127,32 @@ def test_batch_that_does_not_cut(key):
         make_step(micro_batches=3)(fresh(), make_batch(), key, tiny.hyper())
 
 
+@pytest.mark.parametrize("field", [jnp.float32(0.5), jnp.ones(tiny.CLASSES)])
+def test_micro_batches_are_cut_from_fields_of_examples(field, key):
+    with pytest.raises(UserError, match=r"a batch of 8 examples, but 'prior' is \[.*constants"):
+        make_step(micro_batches=2)(fresh(), {**make_batch(), "prior": field}, key, tiny.hyper())
+
+
+def test_a_fused_loss_finds_the_output_layer_by_its_name(key):
+    def inner(params):
+        return {"hidden_0": params["net"]["hidden_0"], "output": params["net"]["head"]}
+
+    def init(key, inputs):
+        params = PLAIN.init(key, inputs)
+        return {"net": {"hidden_0": params["hidden_0"], "head": params["output"]}}
+
+    own = models.Model(
+        init,
+        lambda params, *args, **how: PLAIN.apply(inner(params), *args, **how),
+        lambda params, *args, **how: PLAIN.hidden(inner(params), *args, **how),
+    )
+    fused = train_step.Fused(train_step.distillation_loss, output="head")
+    found = make_step(own, fused)(fresh(own), make_batch(), key, tiny.hyper())
+    tiny.assert_close(found, make_step(own)(fresh(own), make_batch(), key, tiny.hyper()))
+    with pytest.raises(UserError, match=r"no layer .* named 'output', only head, hidden_0, net"):
+        make_step(own, fused._replace(output="output"))(fresh(own), make_batch(), key, tiny.hyper())
+
+
 def test_randomness_is_the_keys_and_the_steps(key):
     step = make_step(DROPOUT)
 

@@ -57,6 +57,15 @@ def test_geometric_mean_is_the_softmax_of_mean_logits(temperature):
     np.testing.assert_allclose(jnp.exp(log_probs), expected, rtol=1e-5)
 
 
+def test_hidden_layers_without_a_bias():
+    hidden = jnp.asarray(tiny.teacher_logits(12).reshape(3, 2, 6))
+    layer = {"kernel": jnp.asarray(tiny.teacher_logits(8, 2).reshape(2, 6, 2))}
+    found = soft_targets.mean_probs_of_hidden(hidden, layer, 2.0, "arithmetic")
+    zeros = {**layer, "bias": jnp.zeros((2, 2))}
+    expected = soft_targets.mean_probs_of_hidden(hidden, zeros, 2.0, "arithmetic")
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_unknown_mean():
     with pytest.raises(UserError, match="'arithmetic' or 'geometric', not 'median'"):
         soft_targets.mean_log_probs(jnp.zeros((2, 3)), 1.0, "median")

@@ -59,6 +59,12 @@ def test_an_unknown_label_is_no_mistake():
     assert coverage.mistakes_covered([[0, 1], [3, 4]], C, labels, predictions) == 0.5
 
 
+def test_a_generalist_without_such_an_output_layer():
+    for params in ({"head": PARAMS["output"]}, {"output": {"kernel": np.zeros((2, C))}}):
+        with pytest.raises(UserError, match="need a layer 'output' with kernel and bias"):
+            heads.reduce_output(params, np.array([0]), C)
+
+
 @pytest.mark.parametrize("n", [0, C + 1])
 def test_no_specialist_is_active_by_no_class(n):
     with pytest.raises(UserError, match=f"n is {n}; expected 1 to 5"):
