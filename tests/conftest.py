@@ -1,8 +1,11 @@
-"""Eight CPU devices, and no silent promotion of dtypes or ranks."""
+"""Eight CPU devices, programs that compile quickly, and no silent promotion of dtypes or ranks."""
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from command import ENVIRONMENT
+
+os.environ.update(ENVIRONMENT)
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest

@@ -145,7 +145,7 @@ def undisturbed(study: str, folder: Path) -> tuple[list[dict[str, Any]], dict[st
         times = [*done.begun.values(), done.ended]
         lengths.append([after - before for before, after in itertools.pairwise(times)])
         print(f"undisturbed: {done.ended - done.begun[START]:.1f} s", flush=True)
-        phases = [*done.begun, REPORT]
+        phases = phases or [*done.begun, REPORT]
     if found := differences(read_rows(folder / "second"), read_rows(folder / "first")):
         sys.exit("\n".join(["two undisturbed runs differ:", *found]))
     shorter = [min(both) for both in itertools.zip_longest(*lengths, fillvalue=float("inf"))]

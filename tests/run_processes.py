@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 
-from command import ENVIRONMENT, ROOT
+from command import ENVIRONMENT, QUICK_COMPILATION, ROOT
 
 
 def free_port() -> int:
@@ -15,7 +15,7 @@ def free_port() -> int:
 def start_all(command: list[str], count: int, devices: int) -> list[subprocess.Popen[str]]:
     """Processes of one run on this machine; `{}` in the command stands for what connects them."""
     port = free_port()
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}"
     return [
         subprocess.Popen(
             [sys.executable, *(x.format(f"127.0.0.1:{port},{count},{i}") for x in command)],

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-from pathlib import Path
 
 import nbclient
 import nbformat
@@ -14,11 +13,6 @@ from nbformat import NotebookNode
 STUDIES = ("mnist", "speech", "specialists")
 FOLDER = ROOT / "launch" / "colab"
 COLAB = "https://colab.research.google.com/github"
-# The programs that launch.main keeps.
-CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "distill_jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 
 
 def read(study: str) -> NotebookNode:
@@ -61,7 +55,7 @@ def test_they_run_from_top_to_bottom(study, tmp_path):
     client = nbclient.NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
     )
-    client.execute(env=CACHE | ENVIRONMENT | environment)
+    client.execute(env=ENVIRONMENT | environment)
 
     workdir = tmp_path / "runs" / f"{study}_smoke"
     printed = {cell.id: text_of(cell) for cell in code_cells(notebook)}
