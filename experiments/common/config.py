@@ -50,7 +50,7 @@ def net_section(**changes: Any) -> dict[str, Any]:
         "optimizer": "adam",  # or sgd, dropout_2012
         "momentum": 0.9,  # of sgd
         "learning_rate": 1e-3,
-        "warmup_epochs": 1,
+        "warmup_epochs": 1,  # at most half of all
         "batch_size": 512,
         "micro_batches": 1,
         "epochs": 20,
@@ -97,7 +97,7 @@ def check_config(config: ConfigDict, sections: Collection[str] | None = None) ->
         UserError: for the first field that the study lacks, whose value isn't allowed, or that doesn't
             fit another one; it names the field, its value and what is allowed.
     """
-    study = _config_module(config.get("study"))
+    study = _config_module(str(config.get("study")))
     fields = flat(config.to_dict())
     known = _fields(study)
     for name in [*fields, *known]:
@@ -106,7 +106,8 @@ def check_config(config: ConfigDict, sections: Collection[str] | None = None) ->
             raise UserError(f"--config.{name}: {has}")
     for name, value in fields.items():
         ranges.check_value(f"--config.{name}", value, allowed(study, name))
-    for conflict in itertools.chain(_mesh_conflicts(config), study.conflicts(config)):
+    shared = itertools.chain(_mesh_conflicts(config), _micro_batch_conflicts(config))
+    for conflict in itertools.chain(shared, study.conflicts(config)):
         if sections is None or re.split(r"\W", conflict)[0] in sections:
             raise UserError(f"--config.{conflict}")
 
@@ -170,10 +171,18 @@ def _mesh_conflicts(config: ConfigDict) -> Iterator[str]:
         yield f"mesh is {sizes}; allowed: one size of -1, which takes what the others leave"
 
 
+def _micro_batch_conflicts(config: ConfigDict) -> Iterator[str]:
+    for name, section in config.items():
+        parts = section.get("micro_batches", 1) if isinstance(section, ConfigDict) else 1
+        if parts > 1 and section.batch_size % parts:
+            size = section.batch_size
+            yield f"{name}.micro_batches is {parts}; allowed: divisors of batch_size, {size}"
+
+
 @functools.cache
-def _config_module(study: Any) -> ModuleType:
+def _config_module(study: str) -> ModuleType:
     """The config.py beside a study such as "experiments.mnist.study"."""
-    package, _, last = str(study).rpartition(".")
+    package, _, last = study.rpartition(".")
     if package and last == "study":
         with contextlib.suppress(ImportError):
             return importlib.import_module(f"{package}.config")

@@ -16,8 +16,8 @@ STUDIES = {
 }
 
 
-def config_of(study, changes=types.MappingProxyType({})):
-    config = STUDIES[study].get_config("smoke")
+def config_of(study, changes=types.MappingProxyType({}), preset="smoke"):
+    config = STUDIES[study].get_config(preset)
     config.update_from_flattened_dict(dict(changes))
     return config
 
@@ -31,6 +31,15 @@ def test_every_preset_is_allowed_and_every_field_declared(study):
         for name in flat(config.to_dict()):
             allowed(module, name)  # a StopIteration if it isn't declared
     assert set(module.ALLOWED) <= set(flat(config.to_dict()))
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_point_of_every_sweep_is_allowed(study):
+    with pytest.raises(ValueError, match="no sweep ''; there are ") as raised:
+        STUDIES[study].sweep("")
+    for name in str(raised.value).partition("there are ")[2].split(", "):
+        for point in STUDIES[study].sweep(name):
+            check_config(config_of(study, point, preset="default"))
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -106,6 +115,11 @@ CONFLICTS = [
         "mnist",
         {"data.source": "tfds:mnist", "data.block_examples": 50},
         "teacher.batch_size is 100",
+    ),
+    (
+        "mnist",
+        {"sweep.micro_batches": 3},
+        "sweep.micro_batches is 3; allowed: divisors of batch_size, 100",
     ),
     ("speech", {"distilled.temperature": 3.0}, "distilled.temperature is 3.0; allowed: one of"),
     ("speech", {"fractions.temperature": 3.0}, "fractions.temperature is 3.0; allowed: one of"),
