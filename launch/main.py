@@ -65,7 +65,8 @@ def main(argv: Sequence[str]) -> None:
     from experiments.common.run import plan
 
     config, workdir = _CONFIG.value, files.local_path(_WORKDIR.value)
-    only, part = _STAGES.value, _PART.value
+    only = _STAGES.value
+    part = None if _PART.value is None else parts.parse_part(_PART.value)
     reuse = [Path(folder) for folder in _REUSE.value]
     if part is not None and reuse:
         raise UserError("--part trains a part of one stage and reuses none: leave --reuse out")
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     if _DRY_RUN.value:
         print(*lines, sep="\n")
     elif part is not None:
-        parts.run_part(config, workdir, study.STAGES, only, parts.parse_part(part))
+        parts.run_part(config, workdir, study.STAGES, only, part)
     else:
         study.run(config, workdir, only, reuse)
 

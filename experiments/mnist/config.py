@@ -136,11 +136,11 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
     for net in _NETS[:3]:
         if 0 < data.block_examples < config[net].batch_size:
             yield f"{net}.batch_size is {config[net].batch_size}, more than data.block_examples"
-    left = data.train_examples - data.validation
-    if data.train_examples and left < 2:
-        yield f"data.validation is {data.validation} of {data.train_examples} data.train_examples"
-    if data.train_examples:
-        yield from _batch_conflicts(config, left)
+    size = data.train_examples or (60_000 if data.source == "embedded" else 0)
+    if size and size - data.validation < 2:
+        yield f"data.validation is {data.validation} of {size} training examples"
+    if size:
+        yield from _batch_conflicts(config, size - data.validation)
 
 
 def _batch_conflicts(config: ConfigDict, size: int) -> Iterator[str]:

@@ -130,6 +130,15 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
                 f"{net}.temperature is {config[net].temperature}; allowed: one of "
                 f"soft_targets.temperatures, {', '.join(map(str, made_at))}"
             )
+    frames = config.data.train_frames
+    if frames and not config.data.block_frames:
+        for net in _NETS:
+            size, most = (
+                config[net].batch_size,
+                round(frames * config[net].get("percent", 100) / 100),
+            )
+            if size > most:
+                yield f"{net}.batch_size is {size}; its training set has at most {most}"
     members = len(config.ensemble.members)
     yield from member_conflicts(config, "seeds", len(config.seeds))
     yield from member_conflicts(config, "ensemble.members", members, config.ensemble.at_once)

@@ -123,6 +123,11 @@ CONFLICTS = [
     ),
     ("speech", {"distilled.temperature": 3.0}, "distilled.temperature is 3.0; allowed: one of"),
     ("speech", {"fractions.temperature": 3.0}, "fractions.temperature is 3.0; allowed: one of"),
+    (
+        "speech",
+        {"data.train_frames": 1000},
+        "fractions.batch_size is 128; its training set has at most 100",
+    ),
     ("speech", {"decoding.members": 4}, "the ensemble has 3"),
     ("speech", {"unlabelled.jitter": 1}, "unlabelled.jitter is 1; allowed: 0"),
     ("specialists", {"generalist.strides": (2,)}, "strides is (2,); allowed: one for each of chan"),
