@@ -119,8 +119,6 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 def dtype_of(net: ConfigDict) -> Any:
     """The dtype of a config section's arithmetic."""
-    if net.dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {net.dtype!r}")
     return DTYPES[net.dtype]
 
 

@@ -44,11 +44,6 @@ def open_data(config: ConfigDict) -> Data:
     """The same data, with the training examples left on disk if the config says so."""
     if not config.data.block_examples:
         return load_data(config)
-    if not config.data.source.startswith("tfds:"):
-        raise UserError(
-            f"data.block_examples is {config.data.block_examples}, but only tfds: sources are "
-            f"streamed: set it to 0 for {config.data.source}"
-        )
     return _open(FrozenConfigDict(config.data))
 
 

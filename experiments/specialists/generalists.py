@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from distill_jax import models, nets, soft_targets, train_step
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
-from distill_jax.errors import UserError
 from distill_jax.nets import Net
 from experiments.common import training
 from experiments.common.study import Context
@@ -57,10 +56,6 @@ def net_of(net: ConfigDict, outputs: int) -> models.Model:
 
 
 def _arithmetic(net: ConfigDict) -> dict[str, Any]:
-    if net.activation not in models.ACTIVATIONS:
-        raise UserError(
-            f"activation must be one of {', '.join(models.ACTIVATIONS)}, not {net.activation!r}"
-        )
     return {"dtype": training.dtype_of(net), "activation": models.ACTIVATIONS[net.activation]}
 
 
@@ -86,8 +81,6 @@ def train(
     holds the nets of all seeds, for `nets.load`; their history is the last record.
     """
     data, config = load_data(context.config), context.config
-    if net.at_once < 1:
-        raise UserError(f"generalist.at_once must be at least 1, not {net.at_once}")
     evaluation = {f"{split}_errors": part for split, part in data.evaluation().items()}
     parts = []
     for first in range(0, len(config.seeds), net.at_once):

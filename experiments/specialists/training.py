@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from distill_jax import models, nets, sharding, train_step, trainer
 from distill_jax.data.images import Examples
-from distill_jax.errors import UserError
 from distill_jax.nets import Net
 from distill_jax.specialists import enrichment, heads, inference, store
 from distill_jax.specialists.heads import Head
@@ -41,8 +40,7 @@ def train(context: Context, name: str, seed: int, class_sets: np.ndarray) -> sto
         The specialists; their net's seconds count the making of what they are fed, too.
 
     Raises:
-        UserError: for a class without examples, a set that leaves the dustbin none, an unknown kind of
-            head, an odd batch size, or groups of none.
+        UserError: for a class without examples, or a set that leaves the dustbin none.
     """
     directory = _folder(context, name, seed)
     if (directory / "specialists").exists():
@@ -84,8 +82,6 @@ def groups(
 
 
 def _cut(count: int, net: ConfigDict) -> list[range]:
-    if net.at_once < 1:
-        raise UserError(f"specialists.at_once must be at least 1, not {net.at_once}")
     return [range(i, min(i + net.at_once, count)) for i in range(0, count, net.at_once)]
 
 
@@ -158,8 +154,6 @@ def train_group(
         head: of all.
         evaluation: what to count errors on (`count_errors`), of each member its own.
     """
-    if net.batch_size % 2:
-        raise UserError(f"specialists.batch_size must be even to halve it, not {net.batch_size}")
     config, generalist = context.config, generalists.load(context, seed)
     classes = load_data(config).num_classes
     constants = [enriched.constants[m] for m in group]

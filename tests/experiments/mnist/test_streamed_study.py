@@ -13,7 +13,6 @@ from tfds_sets import prepare_tiny
 
 from distill_jax import soft_targets
 from distill_jax.data import stream
-from distill_jax.errors import UserError
 from distill_jax.nets import read_meta
 from experiments.common.study import read_json
 from experiments.common.training import curve
@@ -121,10 +120,3 @@ def test_a_killed_study_resumes_to_the_same_numbers(data_dir, streamed, tmp_path
 def test_stages_that_cut_the_set_up_hold_it_in_memory(data_dir):
     data = load_data(config_of(data_dir))
     assert data.streamed is None and len(data.train["id"]) == 170
-
-
-def test_the_embedded_set_is_not_streamed():
-    config = get_config("smoke")
-    config.data.block_examples = 1000
-    with pytest.raises(UserError, match=r"block_examples is 1000, but only tfds: .* embedded"):
-        open_data(config)
