@@ -115,7 +115,7 @@ sweep() { # NAME BACKEND
   .venv/bin/python -m launch.sweep --config=experiments/mnist/config.py:smoke --stages=baseline \
     --sweep=tests/launch/slurm/points.py:four --workdir="$out/$1" --backend="$2"
 }
-array=$(sweep points slurm | sed -nE 's/^job ([0-9]+): lines 2-4 .*/\1/p')
+array=$(sweep points slurm | sed -nE 's/^job ([0-9]+): lines 1-4 .*/\1/p')
 await test -e "$out/points/learning_rate=0.004/stages/baseline/baseline/checkpoints"
 scancel --signal=TERM "${array}_4"
 await is "${array}_4" Restarts 1
