@@ -75,6 +75,10 @@ def fit(
     history: list[Record] = []
     if restored is not None:
         first, state, history = restored
+        if manager is not None and first > units:
+            raise UserError(
+                f"{manager.directory} has a checkpoint after unit {first}; asked for are {units}"
+            )
     clock = _clock(history)
     pending: tuple[int, Array, dict[str, Array]] | None = None
     for unit in range(first, units):

@@ -2,7 +2,8 @@
 
 A folder holds
 
-    params.npz    the parameters by their paths, such as "hidden_0/kernel", each `[M, ...]`
+    params.npz    the parameters by their paths, such as "hidden_0/kernel", each `[M, ...]`; net.json has
+                  another name, if the net replaced one
     net.json      the model's description, the inputs' shape, history, config, fingerprint; written last
 
 and whatever training keeps beside them. NumPy has no bfloat16: such an array is stored as its bits.
@@ -10,6 +11,7 @@ and whatever training keeps beside them. NumPy has no bfloat16: such an array is
 
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,26 +104,46 @@ def stack(nets: Sequence[Net]) -> Net:
 
 
 @processes.main_only
-def save(folder: str | os.PathLike[str], net: Net) -> None:
+def save(folder: str | os.PathLike[str], net: Net, *, overwrite: bool = False) -> None:
     """Writes a net's two files into a folder, each whole; what else is there stays.
 
+    Args:
+        folder: made if it isn't there.
+        net: whose parameters are nested dicts of arrays.
+        overwrite: replaces another net, in one step: a kill leaves the old or the new one.
+
     Raises:
-        UserError: for parameters that are not nested dicts of arrays.
+        UserError: for a folder that holds another net, or a net.json that is none; for parameters that
+            are not nested dicts of arrays.
     """
     folder = files.local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stored = net if net.members is not None else _with_member_axis(net)
-    dtypes = save_params(folder / _PARAMS, stored.params)
+    before = read_meta(folder) if exists(folder) else None
+    if before and not overwrite:
+        files.check_same(
+            f"{folder} holds another net",
+            before,
+            {"fingerprint": stored.fingerprint},
+            "Name another folder, or replace it with overwrite=True",
+        )
+    path = folder / _PARAMS
+    if path.exists():  # until the new net.json names the new file, the old one names the old
+        path = folder / f"params.{secrets.token_hex(4)}.npz"
+    dtypes = save_params(path, stored.params)
+    kept = {"file": path.name, "sha256": files.sha256(path), "dtypes": dtypes}
     meta = {
         "model": describe(stored.model),
         "members": stored.members,
-        "parameters": {"sha256": files.sha256(folder / _PARAMS), "dtypes": dtypes},
+        "parameters": kept,
         "fingerprint": stored.fingerprint,
         "seconds": stored.seconds,
         **stored.about,
         "history": stored.history,
     }
     files.write_sealed(folder / _META, FORMAT, meta)
+    if before:
+        files.remove(_params_of(folder, before))
 
 
 def exists(folder: str | os.PathLike[str]) -> bool:
@@ -143,8 +165,9 @@ def load(folder: str | os.PathLike[str], model: Model | None = None) -> Net:
     folder = files.local_path(folder)
     meta = read_meta(folder)
     kept = meta["parameters"]
-    files.check_sha256(folder / _PARAMS, kept["sha256"], "train the net again, or copy it again")
-    params = load_params(folder / _PARAMS, kept["dtypes"])
+    path = _params_of(folder, meta)
+    files.check_sha256(path, kept["sha256"], "train the net again, or copy it again")
+    params = load_params(path, kept["dtypes"])
     known = {"format", "version", "model", "members", "parameters", "fingerprint"}
     about = {name: x for name, x in meta.items() if name not in known | {"history", "seconds"}}
     net = Net(
@@ -181,8 +204,11 @@ def describe(model: Model) -> Any:
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON-able config as it is read back: tuples are lists."""
-    return json.loads(json.dumps(dict(config)))
+    """A JSON-able config as it is read back: tuples are lists; a UserError if it isn't JSON-able."""
+    try:
+        return json.loads(json.dumps(dict(config)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config is not JSON-able: {error}") from error
 
 
 def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -214,6 +240,10 @@ def load_params(path: Path, dtypes: Mapping[str, str]) -> Params:
         return _nested(
             {name: stored[name].view(jnp.dtype(dtype)) for name, dtype in dtypes.items()}
         )
+
+
+def _params_of(folder: Path, meta: Mapping[str, Any]) -> Path:
+    return folder / meta["parameters"].get("file", _PARAMS)
 
 
 def _with_member_axis(net: Net) -> Net:
@@ -269,7 +299,13 @@ def _paths(params: Params) -> list[tuple[str, Any]]:
 
 
 def _by_path(params: Params) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in _paths(params)}
+    leaves = _paths(params)
+    keys = [name for name, x in leaves if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)]
+    if keys:
+        raise UserError(
+            f"parameters {', '.join(keys)} are random keys, which a net's file can't hold"
+        )
+    return {name: np.asarray(leaf) for name, leaf in leaves}
 
 
 def _nested(leaves: Mapping[str, np.ndarray]) -> Params:

@@ -32,6 +32,7 @@ from distill_jax import (
     sharding,
     train_checks,
     train_step,
+    training_note,
 )
 from distill_jax.data.stream import Block, make_advance
 from distill_jax.errors import UserError
@@ -84,6 +85,10 @@ class Recipe:
             "save_every",
         )
         ranges.check(**{name: getattr(self, name) for name in names})
+
+
+_FREE = ("epochs", "fused_logits", "save_every")
+"""Fields of a recipe that a training's folder may differ in."""
 
 
 class Reader(NamedTuple):
@@ -152,9 +157,14 @@ def train(
 ) -> Net:
     """Trains one net for each key as one vmapped program, resumed from its checkpoints.
 
+    The same call with more epochs goes on from the last checkpoint, also of a finished training. The
+    optimizer is then the one of all epochs, but the first ones are done: where its schedule depends on
+    their number, the nets are not those of a training that was as long from the start.
+
     Args:
-        directory: this training's own; gets checkpoints, TensorBoard files and at the end the nets
-            (`nets.save`). Nets that are finished there are read, and nothing is trained.
+        directory: this training's own; gets a note of what the training is (`training_note`),
+            checkpoints, TensorBoard files and at the end the nets (`nets.save`). Nets that are finished
+            there are read, and nothing is trained.
         model: of all members.
         examples: for all members, or each member's own (fields that are the same object or have the same
             values are kept once); or a stream, whose blocks come in one order for all. A "label" is a
@@ -180,16 +190,38 @@ def train(
     Raises:
         UserError: for numbers that are not allowed or sizes that don't fit each other, a label beyond
             the model's classes, an evaluation set without known labels, a loss that is not finite, a
-            folder with nets of another config; see `loop.fit` and `checkpoints`.
+            folder with another training, naming what differs; see `loop.fit` and `checkpoints`. Streams'
+            examples, and the code of functions, are not compared.
         Stopped: if the run was asked to stop, after saving.
     """
     train_checks.check_numbers(hyper, len(keys))
     ranges.check_value("selection", selection, ranges.one_of("last", "validation"))
     directory = files.local_path(directory)
-    if nets.exists(directory):
+    sets = examples if isinstance(examples, Stream) else _each(examples, len(keys))
+    note = training_note.describe(
+        {
+            "members": len(keys),
+            "model": nets.describe(model) or model,
+            "recipe": {name: x for name, x in vars(recipe).items() if name not in _FREE},
+            "keys": jax.random.key_data(keys),
+            "hyper": _numbers(hyper, len(keys)),
+            "loss": loss,
+            "examples": _described(sets),
+            "constants": training_note.of_members(constants),
+            "evaluation": {
+                name: _described([x] if isinstance(x, Mapping) else x)
+                for name, x in evaluation.items()
+            },
+            "reader": reader,
+            "start": start,
+            "selection": selection,
+            "config": nets.plain(config),
+        }
+    )
+    training_note.check(directory, note, recipe.epochs, name)
+    if _is_finished(directory, recipe.epochs):
         return _finished(directory, model, len(keys), config)
     mesh = sharding.make_mesh() if mesh is None else mesh
-    sets = examples if isinstance(examples, Stream) else _each(examples, len(keys))
     plan = _cut(recipe, sets, reader, name)
     sample = _sample_input(sets, reader.gather)
     classes = _num_classes(model, sample)
@@ -211,6 +243,7 @@ def train(
     best = BEST if BEST in evaluation else None
     if selection == "validation" and best is None:
         raise UserError("selection is 'validation', but no validation set is held out")
+    training_note.write(directory, note, recipe.epochs)
     with checkpoints.open_dir(directory / "checkpoints", best) as manager:
         states, history = loop.fit(
             advance_of(recipe, step, reader=reader),
@@ -235,6 +268,7 @@ def train(
             _, states, history = chosen
     about = {
         "config": dict(config),
+        "epochs": recipe.epochs,
         "selection": selection,
         "inputs": {"shape": list(sample.shape[1:]), "dtype": sample.dtype.name},
         "num_classes": classes,
@@ -242,9 +276,20 @@ def train(
     records = [{"epoch": record["unit"] * plan.epochs, **record} for record in history]
     params = jax.tree.map(np.asarray, processes.fetch(states.params))
     net = Net(model, params, records, seconds, len(keys), about)
-    nets.save(directory, net)
+    nets.save(directory, net, overwrite=True)
     processes.wait()
     return net
+
+
+def _described(sets: Sequence[Examples] | Stream) -> dict[str, Any]:
+    """What the note says of examples."""
+    if isinstance(sets, Stream):
+        return {"steps": sets.steps, "blocks": sets.blocks, "inputs": str(sets.inputs)}
+    return training_note.of_members(sets)
+
+
+def _is_finished(directory: Path, epochs: int) -> bool:
+    return nets.exists(directory) and nets.read_meta(directory).get("epochs", epochs) == epochs
 
 
 def _finished(directory: Path, model: Model, count: int, config: Mapping[str, Any]) -> Net:
@@ -376,14 +421,10 @@ def _stack(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str,
     fields, per_member = {}, {}
     for name, first in sets[0].items() if sets else ():
         values = [one[name] for one in sets]
-        same = all(value is first or _equal(value, first) for value in values)
+        same = all(training_note.is_same(value, first) for value in values)
         per_member[name] = not same
         fields[name] = first if same else jax.tree.map(lambda *leaves: np.stack(leaves), *values)
     return fields, per_member
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
 def _recorders(name: str, units: int, directory: Path) -> list[Callable[[loop.Record], None]]:

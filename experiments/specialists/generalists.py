@@ -103,7 +103,7 @@ def train(
         )
     trained = nets.stack(parts)
     about = {**trained.about, "config": {**trained.about["config"], "seeds": list(config.seeds)}}
-    nets.save(context.directory / name, trained._replace(about=about))
+    nets.save(context.directory / name, trained._replace(about=about), overwrite=True)
     return trained
 
 

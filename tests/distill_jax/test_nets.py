@@ -101,7 +101,34 @@ def test_stack_and_some():
 def test_other_files_of_the_folder_stay(folder):
     (folder / "notes.txt").write_text("mine")
     nets.save(folder, make_net())
-    assert sorted(path.name for path in folder.iterdir()) == ["net.json", "notes.txt", "params.npz"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[:2] == ["net.json", "notes.txt"] and len(names) == 3
+    other = make_net()
+    other = other._replace(params=jax.tree.map(jnp.zeros_like, other.params))
+    with pytest.raises(UserError, match=r"holds another net: fingerprint is .* overwrite=True"):
+        nets.save(folder, other)
+    tiny.assert_equal(nets.load(folder).params, make_net().params)
+    nets.save(folder, other, overwrite=True)
+    tiny.assert_equal(nets.load(folder).params, other.params)
+    assert len(list(folder.iterdir())) == 3
+    (folder / "net.json").write_text('{"pages": 3}')
+    with pytest.raises(UserError, match="has format None version None"):
+        nets.save(folder, other, overwrite=True)
+    assert (folder / "net.json").read_text() == '{"pages": 3}'
+
+
+def test_parameters_of_every_dtype(tmp_path):
+    dtypes = ("bool", "int4", "uint8", "float8_e4m3fn", "bfloat16", "complex64")
+    params = {name: jnp.asarray(np.arange(6).reshape(2, 3) % 2, name) for name in dtypes}
+    params |= {"empty": np.zeros((2, 0)), "scalar": np.ones(2)}
+    model = models.Model(MODEL.init, MODEL.apply)
+    nets.save(tmp_path, nets.Net(model, params, [], 0.0, 2, {}))
+    read = nets.load(tmp_path, model).params
+    for name, leaf in params.items():
+        assert read[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(read[name], leaf)
+    with pytest.raises(UserError, match="parameters key are random keys"):
+        nets.save_params(tmp_path / "p.npz", {"key": jax.random.key(0)})
 
 
 def test_bad_folders(folder, tmp_path):
