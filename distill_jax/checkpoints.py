@@ -4,11 +4,13 @@ A checkpoint holds a training state and its history (a JSON list). The last two 
 is lost if one is damaged, and the best by a metric if one is named.
 """
 
+import gc
 import logging
 import operator
 import os
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +56,7 @@ def open_dir(
     directory = files.local_path(directory).absolute()
     own = [path.name for path in directory.glob("*") if _is_own(path)]
     files.check_own_folder(directory, own, "a training's checkpoints")
+    logging.getLogger("absl").addFilter(_is_no_error_of_orbax)
     policies: list[PreservationPolicy] = [LatestN(2)]
     get_metric = None if best_metric is None else operator.itemgetter(best_metric)
     if get_metric is not None:
@@ -90,7 +93,11 @@ def save(
             "same command again"
         )
     # A copy of the list, because it is written later, when the loop may have added to it.
-    notes = {"history": [*history], "checksum": int(processes.fetch(checksum(state)))}
+    notes = {
+        "history": [*history],
+        "checksum": int(processes.fetch(checksum(state))),
+        "leaves": _describe(state),
+    }
     stored = ocp.args.StandardSave(jax.tree.map(_storable, state))
     items = ocp.args.Composite(state=stored, notes=ocp.args.JsonSave(notes))
     try:
@@ -124,11 +131,7 @@ def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Restored | None
     damaged: list[int] = []
     reason = ""
     for step in sorted(manager.all_steps(), reverse=True):
-        restored, problem = None, ""
-        try:
-            restored = _restore(manager, step, like)
-        except Exception as error:  # orbax raises whatever its storage layers do
-            problem = str(error).partition("\n")[0]
+        restored, problem = _try_to_restore(manager, step, like)
         if processes.any_of(restored is None):
             reason = problem or "another process of the run can't read it"
             logging.warning(
@@ -163,13 +166,12 @@ def restore_best(manager: ocp.CheckpointManager, like: Any, metric: str) -> Rest
     if not steps:
         return None
     best = min(steps, key=lambda step: values[step][metric])
-    try:
-        return _restore(manager, best, like)
-    except Exception as error:  # orbax raises whatever its storage layers do
-        reason = str(error).partition("\n")[0]
+    restored, problem = _try_to_restore(manager, best, like)
+    if restored is None:
         raise UserError(
-            f"the best checkpoint {manager.directory / str(best)} is damaged: {reason}"
-        ) from error
+            f"the best checkpoint {manager.directory / str(best)} is damaged: {problem}"
+        )
+    return restored
 
 
 @jax.jit
@@ -234,19 +236,49 @@ def _as_it_was(stored: Array, leaf: Any) -> Array:
     return stored.astype(leaf.dtype) if leaf.dtype in _SHORT else stored
 
 
+def _try_to_restore(
+    manager: ocp.CheckpointManager, step: int, like: Any
+) -> tuple[Restored | None, str]:
+    """A checkpoint, or the reason in a line why it can't be read."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        return _restore(manager, step, like), ""
+    except Exception as error:  # orbax raises whatever its storage layers do
+        problem = _in_a_line(error)
+    finally:
+        gc.collect()  # the coroutines of a failed read say so when they go
+        sys.unraisablehook = hook
+    return None, problem
+
+
 def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Restored:
-    items = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.tree.map(_stored_as, like)),
-            notes=ocp.args.JsonRestore(),
-        ),
-    )
-    state = jax.tree.map(_as_it_was, items["state"], like)
+    notes = manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
+    if "leaves" in notes:  # else of an earlier version
+        now, there = _describe(like), notes["leaves"]
+        names = sorted({**there, **now})
+        files.check_same("its arrays are others", there, {name: now.get(name) for name in names})
+    abstract = ocp.args.StandardRestore(jax.tree.map(_stored_as, like))
+    stored = manager.restore(step, args=ocp.args.Composite(state=abstract))["state"]
+    state = jax.tree.map(_as_it_was, stored, like)
     # Orbax detects missing and truncated files, but not a changed bit in the data of an array.
-    if int(processes.fetch(checksum(state))) != items["notes"]["checksum"]:
+    if int(processes.fetch(checksum(state))) != notes["checksum"]:
         raise ValueError("the checksum of the arrays differs from the one that was saved with them")
-    return Restored(step, state, items["notes"]["history"])
+    return Restored(step, state, notes["history"])
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each array, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+
+def _is_no_error_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether a record is to be shown: the errors that orbax logs are raised too, and said in a line."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _in_a_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].partition(" See full TensorStore")[0]
 
 
 def _is_own(path: Path) -> bool:
@@ -265,6 +297,5 @@ def _put_aside(directory: Path, steps: Sequence[int]) -> None:
 
 
 def _write_error(manager: ocp.CheckpointManager, error: Exception) -> UserError:
-    return UserError(
-        f"could not write a checkpoint in {manager.directory} (earlier ones are kept): {error}"
-    )
+    where = f"{manager.directory} (earlier ones are kept)"
+    return UserError(f"could not write a checkpoint in {where}: {_in_a_line(error)}")

@@ -219,13 +219,13 @@ def versioned(format: tuple[str, int], fields: Mapping[str, Any]) -> dict[str, A
 
 def write_sealed(path: Path, format: tuple[str, int], fields: Mapping[str, Any]) -> None:
     """Writes a versioned JSON file with its own SHA-256, whole."""
-    write_json(path, versioned(format, {**fields, "sha256": _sha256_of(fields)}))
+    write_json(path, versioned(format, {**fields, "sha256": sha256_of(fields)}))
 
 
 def read_sealed(path: Path, format: tuple[str, int], again: str) -> dict[str, Any]:
     """Reads what `write_sealed` wrote, without its SHA-256; arguments and errors as `read_versioned`."""
     meta = read_versioned(path, format, again)
-    if meta.pop("sha256", None) != _sha256_of(meta):
+    if meta.pop("sha256", None) != sha256_of(meta):
         raise UserError(f"{path} is damaged: its SHA-256 is not the one that it notes")
     return meta
 
@@ -248,7 +248,7 @@ def check_same(what: str, there: Mapping[str, Any], now: Mapping[str, Any], hint
         raise UserError(f"{what}: {', '.join(differences)}" + (f". {hint}" if hint else ""))
 
 
-def _sha256_of(meta: Mapping[str, Any]) -> str:
-    """Of all fields but the format's."""
+def sha256_of(meta: Mapping[str, Any]) -> str:
+    """The SHA-256 of plain data, of all fields but the format's."""
     fields = {name: value for name, value in meta.items() if name not in ("format", "version")}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

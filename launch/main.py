@@ -32,6 +32,12 @@ _REUSE = flags.DEFINE_multi_string(
     "Another workdir, or the folder of a sweep, whose finished stages with the same config are reused; "
     "may be given several times.",
 )
+_EXTEND = flags.DEFINE_bool(
+    "extend",
+    False,
+    "The config may have more epochs than the workdir's: what is trained goes on to them, and stages "
+    "that build on it are run again.",
+)
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run",
     False,
@@ -68,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
     only = _STAGES.value
     part = None if _PART.value is None else parts.parse_part(_PART.value)
     reuse = [Path(folder) for folder in _REUSE.value]
+    if part is not None and _EXTEND.value:
+        raise UserError("--part trains a part of one stage: extend the study without it first")
     if part is not None and reuse:
         raise UserError("--part trains a part of one stage and reuses none: leave --reuse out")
     check_config(config, sections=())  # before other processes are waited for
@@ -79,13 +87,14 @@ def main(argv: Sequence[str]) -> None:
         parts.find_stage(workdir, study.STAGES, only)
     if part is not None or _DRY_RUN.value:
         source = study.check_source
-        lines = plan(config, workdir, study.STAGES, source, only=only, reuse=reuse)
+        how = {"only": only, "reuse": reuse, "extend": _EXTEND.value}
+        lines = plan(config, workdir, study.STAGES, source, **how)
     if _DRY_RUN.value:
         print(*lines, sep="\n")
     elif part is not None:
         parts.run_part(config, workdir, study.STAGES, only, part)
     else:
-        study.run(config, workdir, only, reuse)
+        study.run(config, workdir, only, reuse, _EXTEND.value)
 
 
 if __name__ == "__main__":

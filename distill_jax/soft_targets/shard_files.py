@@ -153,6 +153,7 @@ def finish(store: Path, digests: np.ndarray) -> None:
         with files.write_whole(path) as partial, partial.open("wb") as file:
             np.save(file, (total / len(digests)).astype(np.float32))
         hashes[path.name] = files.sha256(path)
+    hashes[INDEX] = files.sha256_of({**meta, "sha256": hashes})
     files.write_json(store / INDEX, {**meta, "sha256": hashes})
 
 
@@ -171,8 +172,13 @@ def open_finished(store: Path, expected: Meta) -> tuple[Meta, list[Path]]:
             "written: finish them with the same command"
         )
     meta = _read(store / INDEX)
+    hashes = dict(meta["sha256"])
+    own = hashes.pop(INDEX, None)  # stores of an earlier version have none
+    if own and own != files.sha256_of({**meta, "sha256": hashes}):
+        raise UserError(f"{store / INDEX} is damaged; {_AGAIN.format(store)}")
     _check_same(store, meta, expected)
-    hashes, shards = meta.pop("sha256"), [folder(store, n) for n in range(count(meta))]
+    del meta["sha256"]
+    shards = [folder(store, n) for n in range(count(meta))]
     weights = [store / name for name in hashes if name.endswith(".npy")]
     for path in (*shards, *weights):
         _check_whole(path, hashes)

@@ -44,13 +44,20 @@ class Specialists(NamedTuple):
 
 
 @main_only
-def save(directory: str | os.PathLike[str], specialists: Specialists) -> None:
-    """Writes specialists; they appear whole or not at all, in place of earlier ones of that name.
+def save(
+    directory: str | os.PathLike[str], specialists: Specialists, *, overwrite: bool = False
+) -> None:
+    """Writes specialists; they appear whole or not at all.
+
+    Args:
+        directory: for them, and nothing else.
+        specialists: that are trained.
+        overwrite: replaces other specialists, in one step.
 
     Raises:
-        UserError: for a folder that holds anything else, which stays; for nets, sets or corrections that
-            are not of as many specialists, a class that doesn't exist, parameters that are not nested
-            dicts, or a head that `heads.HEADS` doesn't have.
+        UserError: for a folder that holds anything else, which stays, or other specialists; for nets,
+            sets or corrections that are not of as many specialists, a class that doesn't exist,
+            parameters that are not nested dicts, or a head that `heads.HEADS` doesn't have.
 
     Examples:
         >>> import jax, numpy as np, tempfile
@@ -85,6 +92,10 @@ def save(directory: str | os.PathLike[str], specialists: Specialists) -> None:
             "net": files.sha256(partial / "net.json"),
             "arrays": files.sha256(partial),
         }
+        if (directory / _META).exists() and not overwrite:
+            there = files.read_sealed(directory / _META, FORMAT, _AGAIN)
+            hint = "Name another folder, or replace them with overwrite=True"
+            files.check_same(f"{directory} holds other specialists", there, fields, hint)
         files.write_sealed(partial / _META, FORMAT, fields)
 
 

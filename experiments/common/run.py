@@ -9,10 +9,12 @@ from ml_collections import ConfigDict
 
 from distill_jax import files, processes, sharding
 from distill_jax.errors import UserError
+from experiments.common import extension
 from experiments.common.config import check_config
 from experiments.common.study import (
     Stage,
     check_needs,
+    check_own,
     check_same,
     fields_read,
     finished_key,
@@ -34,15 +36,20 @@ def run_study(
     *,
     only: Sequence[str] = (),
     reuse: Sequence[Path] = (),
+    extend: bool = False,
 ) -> None:
     """`run_stages`, and then the report; which is also a name for `only`.
+
+    With `extend` the config may have more epochs than the working directory's (`extension`).
 
     Raises:
         UserError: before anything is run, as `plan` and `check_mesh`; and as `run_stages`.
     """
     workdir = files.local_path(workdir)
-    plan(config, workdir, stages, check_source, only=only, reuse=reuse)
+    plan(config, workdir, stages, check_source, only=only, reuse=reuse, extend=extend)
     check_mesh(config, fields_read(stages, only))
+    if extend:
+        extension.extend(config, workdir, stages)
     run_stages(config, workdir, stages, only, working_directories(reuse))
     if not only or "report" in only:
         processes.main_only(write_report)(workdir)
@@ -56,6 +63,7 @@ def plan(
     *,
     only: Sequence[str] = (),
     reuse: Sequence[Path] = (),
+    extend: bool = False,
 ) -> list[str]:
     """Checks all that can be checked before a run, and says what `run_study` would do with each stage.
 
@@ -68,6 +76,7 @@ def plan(
         check_source: raises a UserError if the config's data aren't there.
         only: names of stages; empty for all.
         reuse: working directories of the study, or sweeps of it.
+        extend: as for `run_study`.
 
     Returns:
         A line for each stage, such as "teacher: finished before".
@@ -79,7 +88,10 @@ def plan(
     check_names(stages, only)
     check_config(config, fields_read(stages, only))
     files.check_writable(workdir, "--workdir")
-    check_same(workdir, config)
+    check_own(workdir)
+    changed = extension.changed_stages(config, workdir, stages) if extend else {}
+    if not changed:
+        check_same(workdir, config)
     others = working_directories(reuse)
     check_source(config)
     keys = stage_keys(config, stages)
@@ -89,7 +101,10 @@ def plan(
             continue
         check_needs(workdir, stage, planned)
         planned.add(stage.name)
-        lines.append(f"{stage.name}: {_fate(workdir, stage.name, keys[stage.name], others)}")
+        fate = _fate(workdir, stage.name, keys[stage.name], others)
+        if stage.name in changed and finished_key(workdir, stage.name):
+            fate = "will go on" if changed[stage.name] else "will be run again from the start"
+        lines.append(f"{stage.name}: {fate}")
     return lines + (["report: will be drawn"] if not only or "report" in only else [])
 
 

@@ -33,6 +33,8 @@ Row = dict[str, Any]
 seconds; and by table what it is plotted against."""
 
 
+_STAGE = ("experiments.stage", 1)
+
 ANY_STAGE = ("preset", "mesh")
 """What every stage may read of the config. Both are free: no part of what a stage is known by."""
 
@@ -85,7 +87,8 @@ class Stage(NamedTuple):
     sections: what it reads of the config, beside what the stages that it needs read; no more is there.
     groups: what trains each group of its nets, or reads it if it is finished; `run` calls all. None: it
     has no groups. number: of the stage in random keys; another number trains other nets. So it stays as
-    it is when stages are renamed, moved or added.
+    it is when stages are renamed, moved or added. extends: whether, when only the
+    epochs in its own sections grow, it goes on with what it trained; else it is run from the start.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Stage(NamedTuple):
     sections: tuple[str, ...] = ()
     groups: Callable[[Context], Sequence[Callable[[], Any]]] | None = None
     number: int = 0
+    extends: bool = False
 
 
 def draw_report(
@@ -106,7 +110,8 @@ def draw_report(
     reference: Path,
 ) -> None:
     """`report.write` with the time of all finished stages, and the published rows if there are any."""
-    seconds = sum(read_json(path)["seconds"] for path in workdir.glob("stages/*/stage.json"))
+    found = [read_stage(path.parent) for path in workdir.glob("stages/*/stage.json")]
+    seconds = sum(stage["seconds"] for stage in found if stage)
     published = report.load_rows(reference) if reference.exists() else []
     report.write(
         workdir,
@@ -158,7 +163,7 @@ def run_stages(
                 begun = time.monotonic()
                 rows = stage.run(context)
                 seconds = time.monotonic() - begun
-                write_json(directory / "stage.json", {"key": key, "seconds": seconds, "rows": rows})
+                _write_stage(directory, {"key": key, "seconds": seconds, "rows": rows})
                 print(f"{stage.name}: done in {seconds:.0f} s")
             write_json(workdir / "results.json", finished_rows(workdir, stages))
             processes.wait()
@@ -204,8 +209,8 @@ def check_needs(workdir: Path, stage: Stage, planned: Collection[str] = ()) -> N
 
 def finished_rows(workdir: Path, stages: Sequence[Stage]) -> list[Row]:
     """The rows of all finished stages, in the stages' order."""
-    paths = [workdir / "stages" / stage.name / "stage.json" for stage in stages]
-    return [row for path in paths if path.exists() for row in read_json(path)["rows"]]
+    found = [read_stage(workdir / "stages" / stage.name) for stage in stages]
+    return [row for stage in found if stage for row in stage["rows"]]
 
 
 def make_row(
@@ -257,11 +262,12 @@ def write_arrays(path: Path, **arrays: Any) -> None:
 @contextlib.contextmanager
 def claim(workdir: Path, config: ConfigDict, shared: bool = False) -> Iterator[None]:
     """Holds the directory for this process, or for those that share it; and for this config for good."""
+    check_own(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with hold(workdir / "lock", shared):
         check_same(workdir, config)
         if not (workdir / "config.json").exists():
-            write_json(workdir / "config.json", json.loads(config.to_json()))
+            write_json(workdir / "config.json", json_of(config))
         processes.wait()
         yield
 
@@ -280,21 +286,45 @@ def hold(lock: Path, shared: bool = False) -> Iterator[None]:
         yield
 
 
+def check_own(workdir: Path) -> None:
+    """Raises a UserError for a folder that isn't a study's, and holds more than logs."""
+    if not (workdir / "config.json").exists():
+        logs = [path.name for path in workdir.glob("*") if path.suffix in (".txt", ".log", ".out")]
+        files.check_own_folder(workdir, ["lock", "config.json", *logs], "a study")
+
+
 def check_same(workdir: Path, config: ConfigDict) -> None:
     """Raises a UserError if the directory belongs to another config, with the fields that differ.
 
     Where it is run is free: the mesh may be another one each time.
     """
-    mine, path = json.loads(config.to_json()), workdir / "config.json"
+    there, now = configs(workdir, config)
+    hint = "Choose another --workdir (with --reuse it copies the stages that are the same), or the "
+    hint += "config it was made with"
+    if more_epochs(there, now):
+        hint += ". With --extend what is trained goes on to more epochs"
+    files.check_same(f"{workdir} belongs to another config", there, now, hint)
+
+
+def configs(workdir: Path, config: ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a working directory's config, and of another, by dotted names; of both all."""
+    mine, path = json_of(config), workdir / "config.json"
     theirs = read_json(path) if path.exists() else mine
+    if not isinstance(theirs, dict):
+        raise UserError(f"{path} is damaged: it is no config")
     there, now = (_flat({**fields, "mesh": None}) for fields in (theirs, mine))
-    files.check_same(
-        f"{workdir} belongs to another config",
-        there,
-        {name: now.get(name) for name in sorted({**there, **now})},
-        "Choose another --workdir (with --reuse it copies the stages that are the same), or the "
-        "config it was made with",
-    )
+    return there, {name: now.get(name) for name in sorted({**there, **now})}
+
+
+def more_epochs(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields "SECTION.epochs" that grew, if nothing else differs; else none."""
+    differ = [name for name in now if there.get(name) != now[name]]
+    grew = [
+        name
+        for name in differ
+        if name.endswith(".epochs") and isinstance(there.get(name), int) and now[name] > there[name]
+    ]
+    return grew if grew == differ else []
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -307,9 +337,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def json_of(config: ConfigDict) -> dict[str, Any]:
+    """A config as config.json has it."""
+    return json.loads(config.to_json())
+
+
 def stage_key(config: ConfigDict, stage: Stage, keys: Mapping[str, str | None]) -> str:
     """A hash of all that a stage's result depends on: its sections, and the `keys` of what it needs."""
-    sections = {name: json.loads(config.to_json())[name] for name in stage.sections}
+    sections = {name: json_of(config)[name] for name in stage.sections}
     return hashlib.sha256(
         json.dumps([stage.name, stage.number, sections, keys], sort_keys=True).encode()
     ).hexdigest()
@@ -317,17 +352,36 @@ def stage_key(config: ConfigDict, stage: Stage, keys: Mapping[str, str | None]) 
 
 def finished_key(workdir: Path, stage: str) -> str | None:
     """The key of a finished stage; None if it isn't finished there."""
-    path = workdir / "stages" / stage / "stage.json"
-    return read_json(path)["key"] if path.exists() else None
+    found = read_stage(workdir / "stages" / stage)
+    return found["key"] if found else None
+
+
+def read_stage(directory: Path) -> dict[str, Any] | None:
+    """What a finished stage left, "key", "seconds" and "rows"; None if it isn't finished.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = directory / "stage.json"
+    if not path.exists():
+        return None
+    if not {"format", "sha256"} & {*read_json(path)}:  # of an earlier version
+        return read_json(path)
+    return files.read_sealed(path, _STAGE, f"delete {directory} and run the stage again")
+
+
+@processes.main_only
+def _write_stage(directory: Path, result: Mapping[str, Any]) -> None:
+    files.write_sealed(directory / "stage.json", _STAGE, result)
 
 
 def _copy_finished(directory: Path, key: str, reuse: Sequence[Path]) -> bool:
     """Copies a finished stage of the same key from another working directory, if one has it."""
     for other in reuse:
         if finished_key(other, directory.name) == key:
-            with files.write_whole(directory) as partial:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with files.write_whole(directory, replace=True) as partial:  # of what a kill left
                 shutil.copytree(other / "stages" / directory.name, partial)
-                files.remove(directory)  # what an unfinished run left
             print(f"{directory.name}: reused from {other}")
             return True
     return False

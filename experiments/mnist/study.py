@@ -29,10 +29,23 @@ CAPTIONS = {
 
 
 def run(
-    config: ConfigDict, workdir: Path, only: Sequence[str] = (), reuse: Sequence[Path] = ()
+    config: ConfigDict,
+    workdir: Path,
+    only: Sequence[str] = (),
+    reuse: Sequence[Path] = (),
+    extend: bool = False,
 ) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
-    run_study(config, workdir, STAGES, write_report, check_source, only=only, reuse=reuse)
+    run_study(
+        config,
+        workdir,
+        STAGES,
+        write_report,
+        check_source,
+        only=only,
+        reuse=reuse,
+        extend=extend,
+    )
 
 
 def write_report(workdir: Path) -> None:
@@ -49,22 +62,70 @@ def write_report(workdir: Path) -> None:
 
 
 STAGES = (
-    Stage("teacher", distillation.teacher, (), ("seeds", "selection", "data", "teacher"), number=1),
+    Stage(
+        "teacher",
+        distillation.teacher,
+        (),
+        ("seeds", "selection", "data", "teacher"),
+        number=1,
+        extends=True,
+    ),
     Stage("soft_targets", distillation.make_soft_targets, ("teacher",), number=2),
     Stage(
-        "baseline", distillation.baseline, (), ("seeds", "selection", "data", "baseline"), number=3
+        "baseline",
+        distillation.baseline,
+        (),
+        ("seeds", "selection", "data", "baseline"),
+        number=3,
+        extends=True,
     ),
-    Stage("distilled", distillation.distilled, ("soft_targets",), ("distilled",), number=4),
-    Stage("alternatives", distillation.alternatives, ("soft_targets",), ("distilled",), number=5),
-    Stage("sweep", distillation.sweep, ("soft_targets",), ("sweep",), number=6),
-    Stage("without_3", transfer_sets.without_3, ("soft_targets",), ("omissions",), number=7),
-    Stage("only_7_8", transfer_sets.only_7_8, ("soft_targets",), ("omissions",), number=8),
-    Stage("fractions", transfer_sets.fractions, ("soft_targets",), ("fractions",), number=9),
+    Stage(
+        "distilled",
+        distillation.distilled,
+        ("soft_targets",),
+        ("distilled",),
+        number=4,
+        extends=True,
+    ),
+    Stage(
+        "alternatives",
+        distillation.alternatives,
+        ("soft_targets",),
+        ("distilled",),
+        number=5,
+        extends=True,
+    ),
+    Stage("sweep", distillation.sweep, ("soft_targets",), ("sweep",), number=6, extends=True),
+    Stage(
+        "without_3",
+        transfer_sets.without_3,
+        ("soft_targets",),
+        ("omissions",),
+        number=7,
+        extends=True,
+    ),
+    Stage(
+        "only_7_8",
+        transfer_sets.only_7_8,
+        ("soft_targets",),
+        ("omissions",),
+        number=8,
+        extends=True,
+    ),
+    Stage(
+        "fractions",
+        transfer_sets.fractions,
+        ("soft_targets",),
+        ("fractions",),
+        number=9,
+        extends=True,
+    ),
     Stage(
         "unlabelled",
         transfer_sets.unlabelled,
         (),
         ("seeds", "selection", "data", "teacher", "unlabelled"),
         number=10,
+        extends=True,
     ),
 )

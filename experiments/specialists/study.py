@@ -39,10 +39,23 @@ CAPTIONS = {
 
 
 def run(
-    config: ConfigDict, workdir: Path, only: Sequence[str] = (), reuse: Sequence[Path] = ()
+    config: ConfigDict,
+    workdir: Path,
+    only: Sequence[str] = (),
+    reuse: Sequence[Path] = (),
+    extend: bool = False,
 ) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
-    run_study(config, workdir, STAGES, write_report, check_source, only=only, reuse=reuse)
+    run_study(
+        config,
+        workdir,
+        STAGES,
+        write_report,
+        check_source,
+        only=only,
+        reuse=reuse,
+        extend=extend,
+    )
 
 
 def write_report(workdir: Path) -> None:
@@ -79,7 +92,7 @@ def _side_by_side(rows: Sequence[Row]) -> list[Row]:
 _DATA = ("seeds", "selection", "data")
 _SPECIALISTS = ("generalist", "clusters", "specialists")
 STAGES = (
-    Stage("generalist", table3.generalist, (), (*_DATA, "generalist"), number=1),
+    Stage("generalist", table3.generalist, (), (*_DATA, "generalist"), number=1, extends=True),
     Stage("clusters", clusters.cluster, ("generalist",), ("clusters", "specialists"), number=2),
     Stage(
         "specialists",
@@ -97,8 +110,15 @@ STAGES = (
         table3.random_groups,
         number=4,
     ),
-    Stage("longer", table3.longer, ("generalist",), ("controls",), number=5),
-    Stage("ensemble", table3.ensemble, ("generalist",), ("controls", "specialists"), number=6),
+    Stage("longer", table3.longer, ("generalist",), ("controls",), number=5, extends=True),
+    Stage(
+        "ensemble",
+        table3.ensemble,
+        ("generalist",),
+        ("controls", "specialists"),
+        number=6,
+        extends=True,
+    ),
     Stage("soft", full_softmax.soft, ("generalist", "clusters"), ("specialists", "soft"), number=7),
     Stage("soft_targets", distilled.make_soft_targets, _SPECIALISTS, ("distilled",), number=8),
     Stage(

@@ -34,10 +34,23 @@ CAPTIONS = {
 
 
 def run(
-    config: ConfigDict, workdir: Path, only: Sequence[str] = (), reuse: Sequence[Path] = ()
+    config: ConfigDict,
+    workdir: Path,
+    only: Sequence[str] = (),
+    reuse: Sequence[Path] = (),
+    extend: bool = False,
 ) -> None:
     """Runs the stages, all or `only` some, and draws the report."""
-    run_study(config, workdir, STAGES, write_report, check_source, only=only, reuse=reuse)
+    run_study(
+        config,
+        workdir,
+        STAGES,
+        write_report,
+        check_source,
+        only=only,
+        reuse=reuse,
+        extend=extend,
+    )
 
 
 def write_report(workdir: Path) -> None:
@@ -77,7 +90,7 @@ _SHARED = ("selection", "data", "ensemble")
 _DISTILLED = ("ensemble", "soft_targets", "distilled")
 _TARGETS = ("soft_targets", "compression")
 STAGES = (
-    Stage("ensemble", table1.ensemble, (), _SHARED, nets.ensemble_groups, number=1),
+    Stage("ensemble", table1.ensemble, (), _SHARED, nets.ensemble_groups, number=1, extends=True),
     Stage(
         "soft_targets",
         table1.make_soft_targets,
@@ -92,6 +105,7 @@ STAGES = (
         ("ensemble", "soft_targets"),
         ("seeds", "distilled"),
         number=3,
+        extends=True,
     ),
     Stage("temperature", comparisons.temperature, _DISTILLED, number=4),
     Stage("compression", comparisons.compression, ("ensemble",), ("seeds", *_TARGETS), number=5),
@@ -101,6 +115,7 @@ STAGES = (
         ("ensemble", "soft_targets"),
         ("seeds", "fractions"),
         number=6,
+        extends=True,
     ),
     Stage("unlabelled", comparisons.unlabelled, ("ensemble", "soft_targets"), ("seeds",), number=7),
     Stage("recognition", recognition.recognise, _DISTILLED, ("decoding",), number=8),

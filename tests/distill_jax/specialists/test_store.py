@@ -165,7 +165,7 @@ def killed_saves(monkeypatch, directory, saved):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stop)
             with pytest.raises(Killed):
-                store.save(directory, saved)
+                store.save(directory, saved, overwrite=True)
         yield name
 
 
@@ -177,7 +177,9 @@ def test_a_killed_save_leaves_nothing_or_the_earlier_specialists(tmp_path, monke
     store.save(directory, specialists())
     for _ in killed_saves(monkeypatch, directory, specialists(seed=1, data="other")):
         assert_same(store.load(directory), specialists())
-    store.save(directory, specialists(seed=1, data="other"))
+    with pytest.raises(UserError, match="holds other specialists: data is 'def' there and 'other'"):
+        store.save(directory, specialists(seed=1, data="other"))
+    store.save(directory, specialists(seed=1, data="other"), overwrite=True)
     assert_same(store.load(directory), specialists(seed=1, data="other"))
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 

@@ -69,16 +69,28 @@ def test_what_is_wrong_ends_before_anything_is_run(tmp_path, monkeypatch):
     wrong = get_config("smoke")
     wrong.teacher.learning_rate = -1.0
     for arguments, more, message in (
-        ((config, tmp_path), {"only": ["techer"]}, "no stage 'techer'; there are teacher,"),
-        ((config, tmp_path), {"only": ["distilled"]}, "distilled needs soft_targets, not finished"),
-        ((wrong, tmp_path), {}, "--config.teacher.learning_rate is -1.0; allowed: above 0"),
+        ((config, tmp_path / "new"), {"only": ["techer"]}, "no stage 'techer'; there are teacher,"),
+        (
+            (config, tmp_path / "new"),
+            {"only": ["distilled"]},
+            "distilled needs soft_targets, not finished",
+        ),
+        ((wrong, tmp_path / "new"), {}, "--config.teacher.learning_rate is -1.0; allowed: above 0"),
         ((config, tmp_path / "there"), {}, "teacher.epochs is 16 there and 8 now"),
         ((config, tmp_path / "file"), {}, f"{tmp_path / 'file'} is no folder"),
         ((config, tmp_path / "file/run"), {}, f"{tmp_path / 'file'} is no folder"),
         ((config, "/proc/run"), {}, "--workdir=/proc/run: /proc can't be written to"),
-        ((config, tmp_path), {"reuse": ["a,b"]}, "--reuse=a,b is no working directory of a study"),
-        ((config, tmp_path), {"reuse": [tmp_path]}, "it has no config.json"),
-        ((elsewhere, tmp_path), {}, f"{tmp_path / 'train-images-idx3-ubyte.gz'}: no such file"),
+        (
+            (config, tmp_path / "new"),
+            {"reuse": ["a,b"]},
+            "--reuse=a,b is no working directory of a study",
+        ),
+        ((config, tmp_path / "new"), {"reuse": [tmp_path]}, "it has no config.json"),
+        (
+            (elsewhere, tmp_path / "new"),
+            {},
+            f"{tmp_path / 'train-images-idx3-ubyte.gz'}: no such file",
+        ),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             plan_of(*arguments, **more)

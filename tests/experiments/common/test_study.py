@@ -88,6 +88,7 @@ def test_only_stages_that_build_on_what_changed_run_again(tmp_path, changed, aga
     run_stages(ConfigDict(CONFIG), tmp_path / "one", stages)
     ran.clear()
     other = ConfigDict({**CONFIG, **changed})
+    run_stages(other, tmp_path / "two", ())
     (tmp_path / "two/stages/first").mkdir(parents=True)
     (tmp_path / "two/stages/first/left").touch()
     run_stages(other, tmp_path / "two", stages, reuse=[tmp_path / "nothing", tmp_path / "one"])
