@@ -24,6 +24,7 @@ from distill_jax.errors import UserError
 
 # The partial file was removed by another writer, or a folder has the name already.
 _ANOTHER_WAS_FIRST = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+_END = 2**16
 _CWD, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -180,6 +181,23 @@ def sha256(path: Path) -> str:
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def content_of(folder: Path) -> str:
+    """Names what a folder's files hold, without reading large ones whole: 16 hex digits.
+
+    Of each file the name, the size and 64 KiB at both ends count; not those of folders within, nor texts
+    for people (.md).
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix != ".md":
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {size} ".encode() + file.read(_END))
+                file.seek(max(0, size - _END))
+                digest.update(file.read(_END))
+    return digest.hexdigest()[:16]
 
 
 def check_sha256(path: Path, expected: str | None, again: str) -> None:

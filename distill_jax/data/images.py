@@ -109,17 +109,21 @@ def load(name: str, data_dir: str | None = None, side: int = 0) -> Source:
     return Source(name, prepared.num_classes, train, read_test(prepared, side))
 
 
-def check_source(name: str, data_dir: str | None = None) -> None:
-    """Raises a UserError if `load` would find no such set; reads none of its images."""
+def check_source(name: str, data_dir: str | None = None) -> Path | None:
+    """The folder of a TFDS set; None for "embedded", whose files can be no others.
+
+    Raises:
+        UserError: if `load` would find no such set; none of its images are read.
+    """
     if name != "embedded":
-        open_prepared(name, data_dir)
-        return
+        return Path(open_prepared(name, data_dir).builder.data_dir)
     folder = EMBEDDED_DIR if data_dir is None else files.local_path(data_dir)
     missing = [file for file in _MNIST_SHA256 if not (folder / file).is_file()]
     if missing:
         raise UserError(
             f"{folder / missing[0]}: no such file; data.data_dir has the four MNIST files"
         )
+    return None
 
 
 def open_prepared(name: str, data_dir: str | None = None) -> Prepared:

@@ -28,12 +28,19 @@ def unpacked(cache: str | os.PathLike[str], name: str, tried: str) -> Path:
     """
     cache = Path(cache).absolute()
     cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / name
+    folder, note = cache / name, cache / f"{name}.unpacked"  # of which file the folder is
     if not folder.is_dir():
         package = _package(cache, name, tried)
         remedy = f"if {package} is damaged, delete it and run this again"
+        with write_whole(note) as partial:
+            partial.write_text(package.name)
         with write_whole(folder) as partial:
             _run(["dpkg-deb", "-x", str(package), str(partial)], cache, name, remedy)
+    packages = sorted(cache.glob(f"{name}_*.deb"))
+    if packages and note.exists() and note.read_text() != packages[-1].name:
+        raise UserError(
+            f"{folder} is of {note.read_text()}, but {cache} has {packages[-1].name}: delete one of them"
+        )
     _copy_copyright(folder / "usr/share/doc" / name, cache / "licences" / name)
     return folder
 

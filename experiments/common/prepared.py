@@ -114,7 +114,7 @@ def write(
             def _generate_examples(self, part: Iterable[Any]) -> Iterator[Any]:
                 yield from part
 
-    for left_over in directory.glob(f"{kind.name}/*incomplete*"):
+    for left_over in directory.glob(f"{kind.name}/incomplete.*_{_VERSION}"):
         shutil.rmtree(left_over)
     builder = Builder(data_dir=directory)
     builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)

@@ -23,6 +23,9 @@ from experiments.common.study import (
     stage_key,
 )
 
+DATA = "data.json"
+"""What a working directory holds beside its config: what names the content of the data's folder."""
+
 POINTS = "points.json"
 """What a sweep's folder holds: the names of its points, whose working directories lie beside it."""
 
@@ -32,7 +35,7 @@ def run_study(
     workdir: Path,
     stages: Sequence[Stage],
     write_report: Callable[[Path], None],
-    check_source: Callable[[ConfigDict], None],
+    check_source: Callable[[ConfigDict], Path | None],
     *,
     only: Sequence[str] = (),
     reuse: Sequence[Path] = (),
@@ -50,7 +53,9 @@ def run_study(
     check_mesh(config, fields_read(stages, only))
     if extend:
         extension.extend(config, workdir, stages)
-    run_stages(config, workdir, stages, only, working_directories(reuse))
+    data = _content_of(check_source(config))
+    processes.main_only(_note_data)(workdir, data)
+    run_stages(config, workdir, stages, only, _with_data(data, working_directories(reuse)))
     if not only or "report" in only:
         processes.main_only(write_report)(workdir)
 
@@ -59,7 +64,7 @@ def plan(
     config: ConfigDict,
     workdir: Path,
     stages: Sequence[Stage],
-    check_source: Callable[[ConfigDict], None],
+    check_source: Callable[[ConfigDict], Path | None],
     *,
     only: Sequence[str] = (),
     reuse: Sequence[Path] = (),
@@ -73,7 +78,8 @@ def plan(
         config: of the study.
         workdir: the working directory; it need not be there.
         stages: of the study.
-        check_source: raises a UserError if the config's data aren't there.
+        check_source: gives the folder of the config's data, if those may change; raises a UserError if
+            they aren't there.
         only: names of stages; empty for all.
         reuse: working directories of the study, or sweeps of it.
         extend: as for `run_study`.
@@ -83,7 +89,8 @@ def plan(
 
     Raises:
         UserError: for a wrong field of the config, name of a stage, or folder; for another config's
-            working directory; for a stage that needs one that is neither finished nor run.
+            working directory, or one of other data than are there now; for a stage that needs one that
+            is neither finished nor run.
     """
     check_names(stages, only)
     check_config(config, fields_read(stages, only))
@@ -92,8 +99,9 @@ def plan(
     changed = extension.changed_stages(config, workdir, stages) if extend else {}
     if not changed:
         check_same(workdir, config)
-    others = working_directories(reuse)
-    check_source(config)
+    data = _content_of(check_source(config))
+    _check_data(workdir, data)
+    others = _with_data(data, working_directories(reuse))
     keys = stage_keys(config, stages)
     planned, lines = set[str](), []
     for stage in stages:
@@ -106,6 +114,39 @@ def plan(
             fate = "will go on" if changed[stage.name] else "will be run again from the start"
         lines.append(f"{stage.name}: {fate}")
     return lines + (["report: will be drawn"] if not only or "report" in only else [])
+
+
+def _content_of(folder: Path | None) -> str | None:
+    return None if folder is None else files.content_of(folder)
+
+
+def _data_of(workdir: Path) -> str | None:
+    """What names the data of a working directory; None if it isn't noted, or they can't change."""
+    path = workdir / DATA
+    return read_json(path) if path.exists() else None
+
+
+def _check_data(workdir: Path, data: str | None) -> None:
+    before = _data_of(workdir)
+    if before and before != data:
+        raise UserError(
+            f"the data were others when {workdir} was begun ({before} by its {DATA}, now {data}): bring "
+            "those back, or choose another --workdir"
+        )
+
+
+def _note_data(workdir: Path, data: str | None) -> None:
+    if data and not (workdir / DATA).exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write_json(workdir / DATA, data)
+
+
+def _with_data(data: str | None, reuse: Sequence[Path]) -> list[Path]:
+    """Those working directories whose stages may be reused: not those of other data, which are named."""
+    others = [folder for folder in reuse if _data_of(folder) not in (None, data)]
+    for folder in others:
+        print(f"{folder} is not reused: its data were others")
+    return [folder for folder in reuse if folder not in others]
 
 
 def stage_keys(config: ConfigDict, stages: Sequence[Stage]) -> dict[str, str]:

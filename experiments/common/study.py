@@ -3,6 +3,7 @@
 A working directory holds
 
     config.json             the config that it belongs to
+    data.json               what names the content of its data's folder, if that may change
     stages/NAME/            a stage's own files; stage.json is there once the stage is finished
     results.json            the rows of all finished stages
 """
@@ -290,7 +291,7 @@ def check_own(workdir: Path) -> None:
     """Raises a UserError for a folder that isn't a study's, and holds more than logs."""
     if not (workdir / "config.json").exists():
         logs = [path.name for path in workdir.glob("*") if path.suffix in (".txt", ".log", ".out")]
-        files.check_own_folder(workdir, ["lock", "config.json", *logs], "a study")
+        files.check_own_folder(workdir, ["lock", "config.json", "data.json", *logs], "a study")
 
 
 def check_same(workdir: Path, config: ConfigDict) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +31,9 @@ class Data(NamedTuple):
     streamed: Records | None = None
 
 
-def check_source(config: ConfigDict) -> None:
-    """Raises a UserError if the config's data aren't there; reads none."""
-    images.check_source(config.data.source, config.data.data_dir or None)
+def check_source(config: ConfigDict) -> Path | None:
+    """The folder of the config's data, if those may change; a UserError if they aren't there."""
+    return images.check_source(config.data.source, config.data.data_dir or None)
 
 
 def load_data(config: ConfigDict) -> Data:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,13 +41,12 @@ class Data(NamedTuple):
         return {name: examples for name, examples in named.items() if len(examples["id"])}
 
 
-def check_source(config: ConfigDict) -> None:
-    """Raises a UserError if the config's data aren't there; reads none."""
+def check_source(config: ConfigDict) -> Path | None:
+    """The folder of the config's data, if those may change; a UserError if they aren't there."""
     data = config.data
     if data.source.startswith("tfds:"):
-        images.check_source(data.source, data.data_dir or None)
-    else:
-        prepared.find_set(glyphs.KIND, data.source)
+        return images.check_source(data.source, data.data_dir or None)
+    return prepared.find_set(glyphs.KIND, data.source)
 
 
 def load_data(config: ConfigDict) -> Data:

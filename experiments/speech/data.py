@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,9 +44,9 @@ class Data(NamedTuple):
         return float(zero), float(unit)
 
 
-def check_source(config: ConfigDict) -> None:
-    """Raises a UserError if the config's data aren't there; reads none."""
-    prepared.find_set(speech_frames.KIND, config.data.source)
+def check_source(config: ConfigDict) -> Path:
+    """The folder of the config's data; a UserError if they aren't there."""
+    return prepared.find_set(speech_frames.KIND, config.data.source)
 
 
 def load_data(config: ConfigDict) -> Data:

@@ -8,7 +8,7 @@ import pytest
 
 from distill_jax.errors import UserError
 from experiments.common.run import POINTS, check_mesh, plan, run_study
-from experiments.common.study import stage_key
+from experiments.common.study import Stage, stage_key
 from experiments.mnist import study
 from experiments.mnist.config import get_config
 
@@ -106,3 +106,26 @@ def test_a_mesh_that_does_not_fit_is_named():
     config.mesh.data = 3
     with pytest.raises(UserError, match="doesn't fit the 8 devices"):
         check_mesh(config, [])
+
+
+def test_data_that_were_made_again_are_noticed(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "set.array_record").write_bytes(bytes(200_000))
+    (data / "README.md").write_text("words")
+
+    def run(workdir, **more):
+        stages = (Stage("a", lambda context: [], (), ("data",)),)
+        run_study(config, tmp_path / workdir, stages, print, lambda _: data, only=["a"], **more)
+        return capsys.readouterr().out
+
+    config = get_config("smoke")
+    assert "a: running" in run("one") and "a: finished before" in run("one")
+    assert "a: reused from" in run("two", reuse=[tmp_path / "one"])
+    (data / "README.md").write_text("other words")
+    assert "a: finished before" in run("one")
+    (data / "set.array_record").write_bytes(bytes(199_999) + b"1")
+    with pytest.raises(UserError, match=r"the data were others when .*one was begun"):
+        run("one")
+    printed = run("three", reuse=[tmp_path / "one"])
+    assert "one is not reused: its data were others" in printed and "a: running" in printed
