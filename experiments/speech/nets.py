@@ -160,12 +160,18 @@ def accuracies(net: Net, examples: Examples) -> np.ndarray:
         lambda params, examples: WINDOWS.count_errors(net.model, params, examples), (0, None)
     )
     errors = jax.jit(count)(net.params, shared)
-    return 100.0 * (1.0 - np.asarray(errors) / len(examples["label"]))
+    return 100.0 * (1.0 - np.asarray(errors) / known_frames(examples))
 
 
 def accuracy(log_probs: np.ndarray, examples: Examples) -> float:
     """Frame accuracy of log-probabilities `[N, C]`, per cent."""
-    return 100.0 * float((log_probs.argmax(axis=-1) == examples["label"]).mean())
+    right = log_probs.argmax(axis=-1) == examples["label"]  # false for unknown labels
+    return 100.0 * float(right.sum() / known_frames(examples))
+
+
+def known_frames(examples: Examples) -> int:
+    """How many frames have a label; accuracies are of these."""
+    return int(np.count_nonzero(examples["label"] >= 0))
 
 
 def write_targets(
@@ -248,4 +254,4 @@ def frame_accuracies(nets: Net, data: Data, split: str = "test") -> np.ndarray:
     """Frame accuracies of the members after the last epoch `[M]`, per cent."""
     examples = data.test if split == "test" else data.validation
     errors = np.asarray(nets.history[-1][f"{split}_errors"], np.float64)
-    return 100.0 * (1.0 - errors / len(examples["label"]))
+    return 100.0 * (1.0 - errors / known_frames(examples))

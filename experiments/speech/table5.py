@@ -39,8 +39,8 @@ def fractions(context: Context) -> list[Row]:
     )
     history = trained.history
     train = 100.0 * (1.0 - np.array([record["train_errors"] for record in history]))
-    test = _accuracies(history, "test_errors", len(data.test["label"]))
-    validation = _accuracies(history, "validation_errors", len(data.validation["label"]))
+    test = _accuracies(history, "test_errors", nets.known_frames(data.test))
+    validation = _accuracies(history, "validation_errors", nets.known_frames(data.validation))
     hard, soft = slice(0, seeds), slice(seeds, 2 * seeds)
     epochs = [record["unit"] * net.report_every for record in history]
     write_json(
