@@ -125,9 +125,16 @@ def remove(path: Path) -> None:
 
 
 def check_own_folder(folder: Path, own: Sequence[str], what: str) -> None:
-    """Raises a UserError for a folder that holds anything but `own` names, before it is written to."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = sorted(name for name in names - set(own) if _written_name(name) not in own)
+    """Raises a UserError for a folder that holds anything else, before it is written to.
+
+    Args:
+        folder: need not be there.
+        own: patterns of names (regular expressions) that may be there; their partial names may too.
+        what: would be written, for the message.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    pattern = "|".join(own)
+    others = sorted(n for n in names if not re.fullmatch(pattern, _written_name(n) or n))
     if others or folder.is_file():
         holds = "is a file" if folder.is_file() else f"holds {', '.join(others[:3])}"
         raise UserError(f"{folder} {holds}, so {what} is not written there: name an empty folder")

@@ -290,8 +290,8 @@ def hold(lock: Path, shared: bool = False) -> Iterator[None]:
 def check_own(workdir: Path) -> None:
     """Raises a UserError for a folder that isn't a study's, and holds more than logs."""
     if not (workdir / "config.json").exists():
-        logs = [path.name for path in workdir.glob("*") if path.suffix in (".txt", ".log", ".out")]
-        files.check_own_folder(workdir, ["lock", "config.json", "data.json", *logs], "a study")
+        own = ["lock", r"config\.json", r"data\.json", r".*\.(txt|log|out)"]
+        files.check_own_folder(workdir, own, "a study")
 
 
 def check_same(workdir: Path, config: ConfigDict) -> None:

@@ -350,3 +350,4 @@ def test_a_full_disk_is_one_error_and_keeps_what_there_is(tmp_path, mode):
     assert len(lines) == 2 and lines[1] == "kept", done.stdout + done.stderr
     assert lines[0].startswith("UserError: ") and str(disk) in lines[0]
     assert "earlier" in lines[0] and "kept" in lines[0]
+    assert len(done.stderr.splitlines()) <= 1, done.stderr
