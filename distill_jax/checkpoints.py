@@ -54,6 +54,7 @@ def open_dir(
         UserError: for a folder that holds anything else.
     """
     directory = files.local_path(directory).absolute()
+    files.check_writable(directory, "directory")
     own = [re.escape(path.name) for path in directory.glob("*") if _is_own(path)]
     files.check_own_folder(directory, own, "a training's checkpoints")
     logging.getLogger("absl").addFilter(_is_no_error_of_orbax)

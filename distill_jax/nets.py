@@ -117,6 +117,7 @@ def save(folder: str | os.PathLike[str], net: Net, *, overwrite: bool = False) -
             are not nested dicts of arrays.
     """
     folder = files.local_path(folder)
+    files.check_writable(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     stored = net if net.members is not None else _with_member_axis(net)
     before = read_meta(folder) if exists(folder) else None

@@ -221,6 +221,7 @@ def train(
     training_note.check(directory, note, recipe.epochs, name)
     if _is_finished(directory, recipe.epochs):
         return _finished(directory, model, len(keys), config)
+    files.check_writable(directory, "directory")
     mesh = sharding.make_mesh() if mesh is None else mesh
     plan = _cut(recipe, sets, reader, name)
     sample = _sample_input(sets, reader.gather)

@@ -192,6 +192,8 @@ def pack(classes: np.ndarray, num_classes: int) -> np.ndarray:
         >>> pack(np.array([[3, 3, 300]]), 400)
         array([[  3,   0, 255,  42]], dtype=uint8)
     """
+    if classes.size and classes.max() >= num_classes:
+        raise UserError(f"a class {classes.max()} was drawn, but there are {num_classes}")
     n, draws = classes.shape
     unit, width = _packing(draws, num_classes)
     far = int(np.iinfo(unit).max)

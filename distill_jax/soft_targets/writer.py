@@ -123,6 +123,7 @@ def write(
     meta: Meta = files.versioned(shard_files.FORMAT, fields)
     reduction.check(meta)
     logits = None if callable(source) else functools.partial(_digest, ask)
+    files.check_writable(folder, "folder")
     shard_files.check_folder(folder)
     place = folder
     if processes.agree(overwrite and _is_other(folder, meta, digests, logits)):

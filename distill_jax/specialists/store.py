@@ -78,6 +78,7 @@ def save(
     arrays = _arrays(specialists)
     _check(specialists, **arrays)
     directory = files.local_path(directory)
+    files.check_writable(directory, "directory")
     files.check_own_folder(directory, _OWN, "a set of specialists")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with files.write_whole(directory, replace=True) as partial:
