@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from distill_jax import ranges
+from distill_jax import ranges, shapes
 from distill_jax.errors import UserError
 
 Layer = dict[str, Array]
@@ -303,8 +303,9 @@ def check_rows(fields: Any, size: int, what: str) -> None:
         distill_jax.errors.UserError: a batch of 4 examples, but 'rate' is []; expected [4, ...]: ...
     """
     for path, field in jax.tree.leaves_with_path(fields):
-        if jnp.shape(field)[:1] != (size,):
-            name = jax.tree_util.keystr(path, simple=True, separator="/") or "the field"
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "the field"
+        shapes.check(**{name: (field, "any *")})
+        if jnp.shape(field)[:1] != (size,) or 0 in jnp.shape(field):
             raise UserError(
                 f"{what} {size} examples, but {name!r} is {list(jnp.shape(field))}; expected "
                 f"[{size}, ...]: what isn't of examples belongs in the constants"
@@ -312,12 +313,11 @@ def check_rows(fields: Any, size: int, what: str) -> None:
 
 
 def _check(hidden: Array, layer: Layer, fields: Any) -> None:
-    shapes = {name: list(x.shape) for name, x in layer.items()}
-    units, classes = hidden.shape[-1], (shapes.get("kernel") or [0])[-1]
-    fitting = {"kernel": [units, classes], "bias": [classes]}
-    if "kernel" not in shapes or any(shapes[name] != fitting.get(name) for name in shapes):
+    size = shapes.check(hidden=(hidden, "float ... D"))["D"]
+    bias = {"bias": "float C"} if "bias" in layer else {}
+    shapes.check_fields(layer, "the output layer", kernel=f"float {size} C", **bias)
+    if set(layer) - {"kernel", "bias"}:
         raise UserError(
-            f"an output layer of {shapes} for hidden activations {list(hidden.shape)}; expected "
-            f"a kernel [{units}, C] and, if any, a bias [C]"
+            f"the output layer has {', '.join(layer)}; expected a kernel and, if any, a bias"
         )
     check_rows(fields, len(hidden), "the hidden activations are of")

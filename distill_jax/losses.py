@@ -20,8 +20,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import ranges
-from distill_jax.errors import UserError
+from distill_jax import ranges, shapes
 
 
 def softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
@@ -43,6 +42,7 @@ def softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
         >>> print(losses.softmax(logits, temperature=4.0))
         [0.506 0.307 0.186]
     """
+    shapes.check(logits=(logits, "number ... C"))
     _check_plain(temperature=temperature)
     return jax.nn.softmax(logits.astype(jnp.float32) / temperature)
 
@@ -56,6 +56,7 @@ def log_softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
         >>> print(losses.log_softmax(jnp.array([4.0, 2.0, 0.0])))
         [-0.143 -2.143 -4.143]
     """
+    shapes.check(logits=(logits, "number ... C"))
     _check_plain(temperature=temperature)
     return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
 
@@ -82,6 +83,7 @@ def soft_cross_entropy(logits: Array, soft_targets: Array, temperature: ArrayLik
         >>> print(losses.soft_cross_entropy(logits, soft_targets, temperature=2.0))
         [3.545]
     """
+    shapes.check(logits=(logits, "number ... C"), soft_targets=(soft_targets, "number ... C"))
     targets = jax.lax.stop_gradient(soft_targets.astype(jnp.float32))
     return -jnp.square(temperature) * _expected_log(targets, log_softmax(logits, temperature))
 
@@ -99,6 +101,7 @@ def soft_kl(logits: Array, soft_targets: Array, temperature: ArrayLike) -> Array
         >>> print(jnp.abs(kl) < 1e-5)
         True
     """
+    shapes.check(logits=(logits, "number ... C"), soft_targets=(soft_targets, "number ... C"))
     targets = jax.lax.stop_gradient(soft_targets.astype(jnp.float32))
     entropy = -jnp.sum(jax.scipy.special.xlogy(targets, targets), axis=-1)
     return soft_cross_entropy(logits, targets, temperature) - jnp.square(temperature) * entropy
@@ -126,7 +129,7 @@ def hard_cross_entropy(logits: Array, labels: Array) -> Array:
         >>> print(losses.hard_cross_entropy(logits, jnp.array([-1, 3])))
         [ 0. nan]
     """
-    _check_labels(labels, logits)
+    shapes.check(logits=(logits, "number ... C"), labels=(labels, "int ..."))
     known = labels >= 0
     values = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), jnp.where(known, labels, 0)
@@ -174,6 +177,7 @@ def distillation(
         >>> print(loss)
         [3.214]
     """
+    _check_known(logits, labels, label_known)
     soft = soft_cross_entropy(logits, soft_targets, temperature)
     return _with_labels(soft, logits, labels, hard_weight, label_known)
 
@@ -218,6 +222,13 @@ def top_k_soft_cross_entropy(
         >>> print(losses.soft_cross_entropy(logits, dense, 1.0))
         [0.928]
     """
+    shapes.check(
+        logits=(logits, "number ... C"),
+        ids=(ids, "int ... k"),
+        probabilities=(probabilities, "float ... k|1"),
+        tail=(tail, "float ..."),
+        tail_weights=(tail_weights, "float? C"),
+    )
     log_q = log_softmax(logits, temperature)
     ids, named = named_classes(ids, probabilities)
     named = jax.lax.stop_gradient(named)
@@ -262,6 +273,7 @@ def top_k_distillation(
         >>> print(loss)
         [0.603]
     """
+    _check_known(logits, labels, label_known)
     soft = top_k_soft_cross_entropy(
         logits, ids, probabilities, tail, temperature, tail_weights=tail_weights
     )
@@ -307,6 +319,7 @@ def tail_distribution(ids: Array, num_classes: int, tail_weights: Array | None =
         >>> print(losses.tail_distribution(jnp.array([0, 3]), num_classes=4))
         [0. 0.5 0.5 0. ]
     """
+    shapes.check(ids=(ids, "int ... k"), tail_weights=(tail_weights, f"float? {num_classes}"))
     weights = jnp.ones(num_classes) if tail_weights is None else tail_weights
     weights = jnp.broadcast_to(weights, (*ids.shape[:-1], num_classes)).astype(jnp.float32)
     # Vectorised over examples, so that XLA sees that it needs no ids of other devices.
@@ -349,11 +362,15 @@ def label_modified(
         >>> print(losses.label_modified(jnp.array([0.6, 0.3, 0.1]), jnp.array(1), 0.5))
         [0.3 0.65 0.05]
     """
+    shapes.check(
+        soft_targets=(soft_targets, "number ... C"),
+        labels=(labels, "int ..."),
+        label_known=(label_known, "bool? ..."),
+    )
     if isinstance(weight, int | float):
         ranges.check_value("weight", weight, ranges.share())
     targets, weight = soft_targets.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
     labels = _known_labels(labels, label_known)
-    _check_labels(labels, targets)
     valid = _valid(labels, targets.shape[-1])[..., None]
     mixed = (1.0 - weight) * targets + weight * jax.nn.one_hot(labels, targets.shape[-1])
     return jnp.where((labels >= 0)[..., None], mixed * valid, targets)
@@ -382,6 +399,7 @@ def logit_matching(logits: Array, teacher_logits: Array, zero_mean: bool = False
         >>> print(f"{losses.logit_matching(student, teacher, zero_mean=True):.3f}")
         1.333
     """
+    shapes.check(logits=(logits, "number ... C"), teacher_logits=(teacher_logits, "number ... C"))
     z = logits.astype(jnp.float32)
     v = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))
     kept = jnp.isfinite(z) & jnp.isfinite(v)
@@ -422,12 +440,12 @@ def _known_labels(labels: Array, label_known: Array | None) -> Array:
     return labels if label_known is None else jnp.where(label_known, labels.astype(jnp.int32), -1)
 
 
-def _check_labels(labels: Array, logits: Array) -> None:
-    if labels.shape != logits.shape[:-1]:
-        raise UserError(
-            f"labels are {list(labels.shape)} for logits or soft targets {list(logits.shape)}; "
-            f"expected {list(logits.shape[:-1])}"
-        )
+def _check_known(logits: Array, labels: Array | None, label_known: Array | None) -> None:
+    shapes.check(
+        logits=(logits, "number ... C"),
+        labels=(labels, "int? ..."),
+        label_known=(label_known, "bool? ..."),
+    )
 
 
 def _valid(labels: Array, num_classes: int) -> Array:

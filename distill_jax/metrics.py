@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from distill_jax.errors import UserError
+from distill_jax import shapes
 
 
 def error_counts(logits: Array, labels: Array) -> dict[str, Array]:
@@ -21,6 +21,7 @@ def error_counts(logits: Array, labels: Array) -> dict[str, Array]:
         >>> print(counts["errors"], counts["count"])
         1 2
     """
+    shapes.check(logits=(logits, "number ... C"), labels=(labels, "int ..."))
     return prediction_counts(jnp.argmax(logits, axis=-1), labels)
 
 
@@ -44,10 +45,7 @@ def prediction_counts(predicted: Array, labels: Array) -> dict[str, Array]:
         >>> print(counts["errors"], counts["count"])
         1 2
     """
-    if predicted.shape != labels.shape:
-        raise UserError(
-            f"labels are {list(labels.shape)} for predictions {list(predicted.shape)}; expected one each"
-        )
+    shapes.check(predicted=(predicted, "int ..."), labels=(labels, "int ..."))
     labels = jnp.asarray(labels)
     known = labels >= 0
     wrong = (predicted.astype(labels.dtype) != labels) & known

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 from jax import Array
 
-from distill_jax import ranges
+from distill_jax import ranges, shapes
 from distill_jax.errors import UserError
 
 Params = Any  # a nested dict of arrays
@@ -218,12 +219,21 @@ def parameter_count(params: Params) -> int:
 def _as_model(net: "_MLP | _Trunk") -> Model:
     """The functions of a module: the same ones for equal modules, so that they are compiled once."""
 
+    kind = "any B H W *" if isinstance(net, _Trunk) else "any B *"
+
     def init(key: Array, inputs: Array) -> Params:
+        shapes.check(inputs=(inputs, kind))
         return net.init(key, inputs)["params"]
 
     def run(method: Any, params: Params, inputs: Array, dropout_key: Array | None = None) -> Array:
+        shapes.check(inputs=(inputs, kind))
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        outputs = net.apply({"params": params}, inputs, rngs=rngs, method=method)
+        try:
+            outputs = net.apply({"params": params}, inputs, rngs=rngs, method=method)
+        except ScopeParamShapeError as error:
+            raise UserError(
+                f"inputs are {shapes.describe(inputs)}, which these parameters are not for: {error}"
+            ) from error
         assert isinstance(outputs, jax.Array)
         return outputs
 

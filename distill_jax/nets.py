@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import files, losses, models, processes, soft_targets
+from distill_jax import files, losses, models, processes, shapes, soft_targets
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 
@@ -82,6 +82,7 @@ class Net(NamedTuple):
         return soft_targets.fingerprint(self.params, self.about.get("config") or {})
 
     def _check_inputs(self, inputs: np.ndarray) -> None:
+        shapes.check(inputs=(inputs, "any N *"))
         expected = self.about.get("inputs")
         if expected and list(inputs.shape[1:]) != expected["shape"]:
             raise UserError(

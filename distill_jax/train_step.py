@@ -16,7 +16,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import fused_loss, layers, losses, metrics, ranges, soft_targets
+from distill_jax import fused_loss, layers, losses, metrics, ranges, shapes, soft_targets
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 
@@ -253,6 +253,7 @@ def known_labels(batch: Batch) -> Array | None:
         [ 2 -1 -1] None
     """
     labels, known = batch.get("label"), batch.get("label_known")
+    shapes.check(label=(labels, "int? ..."), label_known=(known, "bool? ..."))
     if labels is None or known is None:
         return labels
     return jnp.where(known, labels.astype(jnp.int32), -1)
@@ -395,12 +396,15 @@ def number(hyper: Hyper, name: str) -> Array:
 
 
 def _inputs(batch: Batch) -> Array:
-    return _take(batch, ("inputs",), "the batch has", "the model is applied to that field")[0]
+    (inputs,) = _take(batch, ("inputs",), "the batch has", "the model is applied to that field")
+    shapes.check(inputs=(inputs, "any B *"))
+    return inputs
 
 
 def _labels(batch: Batch) -> Array:
     _take(batch, ("label",), "the batch has", "this loss or evaluation reads it")
     labels = known_labels(batch)
+    shapes.check(label=(labels, "int ..."))
     assert labels is not None
     return labels
 

@@ -229,7 +229,9 @@ def apply_point(config: ConfigDict, point: Overrides) -> ConfigDict:
         except (KeyError, AttributeError) as error:
             raise UserError(f"the config has no field {key!r}, which the sweep sets") from error
         except (TypeError, ValueError) as error:
-            raise UserError(f"the sweep sets {key} to {value!r}: {error}") from error
+            raise UserError(
+                f"the sweep sets {key} to {value!r}: {' '.join(str(error).split())}"
+            ) from error
     return config
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import ranges
+from distill_jax import ranges, shapes
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 from distill_jax.train_step import Batch, Constants, Transform
@@ -62,6 +62,7 @@ def jitter(pixels: int) -> Transform:
                 "cached soft targets can't be joined to jittered images: set jitter to 0, or compute "
                 "them in the step (train_step.online_teacher after the jitter)"
             )
+        shapes.check_fields(batch, "the batch", inputs="number B H W *")
         images = batch["inputs"]
         margins = [(0, 0), (pixels, pixels), (pixels, pixels)] + [(0, 0)] * (images.ndim - 3)
         corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * pixels + 1)
@@ -90,6 +91,8 @@ def distort(images: Array, keys: Array, difficulty: ArrayLike) -> Array:
     Raises:
         UserError: for images of another dtype or rank.
     """
+    size = shapes.check(images=(images, "int B H W *"))["B"]
+    shapes.check(keys=(jax.random.key_data(keys), f"int {size} *"))
     if images.dtype != jnp.uint8 or images.ndim not in (3, 4):
         raise UserError(
             "images to be distorted must be uint8 [B, H, W] or [B, H, W, channels], found "
@@ -136,6 +139,8 @@ def views(
             "cached soft targets can't be joined to distorted images: make the views first, "
             "then their soft targets"
         )
+    fields = {**dict.fromkeys(examples, "any N *"), "id": "int N", "inputs": "int N H W *"}
+    shapes.check_fields(examples, "the examples", **fields)
     ids = examples["id"].astype(np.int64)[None] * count + np.arange(count)[:, None]
     if ids.max(initial=0) > np.iinfo(np.int32).max:
         raise UserError(

@@ -8,12 +8,14 @@ from collections.abc import Collection
 
 import numpy as np
 
+from distill_jax import shapes
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 
 
 def select(examples: Examples, rows: np.ndarray) -> Examples:
     """The examples at `rows` (indices or a mask)."""
+    _check(examples)
     return {name: field[rows] for name, field in examples.items()}
 
 
@@ -29,11 +31,13 @@ def fraction(examples: Examples, share: float, seed: int) -> Examples:
 
 def without_classes(examples: Examples, classes: Collection[int]) -> Examples:
     """The examples of all other classes."""
+    _check(examples)
     return select(examples, ~np.isin(examples["label"], list(classes)))
 
 
 def only_classes(examples: Examples, classes: Collection[int]) -> Examples:
     """The examples of these classes only."""
+    _check(examples)
     return select(examples, np.isin(examples["label"], list(classes)))
 
 
@@ -53,12 +57,18 @@ def labels_known(examples: Examples, share: float, seed: int) -> Examples:
 
 def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
     """Splits off `count` random examples: (the rest, the held-out ones)."""
-    size = len(examples["id"])
+    order, size = _order(examples, seed), len(examples["id"])
     if not 0 <= count < size:
         raise UserError(f"can't hold out {count} of {size} examples")
-    order = _order(examples, seed)
     return select(examples, np.sort(order[count:])), select(examples, np.sort(order[:count]))
 
 
 def _order(examples: Examples, seed: int) -> np.ndarray:
+    _check(examples)
     return np.random.default_rng(seed).permutation(len(examples["id"]))
+
+
+def _check(examples: Examples) -> None:
+    """Raises a UserError unless the examples have ids and labels, and all fields are of one length."""
+    fields = {**dict.fromkeys(examples, "any N *"), "id": "int N", "label": "int N"}
+    shapes.check_fields(examples, "the examples", **fields)

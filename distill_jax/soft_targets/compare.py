@@ -7,12 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses
-from distill_jax.errors import UserError
+from distill_jax import losses, shapes
 from distill_jax.soft_targets.encodings import Kept, densify
 
 
-@jax.jit
 def against_dense(
     probabilities: Array,
     kept: Sequence[Kept],
@@ -61,12 +59,27 @@ def against_dense(
         >>> print(found["kl"], found["gradient_noise"])
         0.0 0.0
     """
-    if probabilities.ndim != 2 or logits.shape != probabilities.shape:
-        raise UserError(
-            f"probabilities {list(probabilities.shape)} and logits {list(logits.shape)}; expected "
-            "[N, C] of both"
+    for ids, kept_of, tail in kept:
+        shapes.check(
+            probabilities=(probabilities, "float N C"),
+            logits=(logits, "float N C"),
+            tail_weights=(tail_weights, "float? C"),
+            ids=(ids, "int N k"),
+            kept=(kept_of, "float N k|1"),
+            tail=(tail, "float N"),
         )
-    z = logits.astype(jnp.float32)
+    return _against_dense(probabilities, kept, logits, temperature, tail_weights)
+
+
+@jax.jit
+def _against_dense(
+    probabilities: Array,
+    kept: Sequence[Kept],
+    logits: Array,
+    temperature: ArrayLike,
+    tail_weights: Array | None,
+) -> dict[str, Array]:
+    z, probabilities = logits.astype(jnp.float32), probabilities.astype(jnp.float32)
 
     def with_gradient(loss: Callable[[Array], Array]) -> tuple[Array, Array]:
         values, pull_back = jax.vjp(loss, z)

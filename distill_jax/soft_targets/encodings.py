@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses
+from distill_jax import losses, shapes
 from distill_jax.errors import UserError
 
 Encoding = Literal["dense", "top_k", "sampled"]
@@ -69,6 +69,7 @@ def top_k(probabilities: Array, k: int) -> Kept:
         >>> print(classes, kept, tail)
         [1 2] [0.5 0.25] 0.25
     """
+    shapes.check(probabilities=(probabilities, "float ... C"))
     num_classes = probabilities.shape[-1]
     if not 1 <= k <= num_classes:
         raise UserError(f"k must be 1 to the number of classes, {num_classes}, not {k}")
@@ -98,6 +99,12 @@ def densify(
         >>> print(targets)
         [0.125 0.75  0.125]
     """
+    shapes.check(
+        classes=(classes, "int ... k"),
+        probabilities=(probabilities, "float ... k|1"),
+        tail=(tail, "float ..."),
+        tail_weights=(tail_weights, f"float? {num_classes}"),
+    )
     spread = losses.tail_distribution(classes, num_classes, tail_weights)
     dense = tail.astype(jnp.float32)[..., None] * spread
     ids, named = losses.named_classes(classes, probabilities)
@@ -130,11 +137,12 @@ def sample(probabilities: Array, draws: int, offsets: Array) -> Array:
         >>> print(sample(jnp.array([0.25, 0.0, 0.75]), 4, jnp.float32(0.5)))
         [0 2 2 2]
     """
+    shapes.check(probabilities=(probabilities, "float ... C"), offsets=(offsets, "float ..."))
     if not 1 <= draws <= MAX_DRAWS:
         raise UserError(f"draws must be 1 to {MAX_DRAWS}, not {draws}")
     units = jnp.round(probabilities.astype(jnp.float32) * _ONE).astype(jnp.uint32)
     ends = jnp.cumsum(units, axis=-1, dtype=jnp.uint32)
-    points = _points(ends[..., -1], draws, offsets)
+    points = _points(ends[..., -1], draws, offsets.astype(jnp.float32))
     # The first class that ends behind a point: behind it, not at it, or a probability of 0 would do.
     find = jnp.vectorize(
         lambda ends, points: jnp.searchsorted(ends, points, side="right"), signature="(c),(k)->(k)"
@@ -156,6 +164,8 @@ def offsets(seed: int, ids: ArrayLike) -> Array:
         >>> bool((offsets(0, [7, 8, 9])[1] == offsets(0, [8])[0]))
         True
     """
+    ids = np.asarray(ids) if isinstance(ids, list) else ids
+    shapes.check(ids=(ids, "int n"))
     key = jax.random.key(seed, impl="threefry2x32")
     return jax.vmap(lambda id: jax.random.uniform(jax.random.fold_in(key, id)))(
         jnp.asarray(ids).astype(jnp.uint32)
@@ -172,6 +182,7 @@ def as_targets(classes: np.ndarray) -> tuple[Any, Any, Any]:
         >>> as_targets(np.array([[0, 2, 2, 5]]))[1].item()
         0.25
     """
+    shapes.check(classes=(classes, "int n draws"))
     size, draws = classes.shape
     return classes, np.full((size, 1), np.float32(1 / draws)), np.zeros(size, np.float32)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses
+from distill_jax import losses, shapes
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 
@@ -36,6 +36,7 @@ def mean_log_probs(member_logits: Array, temperature: ArrayLike, mean: Mean) -> 
         >>> print(jnp.exp(mean_log_probs(members, 1.0, "geometric")))
         [0.5 0.5]
     """
+    shapes.check(member_logits=(member_logits, "float M ... C"))
     check_mean(mean)
     log_probs = losses.log_softmax(member_logits, temperature)
     if mean == "arithmetic":
@@ -56,6 +57,7 @@ def mean_probs(member_logits: Array, temperature: ArrayLike, mean: Mean) -> Arra
         arithmetic: 0.700
         geometric: 0.750
     """
+    shapes.check(member_logits=(member_logits, "float M ... C"))
     if mean == "arithmetic":
         return jnp.mean(losses.softmax(member_logits, temperature), axis=0)
     return jnp.exp(mean_log_probs(member_logits, temperature, mean))
@@ -84,11 +86,16 @@ def mean_probs_of_hidden(hidden: Array, layer: Params, temperature: ArrayLike, m
         >>> print(mean_probs_of_hidden(jnp.ones((1, 3, 4)), layer, 2.0, "arithmetic"))
         [[0.5 0.5]]
     """
+    _, members, size = shapes.check(hidden=(hidden, "float B M D")).values()
+    shapes.check_fields(
+        layer, "the layer", kernel=f"float {members} {size} C", bias=f"float {members} C"
+    )
 
     def add(total: Array, member: tuple[Array, Array, Array]) -> tuple[Array, None]:
         activations, kernel, bias = member
         kernel = kernel.astype(activations.dtype)
-        logits = jnp.matmul(activations, kernel, preferred_element_type=jnp.float32) + bias[None]
+        logits = jnp.matmul(activations, kernel, preferred_element_type=jnp.float32)
+        logits = logits + bias.astype(jnp.float32)[None]
         term = losses.softmax if mean == "arithmetic" else losses.log_softmax
         return total + term(logits, temperature), None
 
@@ -146,6 +153,7 @@ def logits_over(
                [2., 2.],
                [2., 2.]], dtype=float32)
     """
+    shapes.check(inputs=(inputs, "any N *"))
     size = len(inputs)
     if not size or batch_size < 1:
         raise UserError(

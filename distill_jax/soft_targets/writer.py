@@ -216,6 +216,10 @@ def _teacher(
             raise UserError("the teacher is a function: give num_classes too")
         return source, num_classes
     single = hasattr(source, "shape")  # an array of NumPy, JAX or PyTorch
+    if not single and not isinstance(source, list | tuple):
+        raise UserError(
+            f"logits are of type {type(source).__name__}; expected arrays or a function"
+        )
     members = [np.asarray(logits) for logits in ([source] if single else source)]
     kinds = {str(member.dtype) for member in members if not _is_real(member.dtype)}
     if kinds:

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses, ranges
+from distill_jax import losses, ranges, shapes
 from distill_jax.errors import UserError
 
 
@@ -93,9 +93,8 @@ def confusion(batches: Iterable[tuple[ArrayLike, ArrayLike]], temperature: float
     counts = None
     for labels, batch in batches:
         logits = _checked(batch, None if counts is None else len(counts))
-        num_classes, labels = logits.shape[1], np.asarray(labels, np.int32)
-        if labels.shape != (len(logits),):
-            raise UserError(f"labels {labels.shape} for logits {logits.shape}; expected [B]")
+        num_classes, labels = logits.shape[1], np.asarray(labels)
+        shapes.check(labels=(labels, f"int {len(logits)}"))
         if labels.min() < 0 or labels.max() >= num_classes:
             raise UserError(
                 f"labels for a confusion matrix must be in 0..{num_classes - 1}; they are "
@@ -130,12 +129,12 @@ def columns(matrix: Array) -> Array:
         [[0.6 0.8]
          [0.  1. ]]
     """
+    shapes.check(matrix=(matrix, "float C C"))
     points = matrix.astype(jnp.float32).T
     length = jnp.linalg.norm(points, axis=1, keepdims=True)
     return points / jnp.where(length > 0, length, 1.0)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "epochs"))
 def online_k_means(
     points: Array, k: int, key: Array, epochs: int = 15, memory: ArrayLike = 20.0
 ) -> Array:
@@ -169,10 +168,15 @@ def online_k_means(
         [[0.103]
          [9.097]]
     """
-    size = len(points)
+    size = shapes.check(points=(points, "float N D"))["N"]
     if not 1 <= k <= size:
         raise UserError(f"K-means needs 1 to {size} clusters for {size} points, not {k}")
-    points = points.astype(jnp.float32)
+    return _online_k_means(points, k, key, epochs, memory)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "epochs"))
+def _online_k_means(points: Array, k: int, key: Array, epochs: int, memory: ArrayLike) -> Array:
+    size, points = len(points), points.astype(jnp.float32)
     seed_key, order_key = jax.random.split(key)
 
     def move(state: tuple[Array, Array], row: Array):
@@ -214,6 +218,7 @@ def class_sets(points: Array, centroids: Array, size: int) -> Array:
         [[0 1]
          [1 2]]
     """
+    shapes.check(points=(points, "float C D"), centroids=(centroids, "float K D"))
     if not 1 <= size <= len(points):
         raise UserError(f"a class set has 1 to {len(points)} classes, not {size}")
     _, nearest = jax.lax.top_k(-_all_distances(points, centroids), size)
@@ -240,6 +245,7 @@ def partition(points: Array, centroids: Array) -> list[np.ndarray]:
         >>> [classes.tolist() for classes in clustering.partition(points, centroids)]
         [[0, 1], [2]]
     """
+    shapes.check(points=(points, "float C D"), centroids=(centroids, "float K D"))
     nearest = np.asarray(jnp.argmin(_all_distances(points, centroids), axis=0))
     sets = [np.flatnonzero(nearest == m).astype(np.int32) for m in range(len(centroids))]
     empty = [m for m, classes in enumerate(sets) if not len(classes)]
@@ -322,7 +328,9 @@ def _count(counts: Array, labels: Array, logits: Array, temperature: ArrayLike) 
 
 def _checked(batch: ArrayLike, num_classes: int | None) -> Array:
     """Checks that a batch is logits `[B, C]` with the same C as earlier batches."""
-    logits = jnp.asarray(batch)
+    logits = np.asarray(batch) if isinstance(batch, list) else batch
+    shapes.check(logits=(logits, "float *"))
+    logits = jnp.asarray(logits)
     if logits.ndim != 2 or not logits.size or num_classes not in (None, logits.shape[1]):
         expected = "[B, C]" if num_classes is None else f"[B, {num_classes}]"
         raise UserError(f"a batch of logits has the shape {logits.shape}; expected {expected}")
@@ -363,4 +371,5 @@ def _squared_distances(points: Array, point: Array) -> Array:
 @jax.jit
 def _all_distances(points: Array, centroids: Array) -> Array:
     """`[N, D]`, `[K, D]` -> `[K, N]`, one centroid at a time."""
+    points, centroids = points.astype(jnp.float32), centroids.astype(jnp.float32)
     return jax.lax.map(lambda centroid: _squared_distances(points, centroid), centroids)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from distill_jax import shapes
 from distill_jax.errors import UserError
 from distill_jax.train_checks import check_labels
 
@@ -26,6 +27,7 @@ def check_class_sets(class_sets: ArrayLike, num_classes: int) -> None:
         >>> from distill_jax.specialists import coverage
         >>> coverage.check_class_sets(np.array([[0, 1], [3, 4]]), num_classes=4)
     """
+    shapes.check(class_sets=(class_sets, "int ... S"))
     try:
         class_sets = np.asarray(class_sets)
     except jax.errors.TracerArrayConversionError:
@@ -131,6 +133,7 @@ def mistakes_covered(
         0.5
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
+    shapes.check(labels=(labels, "int N"), predictions=(predictions, "int N"))
     check_labels([{"label": labels}, {"label": predictions}], num_classes, "mistakes_covered")
     wrong = (labels != predictions) & (labels >= 0)
     if not wrong.any():
@@ -143,6 +146,7 @@ def mistakes_covered(
 def _members(sets: ArrayLike, num_classes: int) -> np.ndarray:
     """Which set contains which class: bool `[K, C]`."""
     sets = np.asarray(sets)
+    shapes.check(sets=(sets, "int K S"))
     check_class_sets(sets, num_classes)
     members = np.zeros((len(sets), num_classes + 1), bool)
     np.put_along_axis(members, sets, True, axis=1)

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import ranges, trainer
+from distill_jax import ranges, shapes, trainer
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists.clustering import pad_sets
@@ -115,6 +115,7 @@ def enriched_rows(
         ([1, 2, 3], [0])
     """
     labels, class_set = np.asarray(labels), np.asarray(class_set)
+    shapes.check(labels=(labels, "int N"), class_set=(class_set, "int S"))
     check_class_sets(class_set, num_classes)
     check_labels([{"label": labels}], num_classes, "a specialist's examples")
     missing = np.setdiff1d(class_set[class_set < num_classes], labels)

@@ -55,6 +55,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from distill_jax import shapes
 from distill_jax.errors import UserError
 
 Direction = Literal["forward", "reverse"]
@@ -120,6 +121,12 @@ def pose(generalist: Array, specialists: Array, class_sets: Array, active: Array
         >>> print(problem.sums, problem.dustbins)
         [0.7 1. 0.2] [0. 0.1]
     """
+    sizes = shapes.check(
+        generalist=(generalist, "float C"),
+        class_sets=(class_sets, "int A? S"),
+        active=(active, "bool A?"),
+    )
+    shapes.check(specialists=(specialists, f"float {sizes['A']} {sizes['S'] + 1}"))
     num_classes = generalist.shape[0]
     log_generalist, log_specialists = _log_probs(generalist), _log_probs(specialists)
     log_named, log_dustbins = log_specialists[:, :-1], log_specialists[:, -1]

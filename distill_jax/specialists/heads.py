@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import layers, losses, train_step
+from distill_jax import layers, losses, shapes, train_step
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from distill_jax.specialists.coverage import check_class_sets
@@ -69,6 +69,7 @@ def dustbin_labels(class_set: Array, num_classes: int) -> Array:
         >>> dustbin_labels(jnp.array([1, 3]), 5).tolist()
         [2, 0, 2, 1, 2]
     """
+    shapes.check(class_set=(class_set, "int S"))
     check_class_sets(class_set, num_classes)
     size = len(class_set)
     labels = jnp.full(num_classes, size, jnp.int32)
@@ -83,6 +84,7 @@ def correct_dustbin(logits: Array, correction: ArrayLike) -> Array:
         >>> correct_dustbin(jnp.array([1.0, 2.0]), 0.5).tolist()
         [1.0, 2.5]
     """
+    shapes.check(logits=(logits, "number ... outputs"))
     return logits.astype(jnp.float32).at[..., -1].add(correction)
 
 
@@ -102,6 +104,7 @@ def correct_others(logits: Array, class_set: Array, correction: ArrayLike) -> Ar
         >>> correct_others(jnp.zeros(3), jnp.array([1]), 0.5).tolist()
         [0.5, 0.0, 0.5]
     """
+    shapes.check(logits=(logits, "number ... C"), class_set=(class_set, "int S"))
     outside = jnp.broadcast_to(_outside(class_set, logits.shape[-1]), logits.shape)
     return logits.astype(jnp.float32) + jnp.where(outside, correction, 0.0)
 
@@ -133,18 +136,15 @@ def reduce_output(params: Params, class_set: Array, num_classes: int) -> Params:
         >>> [f"{bias:.2f}" for bias in reduce_output(params, jnp.array([2]), 3)["output"]["bias"]]
         ['2.00', '1.19']
     """
+    shapes.check(class_set=(class_set, "int S"))
     layer = params.get(layers.OUTPUT, {})
-    if not {"kernel", "bias"} <= set(layer):
-        raise UserError(
-            f"the generalist's params need a layer {layers.OUTPUT!r} with kernel and bias; the layers "
-            f"are {', '.join(sorted(params))}, and that one has {', '.join(sorted(layer)) or 'nothing'}"
-        )
-    kernel, bias = layer["kernel"], layer["bias"]
-    if kernel.shape[-1:] != (num_classes,) or bias.shape != (num_classes,):
-        raise UserError(
-            f"the generalist's output has kernel {kernel.shape} and bias {bias.shape}; expected "
-            f"[D, {num_classes}] and [{num_classes}]"
-        )
+    shapes.check_fields(
+        layer,
+        f"the generalist's layer {layers.OUTPUT!r}",
+        kernel=f"float D {num_classes}",
+        bias=f"float {num_classes}",
+    )
+    kernel, bias = layer["kernel"].astype(jnp.float32), layer["bias"].astype(jnp.float32)
     outside = _outside(class_set, num_classes)
     count = jnp.sum(outside, dtype=bias.dtype)
     shares = outside.astype(bias.dtype) / jnp.maximum(count, 1)
@@ -175,6 +175,7 @@ def collapse(logits: Array, class_set: Array) -> Array:
         >>> jnp.exp(collapse(jnp.log(jnp.array([0.25, 0.25, 0.5])), jnp.array([2]))).tolist()
         [0.5, 0.5]
     """
+    shapes.check(logits=(logits, "number ... C"), class_set=(class_set, "int S"))
     logits = logits.astype(jnp.float32)
     special = jnp.take(logits, class_set, axis=-1, mode="fill", fill_value=-jnp.inf)
     outside = jnp.broadcast_to(_outside(class_set, logits.shape[-1]), logits.shape)
@@ -210,6 +211,7 @@ def collapsed_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constan
         >>> print(jnp.exp(-collapsed_loss(jnp.zeros((2, 4)), batch, {}, constants)))
         [0.25 0.75]
     """
+    shapes.check(logits=(logits, "number ... C"))
     label, class_set = _labels(batch), _get(constants, "class_set", "constants")
     targets = _map_labels(label, class_set, logits.shape[-1])
     return losses.hard_cross_entropy(collapse(logits, class_set), targets)
@@ -243,6 +245,7 @@ def full_softmax_loss(
         >>> print(full_softmax_loss(jnp.zeros((2, 4)), batch, hyper, constants))  # log 4, 2^2 log 4
         [1.386 5.545]
     """
+    shapes.check(logits=(logits, "number ... C"))
     label, class_set = _labels(batch), _get(constants, "class_set", "constants")
     temperature = train_step.number(hyper, "temperature")
     place = _map_labels(label, class_set, logits.shape[-1])
@@ -312,7 +315,7 @@ def _outside(class_set: Array, num_classes: int) -> Array:
 
 
 def _labels(batch: Batch) -> Array:
-    _get(batch, "label", "batch")
+    shapes.check(label=(_get(batch, "label", "batch"), "int ..."))
     labels = train_step.known_labels(batch)
     assert labels is not None
     return labels

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import ranges
+from distill_jax import ranges, shapes
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists import eq5
@@ -70,6 +70,9 @@ def active_specialists(
         >>> ids.tolist(), active.tolist(), count.tolist()
         ([[1, 0]], [[True, False]], [1])
     """
+    shapes.check(
+        generalist_logits=(generalist_logits, "float B C"), class_sets=(class_sets, "int K S")
+    )
     num_specialists, num_classes = len(class_sets), generalist_logits.shape[1]
     if max_active > num_specialists:
         raise UserError(f"max_active is {max_active}, but there are {num_specialists} specialists")
@@ -317,11 +320,10 @@ def _check_n(n: int, num_classes: int) -> None:
 
 
 def _check_shapes(evidence: Evidence) -> None:
-    generalist, specialists, class_sets, active = (x.shape for x in evidence)
-    size, width, special = class_sets if len(class_sets) == 3 else (-1, -1, -1)
-    fitting = specialists == (size, width, special + 1) and active == (size, width)
-    if not fitting or generalist[:1] != (size,) or len(generalist) != 2:
-        raise UserError(
-            f"evidence has generalist {generalist}, specialists {specialists}, class_sets {class_sets} "
-            f"and active {active}; expected [B, C], [B, A, S + 1], [B, A, S] and [B, A]"
-        )
+    sizes = shapes.check(
+        generalist=(evidence.generalist, "float B C"),
+        class_sets=(evidence.class_sets, "int B A? S"),
+        active=(evidence.active, "bool B A?"),
+    )
+    outputs = f"{sizes['B']} {sizes['A']} {sizes['S'] + 1}"
+    shapes.check(specialists=(evidence.specialists, f"float {outputs}"))

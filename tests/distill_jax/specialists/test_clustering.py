@@ -145,7 +145,7 @@ def test_streams_name_what_is_wrong():
         clustering.confusion([(np.arange(8), logits[:8])])
     with pytest.raises(UserError, match=r"in 0\.\.6; they are -1 to 6"):
         clustering.confusion([(np.arange(8) - 1, logits[:8])])
-    with pytest.raises(UserError, match=r"labels \(8,\) for logits \(100, 7\)"):
+    with pytest.raises(UserError, match=r"labels is int64 \(8,\); expected int 100"):
         clustering.confusion([(np.arange(8), logits)])
 
 

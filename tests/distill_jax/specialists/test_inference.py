@@ -151,9 +151,9 @@ def test_full_softmax_specialists_and_the_generalist_make_their_arithmetic_mean(
 def test_mistakes_are_named():
     generalist, sets, weights, inputs = ensemble(3)
     evidence = all_run(generalist, sets, weights, inputs)
-    with pytest.raises(UserError, match=r"\(50, \d, 3\), class_sets.*expected \[B, C\]"):
+    with pytest.raises(UserError, match=r"specialists is float32 \(50, \d, 3\); expected"):
         inference.combine(evidence._replace(specialists=evidence.specialists[..., :3]))
-    with pytest.raises(UserError, match=r"active \(50, 2\)"):
+    with pytest.raises(UserError, match=r"active is bool \(50, 2\); expected bool B A"):
         inference.combine(evidence._replace(active=evidence.active[:, :2]))
     with pytest.raises(UserError, match="'forward' or 'reverse', not 'backward'"):
         eq5.newton("backward")

@@ -1,0 +1,361 @@
+"""A sound call of each public function that takes arrays, for the fuzz test to spoil."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax import (
+    fused_loss,
+    losses,
+    metrics,
+    models,
+    nets,
+    optimizers,
+    soft_targets,
+    train_step,
+)
+from distill_jax.data import augment, images, transfer
+from distill_jax.soft_targets import compare, encodings, ensemble
+from distill_jax.specialists import clustering, coverage, enrichment, eq5, heads, inference
+
+B, C, D, K, S = 4, 6, 3, 2, 2
+
+
+class Call(NamedTuple):
+    """A function of trees of arrays by name, and arguments that fit; traced: under `jax.eval_shape`."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    traced: bool = True
+
+
+def _floats(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).random(shape, np.float32)
+
+
+def _ints(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.int32)
+
+
+LOGITS, TARGETS, LABELS = _floats(B, C), np.full((B, C), 1 / C, np.float32), _ints(B)
+IDS, KEPT, TAIL = np.tile(np.arange(K, dtype=np.int32), (B, 1)), _floats(B, K) / K, _floats(B)
+SETS = np.array([[0, 1], [2, 3]], np.int32)
+LAYER = {"kernel": _floats(D, C), "bias": _floats(C)}
+BATCH = {
+    "id": np.arange(B, dtype=np.int32),
+    "inputs": _floats(B, D),
+    "label": LABELS,
+    "teacher_logits": LOGITS,
+}
+EXAMPLES = {
+    "id": np.arange(B, dtype=np.int32),
+    "inputs": np.zeros((B, 8, 8), np.uint8),
+    "label": LABELS,
+}
+HYPER = {name: jnp.float32(value) for name, value in (("temperature", 2.0), ("hard_weight", 0.5))}
+MODEL = models.mlp((5,), C)
+OPTIMIZER = optimizers.sgd(lambda step: 1.0)
+
+
+def _top_k_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    return {**batch, **dict(zip(soft_targets.TOP_K_FIELDS, (IDS, KEPT, TAIL), strict=True))}
+
+
+def _step(loss: Any, **options: Any) -> Callable[[Any], Any]:
+    def step(batch: Any) -> Any:
+        state = train_step.init_state(MODEL, OPTIMIZER, jax.random.key(0), jnp.zeros((1, D)))
+        run = train_step.make_train_step(MODEL, OPTIMIZER, loss, **options)
+        return run(state, batch, jax.random.key(1), {**HYPER, "learning_rate": jnp.float32(0.1)})
+
+    return step
+
+
+def _loss_of_labels(logits: Any, fields: Any, constants: Any) -> Any:
+    return losses.hard_cross_entropy(logits, fields["label"])
+
+
+def _store(encoding: str = "dense") -> soft_targets.Store:
+    folder = Path(tempfile.mkdtemp())
+    how = {} if encoding == "dense" else {"encoding": encoding, "k": K, "temperatures": 2.0}
+    soft_targets.write(folder, LOGITS, soft_targets.digests(BATCH["inputs"]), teacher="t", **how)
+    return soft_targets.load(folder)
+
+
+def _write(**arguments: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        soft_targets.write(Path(folder) / "store", teacher="t", **arguments)
+
+
+def calls() -> dict[str, Call]:
+    """The calls by the functions' names."""
+    store = _store()
+    params = MODEL.init(jax.random.key(0), jnp.zeros((1, D)))
+    net = nets.Net(MODEL, params, [], 0.0, None, {"inputs": {"shape": [D], "dtype": "float32"}})
+    evidence = {
+        "generalist": LOGITS,
+        "specialists": _floats(B, K, S + 1),
+        "class_sets": np.tile(SETS[None], (B, 1, 1)),
+        "active": np.ones((B, K), bool),
+    }
+    top_k = {"logits": LOGITS, "ids": IDS, "probabilities": KEPT, "tail": TAIL}
+    batch = {"logits": LOGITS, "batch": BATCH}
+    one_set = {"class_set": SETS[0]}
+
+    def loss(function: Any, constants: Any = None) -> Callable[..., Any]:
+        return lambda logits, batch: function(logits, batch, HYPER, constants)
+
+    return {
+        "softmax": Call(losses.softmax, {"logits": LOGITS}),
+        "log_softmax": Call(losses.log_softmax, {"logits": LOGITS}),
+        "soft_cross_entropy": Call(
+            lambda **a: losses.soft_cross_entropy(**a, temperature=2.0),
+            {"logits": LOGITS, "soft_targets": TARGETS},
+        ),
+        "soft_kl": Call(
+            lambda **a: losses.soft_kl(**a, temperature=2.0),
+            {"logits": LOGITS, "soft_targets": TARGETS},
+        ),
+        "hard_cross_entropy": Call(losses.hard_cross_entropy, {"logits": LOGITS, "labels": LABELS}),
+        "distillation": Call(
+            lambda **a: losses.distillation(**a, temperature=2.0, hard_weight=0.5),
+            {
+                "logits": LOGITS,
+                "soft_targets": TARGETS,
+                "labels": LABELS,
+                "label_known": np.ones(B, bool),
+            },
+        ),
+        "top_k_soft_cross_entropy": Call(
+            lambda **a: losses.top_k_soft_cross_entropy(**a, temperature=2.0),
+            {**top_k, "tail_weights": _floats(C)},
+        ),
+        "top_k_distillation": Call(
+            lambda **a: losses.top_k_distillation(**a, temperature=2.0, hard_weight=0.5),
+            {**top_k, "labels": LABELS},
+        ),
+        "tail_distribution": Call(
+            lambda **a: losses.tail_distribution(**a, num_classes=C),
+            {"ids": IDS, "tail_weights": _floats(C)},
+        ),
+        "label_modified": Call(
+            lambda **a: losses.label_modified(**a, weight=0.5),
+            {"soft_targets": TARGETS, "labels": LABELS, "label_known": np.ones(B, bool)},
+        ),
+        "logit_matching": Call(
+            lambda **a: losses.logit_matching(**a, zero_mean=True),
+            {"logits": LOGITS, "teacher_logits": LOGITS},
+        ),
+        "error_counts": Call(metrics.error_counts, {"logits": LOGITS, "labels": LABELS}),
+        "prediction_counts": Call(
+            metrics.prediction_counts, {"predicted": LABELS, "labels": LABELS}
+        ),
+        "mean_loss": Call(
+            lambda **a: fused_loss.mean_loss(_loss_of_labels, **a, constants=None, rows=3),
+            {"hidden": _floats(B, D), "layer": LAYER, "fields": {"label": LABELS}},
+        ),
+        "per_example": Call(
+            lambda **a: fused_loss.per_example(_loss_of_labels, **a, constants=None, rows=3),
+            {"hidden": _floats(B, D), "layer": LAYER, "fields": {"label": LABELS}},
+        ),
+        "label_loss": Call(loss(train_step.label_loss), batch),
+        "distillation_loss": Call(loss(train_step.distillation_loss), batch),
+        "label_modified_loss": Call(loss(train_step.label_modified_loss), batch),
+        "logit_matching_loss": Call(loss(train_step.logit_matching_loss), batch),
+        "top_k_distillation_loss": Call(
+            loss(train_step.top_k_distillation_loss()),
+            {"logits": LOGITS, "batch": _top_k_batch(BATCH)},
+        ),
+        "step": Call(_step(train_step.distillation_loss), {"batch": BATCH}),
+        "fused step": Call(_step(train_step.Fused(train_step.distillation_loss)), {"batch": BATCH}),
+        "micro-batches": Call(
+            _step(train_step.distillation_loss, micro_batches=2), {"batch": BATCH}
+        ),
+        "eval_step": Call(
+            lambda batch: train_step.make_eval_step(MODEL)(params, batch), {"batch": BATCH}
+        ),
+        "apply": Call(lambda inputs: MODEL.apply(params, inputs), {"inputs": BATCH["inputs"]}),
+        "conv_trunk": Call(
+            lambda inputs: models.conv_trunk([4], [2]).init(jax.random.key(0), inputs),
+            {"inputs": EXAMPLES["inputs"]},
+        ),
+        "top_k": Call(lambda **a: encodings.top_k(**a, k=2), {"probabilities": TARGETS}),
+        "densify": Call(
+            lambda **a: encodings.densify(**a, num_classes=C),
+            {"classes": IDS, "probabilities": KEPT, "tail": TAIL, "tail_weights": _floats(C)},
+        ),
+        "sample": Call(
+            lambda **a: encodings.sample(**a, draws=3), {"probabilities": TARGETS, "offsets": TAIL}
+        ),
+        "offsets": Call(lambda ids: encodings.offsets(0, ids), {"ids": LABELS}),
+        "mean_log_probs": Call(
+            lambda **a: ensemble.mean_log_probs(**a, temperature=2.0, mean="geometric"),
+            {"member_logits": _floats(K, B, C)},
+        ),
+        "mean_probs": Call(
+            lambda **a: ensemble.mean_probs(**a, temperature=2.0, mean="arithmetic"),
+            {"member_logits": _floats(K, B, C)},
+        ),
+        "ensemble_logits": Call(
+            lambda **a: ensemble.ensemble_logits(**a, temperature=2.0, mean="arithmetic"),
+            {"member_logits": _floats(K, B, C)},
+        ),
+        "mean_probs_of_hidden": Call(
+            lambda **a: ensemble.mean_probs_of_hidden(**a, temperature=2.0, mean="arithmetic"),
+            {
+                "hidden": _floats(B, K, D),
+                "layer": {"kernel": _floats(K, D, C), "bias": _floats(K, C)},
+            },
+        ),
+        "against_dense": Call(
+            lambda kept, **a: compare.against_dense(
+                **a, kept=[tuple(kept.values())], temperature=2.0, tail_weights=None
+            ),
+            {
+                "probabilities": TARGETS,
+                "kept": {"ids": IDS, "probabilities": KEPT, "tail": TAIL},
+                "logits": LOGITS,
+            },
+        ),
+        "jitter": Call(
+            lambda inputs: augment.jitter(2)({"inputs": inputs}, jax.random.key(0)),
+            {"inputs": EXAMPLES["inputs"]},
+        ),
+        "distort": Call(
+            lambda images: augment.distort(images, jax.random.split(jax.random.key(0), B), 1.0),
+            {"images": EXAMPLES["inputs"]},
+        ),
+        "columns": Call(clustering.columns, {"matrix": _floats(C, C)}),
+        "online_k_means": Call(
+            lambda points: clustering.online_k_means(points, K, jax.random.key(0)),
+            {"points": _floats(C, D)},
+        ),
+        "class_sets": Call(
+            lambda **a: clustering.class_sets(**a, size=S),
+            {"points": _floats(C, D), "centroids": _floats(K, D)},
+        ),
+        "dustbin_labels": Call(lambda class_set: heads.dustbin_labels(class_set, C), one_set),
+        "correct_dustbin": Call(
+            lambda logits: heads.correct_dustbin(logits, 0.5), {"logits": LOGITS}
+        ),
+        "correct_others": Call(
+            lambda **a: heads.correct_others(**a, correction=0.5), {"logits": LOGITS, **one_set}
+        ),
+        "reduce_output": Call(
+            lambda output, class_set: heads.reduce_output({"output": output}, class_set, C),
+            {"output": LAYER, **one_set},
+        ),
+        "collapse": Call(heads.collapse, {"logits": LOGITS, **one_set}),
+        "collapsed_loss": Call(
+            lambda logits, batch, **constants: heads.collapsed_loss(
+                logits, batch, HYPER, constants
+            ),
+            {**batch, **one_set},
+        ),
+        "full_softmax_loss": Call(
+            lambda logits, batch, **constants: heads.full_softmax_loss(
+                logits, batch, HYPER, constants
+            ),
+            {**batch, **one_set},
+        ),
+        "active_specialists": Call(
+            lambda **a: inference.active_specialists(**a, max_active=K),
+            {"generalist_logits": LOGITS, "class_sets": SETS},
+        ),
+        "pose": Call(
+            eq5.pose,
+            {
+                "generalist": LOGITS[0],
+                "specialists": _floats(K, S + 1),
+                "class_sets": SETS,
+                "active": np.ones(K, bool),
+            },
+        ),
+        "combine": Call(lambda **a: inference.combine(inference.Evidence(**a)), evidence),
+        # From here on functions of NumPy arrays, which are called.
+        "logits_over": Call(
+            lambda inputs: soft_targets.logits_over(MODEL.apply, params, inputs),
+            {"inputs": BATCH["inputs"]},
+            traced=False,
+        ),
+        "logits": Call(net.logits, {"inputs": BATCH["inputs"]}, traced=False),
+        "digests": Call(soft_targets.digests, {"inputs": BATCH["inputs"]}, traced=False),
+        "write": Call(
+            _write,
+            {
+                "source": LOGITS,
+                "digests": soft_targets.digests(BATCH["inputs"]),
+                "ids": np.arange(B),
+            },
+            traced=False,
+        ),
+        "attach": Call(
+            lambda examples: soft_targets.attach(examples, store),
+            {"examples": {"id": BATCH["id"], "inputs": BATCH["inputs"]}},
+            traced=False,
+        ),
+        "rows": Call(lambda ids: soft_targets.rows(store, ids), {"ids": BATCH["id"]}, traced=False),
+        "validate": Call(
+            lambda examples: images.validate(examples, C, "a set"),
+            {"examples": EXAMPLES},
+            traced=False,
+        ),
+        "views": Call(
+            lambda examples: augment.views(examples, 2, 1.0, seed=0),
+            {"examples": EXAMPLES},
+            traced=False,
+        ),
+        "fraction": Call(
+            lambda examples: transfer.fraction(examples, 0.5, 0),
+            {"examples": EXAMPLES},
+            traced=False,
+        ),
+        "only_classes": Call(
+            lambda examples: transfer.only_classes(examples, [0]),
+            {"examples": EXAMPLES},
+            traced=False,
+        ),
+        "labels_known": Call(
+            lambda examples: transfer.labels_known(examples, 0.5, 0),
+            {"examples": EXAMPLES},
+            traced=False,
+        ),
+        "hold_out": Call(
+            lambda examples: transfer.hold_out(examples, 1, 0), {"examples": EXAMPLES}, traced=False
+        ),
+        "prediction_covariance": Call(
+            lambda logits: clustering.prediction_covariance([logits]),
+            {"logits": LOGITS},
+            traced=False,
+        ),
+        "confusion": Call(
+            lambda labels, logits: clustering.confusion([(labels, logits)]),
+            {"labels": LABELS, "logits": LOGITS},
+            traced=False,
+        ),
+        "partition": Call(
+            clustering.partition,
+            {"points": np.eye(C, dtype=np.float32), "centroids": np.eye(C, dtype=np.float32)},
+            traced=False,
+        ),
+        "check_class_sets": Call(
+            lambda class_sets: coverage.check_class_sets(class_sets, C),
+            {"class_sets": SETS},
+            traced=False,
+        ),
+        "statistics": Call(lambda sets: coverage.statistics(sets, C), {"sets": SETS}, traced=False),
+        "mistakes_covered": Call(
+            lambda **a: coverage.mistakes_covered(num_classes=C, **a),
+            {"sets": SETS, "labels": LABELS, "predictions": LABELS},
+            traced=False,
+        ),
+        "enriched_rows": Call(
+            lambda **a: enrichment.enriched_rows(**a, num_classes=C),
+            {"labels": np.arange(C, dtype=np.int32), "class_set": SETS[0]},
+            traced=False,
+        ),
+    }
