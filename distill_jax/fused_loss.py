@@ -304,12 +304,12 @@ def check_rows(fields: Any, size: int, what: str) -> None:
     """
     for path, field in jax.tree.leaves_with_path(fields):
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "the field"
-        shapes.check(**{name: (field, "any *")})
         if jnp.shape(field)[:1] != (size,) or 0 in jnp.shape(field):
             raise UserError(
                 f"{what} {size} examples, but {name!r} is {list(jnp.shape(field))}; expected "
                 f"[{size}, ...]: what isn't of examples belongs in the constants"
             )
+        shapes.check(**{name: (field, "any *")})
 
 
 def _check(hidden: Array, layer: Layer, fields: Any) -> None:
