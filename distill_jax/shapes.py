@@ -68,13 +68,13 @@ def check_fields(fields: Any, what: str, **notations: str) -> Sizes:
 
     Args:
         fields: such as a batch.
-        what: the dict's name in messages.
+        what: the dict's name in messages, a singular.
         notations: of the arrays that it must have.
 
     Examples:
         >>> import numpy as np
         >>> from distill_jax import shapes
-        >>> shapes.check_fields({"id": np.arange(3)}, "the examples", id="int N")
+        >>> shapes.check_fields({"id": np.arange(3)}, "the batch", id="int N")
         {'N': 3}
     """
     if not isinstance(fields, Mapping):
@@ -82,7 +82,7 @@ def check_fields(fields: Any, what: str, **notations: str) -> Sizes:
     missing = [name for name in notations if name not in fields]
     if missing:
         raise UserError(
-            f"{what} lack {', '.join(missing)}; there are {', '.join(map(str, fields))}"
+            f"{what} lacks {', '.join(missing)}; there are {', '.join(map(str, fields)) or 'none'}"
         )
     return check(**{name: (fields[name], how) for name, how in notations.items()})
 

@@ -140,7 +140,7 @@ def views(
             "then their soft targets"
         )
     fields = {**dict.fromkeys(examples, "any N *"), "id": "int N", "inputs": "int N H W *"}
-    shapes.check_fields(examples, "the examples", **fields)
+    shapes.check_fields(examples, "the set of examples", **fields)
     ids = examples["id"].astype(np.int64)[None] * count + np.arange(count)[:, None]
     if ids.max(initial=0) > np.iinfo(np.int32).max:
         raise UserError(

@@ -71,4 +71,4 @@ def _order(examples: Examples, seed: int) -> np.ndarray:
 def _check(examples: Examples) -> None:
     """Raises a UserError unless the examples have ids and labels, and all fields are of one length."""
     fields = {**dict.fromkeys(examples, "any N *"), "id": "int N", "label": "int N"}
-    shapes.check_fields(examples, "the examples", **fields)
+    shapes.check_fields(examples, "the set of examples", **fields)

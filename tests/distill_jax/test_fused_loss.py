@@ -319,9 +319,12 @@ def test_sequences_and_a_layer_without_bias(per_frame):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"layer": {"bias": np.zeros(5)}}, r"a kernel \[3, C\]"),
-        ({"layer": {"kernel": np.zeros((4, 5))}}, r"a kernel \[3, C\]"),
-        ({"layer": {"kernel": np.zeros((3, 5)), "scale": np.zeros(5)}}, r"a kernel \[3, C\]"),
+        ({"layer": {"bias": np.zeros(5)}}, "the output layer lacks kernel; there are bias"),
+        ({"layer": {"kernel": np.zeros((4, 5))}}, r"kernel is .*\(4, 5\); expected float 3 C"),
+        (
+            {"layer": {"kernel": np.zeros((3, 5)), "scale": np.zeros(5)}},
+            "has kernel, scale; expected",
+        ),
         ({"fields": {"label": np.zeros(7, int), "rate": 0.5}}, "7 examples, but 'rate' is"),
         ({"fields": {"prior": np.zeros(5)}}, r"'prior' is \[5\]; expected \[7, ...\]"),
     ],
