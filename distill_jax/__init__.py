@@ -14,6 +14,7 @@ from distill_jax import _lazy
 
 if TYPE_CHECKING:
     from distill_jax import (
+        batches,
         checkpoints,
         data,
         epochs,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from distill_jax.nets import load_net
 
 __all__ = [
+    "batches",
     "checkpoints",
     "data",
     "epochs",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from distill_jax import ranges
+from distill_jax.batches import check_rows
 from distill_jax.errors import UserError
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
@@ -33,7 +34,12 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 
 
 def take_rows(examples: Batch, rows: Array) -> Batch:
-    """The batch of plain examples: every field `[N, ...]` at the rows `[B]`."""
+    """The batch of plain examples: every field `[N, ...]` at the rows `[B]`.
+
+    Raises:
+        UserError: for a field of another length.
+    """
+    check_rows(examples, count_examples(examples), "a set of")
     return {name: field[rows] for name, field in examples.items()}
 
 

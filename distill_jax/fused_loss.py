@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from distill_jax import ranges, shapes
+from distill_jax.batches import check_rows
 from distill_jax.errors import UserError
 
 Layer = dict[str, Array]
@@ -290,26 +291,6 @@ def _chunks(tree: Any, size: int, rows: int, mode: str = "edge") -> Any:
 def _joined(tree: Any, size: int) -> Any:
     """The inverse of `_chunks`."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], tree)
-
-
-def check_rows(fields: Any, size: int, what: str) -> None:
-    """Raises a UserError naming a field that isn't `[size, ...]` and can't be cut like a batch.
-
-    Examples:
-        >>> from distill_jax import fused_loss
-        >>> fused_loss.check_rows({"label": jnp.zeros(4), "rate": 0.5}, 4, "a batch of")
-        Traceback (most recent call last):
-        ...
-        distill_jax.errors.UserError: a batch of 4 examples, but 'rate' is []; expected [4, ...]: ...
-    """
-    for path, field in jax.tree.leaves_with_path(fields):
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "the field"
-        if jnp.shape(field)[:1] != (size,) or 0 in jnp.shape(field):
-            raise UserError(
-                f"{what} {size} examples, but {name!r} is {list(jnp.shape(field))}; expected "
-                f"[{size}, ...]: what isn't of examples belongs in the constants"
-            )
-        shapes.check(**{name: (field, "any *")})
 
 
 def _check(hidden: Array, layer: Layer, fields: Any) -> None:

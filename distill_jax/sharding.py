@@ -20,6 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax import layers, processes
+from distill_jax.batches import check_rows
 from distill_jax.epochs import Epoch
 from distill_jax.errors import UserError
 from distill_jax.fused_loss import on_one_device
@@ -131,6 +132,7 @@ def compile_pmap_step(step: TrainStep) -> TrainStep:
         state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
     ) -> tuple[TrainState, dict[str, Array]]:
         check_divides(len(batch["inputs"]), count, "the batch size", "devices")
+        check_rows(batch, len(batch["inputs"]), "devices share a batch of")
         cut = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
         return mapped(state, cut, key, hyper, constants)
 

@@ -17,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax import fused_loss, layers, losses, metrics, ranges, shapes, soft_targets
+from distill_jax.batches import check_rows
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 
@@ -428,7 +429,7 @@ def _accumulate(gradient: Any, parts: int, batch: Batch, key: Array) -> tuple[Pa
     size = _inputs(batch).shape[0]
     if size % parts:
         raise UserError(f"a batch of {size} can't be cut into {parts} equal micro-batches")
-    fused_loss.check_rows(batch, size, "micro-batches are cut from a batch of")
+    check_rows(batch, size, "micro-batches are cut from a batch of")
     # Every parts-th example: a piece has some of each device, where a run of them would be sent about.
     pieces = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0), batch

@@ -25,6 +25,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax import ranges, shapes, trainer
+from distill_jax.batches import check_rows
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists.clustering import pad_sets
@@ -63,7 +64,7 @@ def enrich(
         generalist: its parameters, for a head that has it as teacher.
 
     Raises:
-        UserError: as `enriched_rows`.
+        UserError: as `enriched_rows`, or for another number of inputs than labels.
 
     Examples:
         >>> import numpy as np
@@ -75,6 +76,7 @@ def enrich(
         ([1, 0, 1, 0], 0.0)
     """
     labels = examples["label"]
+    check_rows({"inputs": examples["inputs"]}, len(labels), "labels are of")
     fields = stack_rows([enriched_rows(labels, one, num_classes) for one in class_sets])
     own = [
         {

@@ -44,6 +44,23 @@ def test_a_label_beyond_the_classes_is_named_before_anything_is_trained(tmp_path
     assert train(tmp_path / "net", ignored).history
 
 
+def test_labels_of_a_stream_are_checked_block_by_block():
+    sample = jax.ShapeDtypeStruct((4, 4), np.uint8)
+    stream = trainer.Stream(iter, 2, 1, sample, lambda block, mesh: block, {}, lambda *_: None)
+    put = trainer._checked(stream, tiny.CLASSES, "net").put
+    blocks = [{"label": np.array([[0, -1], [last, 2]])} for last in (2, 3)]
+    assert put(blocks[0], None) is blocks[0]
+    with pytest.raises(UserError, match=r"net: label 3 at row \[1, 0\]; the model has 3"):
+        put(blocks[1], None)
+
+
+def test_a_field_of_another_length_is_not_gathered_from(tmp_path):
+    examples = {**tiny.examples(N), "prior": np.ones(tiny.CLASSES, np.float32)}
+    message = rf"a set of {N} examples, but 'prior' is \[3\]; expected \[{N}, ...\]"
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, examples)
+
+
 def test_soft_targets_need_no_labels(tmp_path):
     examples = {**tiny.examples(N), "teacher_logits": tiny.teacher_logits(N)}
     del examples["label"]

@@ -61,7 +61,9 @@ def test_an_unknown_label_is_no_mistake():
 
 def test_a_generalist_without_such_an_output_layer():
     for params in ({"head": PARAMS["output"]}, {"output": {"kernel": np.zeros((2, C))}}):
-        with pytest.raises(UserError, match="need a layer 'output' with kernel and bias"):
+        with pytest.raises(
+            UserError, match=r"the generalist.s layer .output. lacks (kernel, )?bias"
+        ):
             heads.reduce_output(params, np.array([0]), C)
 
 
