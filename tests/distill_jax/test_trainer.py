@@ -195,7 +195,7 @@ def other_examples(field, value):
         ),
         (
             {"recipe": dataclasses.replace(RECIPE, optimizer=constant)},
-            r"recipe.optimizer is 'distill_jax\.trainer\.adam' there and '.*constant' now",
+            r"recipe.optimizer is 'distill_jax\.recipe\.adam' there and '.*constant' now",
         ),
         (
             {"recipe": dataclasses.replace(RECIPE, transforms=[augment.jitter(2)])},
