@@ -79,7 +79,19 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {_unknown_field(argv, str(error))}")
     if config is not None and not isinstance(config, ConfigDict):
         sys.exit(f"error: --config={file}: get_config gives no ConfigDict but {type(config)}")
+    if config is not None:
+        _check_given_once(argv)
     return rest
+
+
+def _check_given_once(argv: Sequence[str]) -> None:
+    """Ends the process if a tuple is given twice: both would be joined; of others the last counts."""
+    keys = [arg.partition("=")[0].removeprefix("--config.") for arg in argv]
+    for key, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
+        if isinstance(value, tuple) and keys.count(key) > 1:
+            sys.exit(
+                f"error: --config.{key} is given {keys.count(key)} times: give all values at once"
+            )
 
 
 def _config_file(argv: Sequence[str]) -> Path | None:

@@ -69,6 +69,7 @@ def test_a_config_that_can_not_be_read(message_of, config, message, more):
         ),
         ([f"--config={CONFIG}", "--config.seeds.x=1"], "--config.seeds.x: tuple indices"),
         ([f"--config={CONFIG}", "--config.teacher=1"], "--config.teacher=1"),
+        ([f"--config={CONFIG}", *["--config.seeds=(1,)"] * 2], "seeds is given 2 times: give all"),
         ([f"--config={CONFIG}", "--nosuch"], "Unknown command line flag 'nosuch'"),
         ([f"--config={CONFIG}", "--stages="], "names of stages are expected"),
         ([f"--config={CONFIG}", "--stages=teacher,,"], "names of stages are expected"),
