@@ -72,7 +72,7 @@ def test_losses_need_only_jax_and_optax():
     path = ROOT / "distill_jax" / "losses.py"
     own = {name for name in imports(path) if name.startswith("distill_jax.")}
     assert packages(path) == {"jax", "optax", "distill_jax"}
-    assert own == {"distill_jax.errors", "distill_jax.errors.UserError", "distill_jax.ranges"}
+    assert own == {"distill_jax.ranges", "distill_jax.shapes"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
