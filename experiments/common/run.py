@@ -181,7 +181,10 @@ def working_directories(reuse: Sequence[Path]) -> list[Path]:
     found = []
     for folder in map(files.local_path, reuse):
         if (folder / POINTS).is_file():
-            found += [folder / name for name in read_json(folder / POINTS)]
+            names = read_json(folder / POINTS)
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise UserError(f"{folder / POINTS} is damaged: expected a list of folders' names")
+            found += [folder / name for name in names]
         elif (folder / "config.json").is_file():
             found.append(folder)
         else:

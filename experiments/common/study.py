@@ -195,6 +195,8 @@ def fields_read(stages: Sequence[Stage], only: Sequence[str] = ()) -> set[str]:
 def stage_inputs(workdir: Path, stage: Stage) -> dict[str, Path]:
     """The directories of the stages that one needs; a UserError if one of them isn't finished."""
     check_needs(workdir, stage)
+    for name in stage.needs:
+        _checked_stage(workdir / "stages" / name)
     return {name: workdir / "stages" / name for name in stage.needs}
 
 
@@ -210,7 +212,7 @@ def check_needs(workdir: Path, stage: Stage, planned: Collection[str] = ()) -> N
 
 def finished_rows(workdir: Path, stages: Sequence[Stage]) -> list[Row]:
     """The rows of all finished stages, in the stages' order."""
-    found = [read_stage(workdir / "stages" / stage.name) for stage in stages]
+    found = [_checked_stage(workdir / "stages" / stage.name) for stage in stages]
     return [row for stage in found if stage for row in stage["rows"]]
 
 
@@ -358,7 +360,7 @@ def finished_key(workdir: Path, stage: str) -> str | None:
 
 
 def read_stage(directory: Path) -> dict[str, Any] | None:
-    """What a finished stage left, "key", "seconds" and "rows"; None if it isn't finished.
+    """What a finished stage noted, "key", "seconds", "rows" and "files"; None if it isn't finished.
 
     Raises:
         UserError: if the file is damaged.
@@ -371,9 +373,21 @@ def read_stage(directory: Path) -> dict[str, Any] | None:
     return files.read_sealed(path, _STAGE, f"delete {directory} and run the stage again")
 
 
+def _checked_stage(directory: Path) -> dict[str, Any] | None:
+    """`read_stage`; a UserError if a file of the stage is not the one that it noted."""
+    found = read_stage(directory)
+    for name, sha256 in found.get("files", {}).items() if found else ():
+        again = f"delete {directory} and run the stage again"
+        files.check_sha256(directory / name, sha256, again)
+    return found
+
+
 @processes.main_only
 def _write_stage(directory: Path, result: Mapping[str, Any]) -> None:
-    files.write_sealed(directory / "stage.json", _STAGE, result)
+    """Writes stage.json, with the SHA-256 of the files beside it; nets and stores have their own."""
+    own = [path for path in sorted(directory.iterdir()) if path.suffix in (".json", ".npz")]
+    hashes = {path.name: files.sha256(path) for path in own if path.is_file()}
+    files.write_sealed(directory / "stage.json", _STAGE, {**result, "files": hashes})
 
 
 def _copy_finished(directory: Path, key: str, reuse: Sequence[Path]) -> bool:

@@ -11,7 +11,13 @@ from ml_collections import ConfigDict
 from distill_jax import models, soft_targets, train_step, trainer
 from distill_jax.errors import UserError
 from distill_jax.specialists import heads, store
-from experiments.common.study import Stage, finished_rows, run_stages
+from experiments.common.study import (
+    Stage,
+    finished_rows,
+    run_stages,
+    write_arrays,
+    write_json,
+)
 
 CONFIG = ConfigDict({"preset": "smoke", "mesh": {"data": -1}, "net": {"epochs": 1}})
 EXAMPLES = tiny.examples(16)
@@ -35,6 +41,8 @@ def make(context):
     sets = np.array([[0, 1]], np.int32)
     trained = store.Specialists(net, heads.LOG_SUM_EXP, sets, np.zeros(1, np.float32), tiny.CLASSES)
     store.save(context.directory / "specialists", trained)
+    write_json(context.directory / "curves.json", {"epoch": [1, 2]})
+    write_arrays(context.directory / "gallery.npz", x=np.arange(50))
     value = [float(logits.sum()), net.fingerprint]
     return [{"row": "net", "value": value, "targets": np.asarray(read(context.directory)).tolist()}]
 
@@ -95,4 +103,5 @@ def test_damage_to_any_file_is_harmless_or_named(finished, tmp_path):
                 named.add(path.name)
             shutil.rmtree(copy)
     assert {"net.json", "params.npz", "training.json", "stage.json", "config.json"} <= named
+    assert {"curves.json", "gallery.npz"} <= named
     assert {"meta.json", "classes_T2.0.npy", "specialists.json", "class_sets.npy"} <= named
