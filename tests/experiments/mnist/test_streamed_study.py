@@ -69,7 +69,7 @@ def streamed(data_dir, tmp_path_factory):
 
 def test_the_study_streams(data_dir, streamed):
     workdir, (rows, curves) = streamed
-    assert [row["row"] for row in rows] == ["teacher 2x16", "distilled 2x16, T=20"]
+    assert [row["row"] for row in rows] == ["teacher 1x16", "distilled 1x16, T=20"]
     # 170 examples are 10 batches of 16; blocks of 4 would leave two of them over.
     assert stream.cut(170, 16, 70) == (3, 3)
     for own in curves.values():
