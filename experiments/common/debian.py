@@ -28,14 +28,14 @@ def unpacked(cache: str | os.PathLike[str], name: str, tried: str) -> Path:
     """
     cache = Path(cache).absolute()
     cache.mkdir(parents=True, exist_ok=True)
-    folder, note = cache / name, cache / f"{name}.unpacked"  # of which file the folder is
+    folder, note = cache / name, cache / "licences" / name / "package"  # the file that it is of
     if not folder.is_dir():
         package = _package(cache, name, tried)
         remedy = f"if {package} is damaged, delete it and run this again"
-        with write_whole(note) as partial:
-            partial.write_text(package.name)
         with write_whole(folder) as partial:
             _run(["dpkg-deb", "-x", str(package), str(partial)], cache, name, remedy)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(package.name)
     packages = sorted(cache.glob(f"{name}_*.deb"))
     if packages and note.exists() and note.read_text() != packages[-1].name:
         raise UserError(

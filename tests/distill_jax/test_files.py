@@ -39,6 +39,33 @@ def test_a_folder_appears_whole_and_never_replaces_one_with_files(tmp_path):
     assert (path / "a").read_text() == "first" and names(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_folder_is_replaced_where_asked(in_one_step, tmp_path, monkeypatch):
+    if not in_one_step:  # as on a network file system
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    path = tmp_path / "folder"
+    for content in ("first", "second"):
+        with files.write_whole(path, replace=True) as partial:
+            partial.mkdir()
+            (partial / content).touch()
+        assert names(path) == [content] and names(tmp_path) == ["folder"]
+    with pytest.raises(ZeroDivisionError), files.write_whole(path, replace=True) as partial:
+        partial.mkdir()
+        1 / 0  # noqa: B018
+    assert names(path) == ["second"] and names(tmp_path) == ["folder"]
+
+
+def test_what_names_the_content_of_a_folder(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(300_000))
+    (tmp_path / "within").mkdir()
+    before = files.content_of(tmp_path)
+    (tmp_path / "README.md").write_text("words")
+    (tmp_path / "within" / "b").touch()
+    assert files.content_of(tmp_path) == before
+    (tmp_path / "a").write_bytes(bytes(299_999) + b"1")
+    assert files.content_of(tmp_path) != before
+
+
 def test_an_error_of_the_disk_is_not_hidden(tmp_path):
     with pytest.raises(FileNotFoundError), files.write_whole(tmp_path / "none" / "a") as partial:
         partial.write_text("x")

@@ -375,6 +375,17 @@ class TestDebian:
         with pytest.raises(UserError, match=f"apt-get is not installed.*{place}"):
             debian.recordings(cache)
 
+    def test_another_version_beside_an_unpacked_one(self, archive):
+        debian.recordings(archive / "cache")
+        shutil.copy(archive / "scummvm_1_all.deb", archive / "cache" / "scummvm_2_all.deb")
+        message = (
+            r"cache/scummvm is of scummvm_1_all\.deb, but .*cache has scummvm_2_all\.deb: delete"
+        )
+        with pytest.raises(UserError, match=message):
+            debian.recordings(archive / "cache")
+        (archive / "cache" / "scummvm_2_all.deb").unlink()
+        assert debian.recordings(archive / "cache")
+
     def test_a_damaged_package(self, archive):
         cache = archive / "cache"
         cache.mkdir()
