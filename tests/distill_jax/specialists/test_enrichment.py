@@ -271,7 +271,7 @@ def test_reduced_output_leaves_the_rest_alone():
     assert reduced.keys() == params.keys()
     assert reduced["hidden_0"] is params["hidden_0"]
     assert params["output"]["kernel"].shape == (16, C)
-    with pytest.raises(UserError, match=r"\(16, 9\) and bias \(9,\); expected \[D, 10\]"):
+    with pytest.raises(UserError, match=r"kernel is float32 \(16, 9\); expected float D 10"):
         heads.reduce_output(params, jnp.array([1]), 10)
 
 
