@@ -291,9 +291,13 @@ def hold(lock: Path, shared: bool = False) -> Iterator[None]:
 
 def check_own(workdir: Path) -> None:
     """Raises a UserError for a folder that isn't a study's, and holds more than logs."""
-    if not (workdir / "config.json").exists():
-        own = ["lock", r"config\.json", r"data\.json", r".*\.(txt|log|out)"]
-        files.check_own_folder(workdir, own, "a study")
+    own = ["lock", r"config\.json", r"data\.json", r".*\.(txt|log|out)", r"\w+-\d+-of-\d+"]
+    try:
+        if not (workdir / "config.json").exists():
+            files.check_own_folder(workdir, own, "a study")
+    except UserError:
+        if not (workdir / "config.json").exists():  # written meanwhile by another process of it
+            raise
 
 
 def check_same(workdir: Path, config: ConfigDict) -> None:

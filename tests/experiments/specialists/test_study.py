@@ -271,6 +271,9 @@ def test_specialists_trained_as_jobs_side_by_side(workdir, one_by_one, tmp_path)
     parts = tmp_path / "parts"
     for name in ("generalist", "clusters"):
         shutil.copytree(workdir / "stages" / name, parts / "stages" / name)
+    config = json.loads((workdir / "config.json").read_text())
+    config["specialists"]["at_once"] = 1
+    (parts / "config.json").write_text(json.dumps(config))
     flags = (SMOKE, f"--workdir={parts}", "--config.specialists.at_once=1")
     output = run(*flags, "--parts=specialists:2", "--at_once=2", module="launch.sweep")
     for first in (0, 1):
@@ -321,6 +324,7 @@ def test_a_stage_before_those_it_needs(tmp_path):
 def test_specialists_of_another_generalist_are_refused(workdir, tmp_path):
     for name in ("generalist", "clusters", "specialists"):
         shutil.copytree(workdir / "stages" / name, tmp_path / "stages" / name)
+    shutil.copy(workdir / "config.json", tmp_path)
     first, second = (specialists_of(tmp_path, seed) for seed in CONFIG.seeds)
     wanted, other = (store.load(path).generalist for path in (first, second))
     shutil.rmtree(first)

@@ -12,6 +12,7 @@ from command import fails, kill_when, run, start
 
 from distill_jax import models, soft_targets
 from experiments.common import report
+from experiments.common.study import read_json
 from experiments.common.training import build_model
 from experiments.speech.config import get_config
 
@@ -131,6 +132,9 @@ def test_stores_of_another_alignment_are_refused(workdir, tmp_path):
         target = other / "stages" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(workdir / "stages" / name)
+    config = read_json(workdir / "config.json")
+    config["data"]["min_frames"] = 200
+    (other / "config.json").write_text(json.dumps(config))
     message = fails(
         SMOKE, f"--workdir={other}", "--config.data.min_frames=200", "--stages=fractions"
     )
