@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses, shapes
+from distill_jax import losses, ranges, shapes
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 
@@ -87,9 +87,8 @@ def mean_probs_of_hidden(hidden: Array, layer: Params, temperature: ArrayLike, m
         [[0.5 0.5]]
     """
     _, members, size = shapes.check(hidden=(hidden, "float B M D")).values()
-    shapes.check_fields(
-        layer, "the layer", kernel=f"float {members} {size} C", bias=f"float {members} C"
-    )
+    own = {"bias": f"float {members} C"} if "bias" in layer else {}
+    shapes.check_fields(layer, "the layer", kernel=f"float {members} {size} C", **own)
 
     def add(total: Array, member: tuple[Array, Array, Array]) -> tuple[Array, None]:
         activations, kernel, bias = member
@@ -145,7 +144,8 @@ def logits_over(
         float32 `[N, C]`, or `[N, T, C]`, on the host.
 
     Raises:
-        UserError: without any inputs, or if `apply` doesn't return a row for each example.
+        UserError: without any inputs, for a batch size below 1, or if `apply` doesn't return a row for
+            each example.
 
     Examples:
         >>> logits_over(lambda scale, inputs: scale * inputs, 2.0, np.ones((3, 2)), batch_size=2)
@@ -154,11 +154,8 @@ def logits_over(
                [2., 2.]], dtype=float32)
     """
     shapes.check(inputs=(inputs, "any N *"))
+    ranges.check(batch_size=batch_size)
     size = len(inputs)
-    if not size or batch_size < 1:
-        raise UserError(
-            f"logits of {size} inputs, {batch_size} at a time; expected 1 or more of both"
-        )
     batch_size = min(batch_size, size)
     padding = [(0, -size % batch_size)] + [(0, 0)] * (inputs.ndim - 1)
     # Filled up with the last example, which the model takes; it might not take zeros.

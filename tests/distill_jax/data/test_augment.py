@@ -83,7 +83,7 @@ class TestDistort:
         ],
     )
     def test_images_that_it_does_not_take(self, key, images):
-        message = r"must be uint8 \[B, H, W\] or .*found"
+        message = r"must be uint8 \[B, H, W\] or .*found|(images|inputs) is .*expected int [BN] H W"
         with pytest.raises(UserError, match=message):
             distort_eagerly(jnp.asarray(images), key, 1.0)
         with pytest.raises(UserError, match=message):
