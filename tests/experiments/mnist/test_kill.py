@@ -18,7 +18,7 @@ RUN = (
     "--config.data.train_examples=600",
     "--config.data.test_examples=200",
     "--config.baseline.hidden=(1200,1200)",
-    "--config.baseline.epochs=30",
+    "--config.baseline.epochs=14",
     "--config.baseline.save_every=2",
 )
 CHECKPOINTS = Path("stages/baseline/baseline/checkpoints")
@@ -58,7 +58,7 @@ def test_killed_during_training(tmp_path, undisturbed):
     kill_when(tmp_path, lambda folder: max(finished_steps(folder), default=0) >= 6)
     before = read_json(tmp_path / "config.json")
     output = run(*RUN, f"--workdir={tmp_path}")
-    assert "baseline: 2/30" not in output  # it went on, not back to the start
+    assert "baseline: 2/14" not in output  # it went on, not back to the start
     assert outcome(tmp_path) == undisturbed
     assert read_json(tmp_path / "config.json") == before
 
