@@ -31,13 +31,13 @@ def fraction(examples: Examples, share: float, seed: int) -> Examples:
 
 def without_classes(examples: Examples, classes: Collection[int]) -> Examples:
     """The examples of all other classes."""
-    _check(examples, label="int N")
+    _check(examples, label="int N?")
     return select(examples, ~np.isin(examples["label"], list(classes)))
 
 
 def only_classes(examples: Examples, classes: Collection[int]) -> Examples:
     """The examples of these classes only."""
-    _check(examples, label="int N")
+    _check(examples, label="int N?")
     return select(examples, np.isin(examples["label"], list(classes)))
 
 
@@ -48,7 +48,7 @@ def labels_known(examples: Examples, share: float, seed: int) -> Examples:
     """
     if not 0 <= share <= 1:
         raise UserError(f"the share of known labels must be in 0..1, not {share}")
-    _check(examples, label="int N")
+    _check(examples, label="int N?")
     order = _order(examples, seed)
     known = np.zeros(len(order), bool)
     known[order[: round(share * len(order))]] = True
@@ -65,11 +65,11 @@ def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examp
 
 
 def _order(examples: Examples, seed: int) -> np.ndarray:
-    _check(examples, id="int N")
+    _check(examples, id="int N?")
     return np.random.default_rng(seed).permutation(len(examples["id"]))
 
 
 def _check(examples: Examples, **needed: str) -> None:
     """Raises a UserError unless these fields are there, and all fields are of one length."""
-    fields = {**dict.fromkeys(examples, "any N *"), **needed}
+    fields = {**dict.fromkeys(examples, "any N? *"), **needed}
     shapes.check_fields(examples, "the set of examples", **fields)
