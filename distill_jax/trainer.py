@@ -75,7 +75,7 @@ def train(
 ) -> Net:
     """Trains one net for each key as one vmapped program, resumed from its checkpoints.
 
-    The same call with more epochs goes on from the last checkpoint, also of a finished training. The
+    The same call with more epochs continues from the last checkpoint, also of a finished training. The
     optimizer is then the one of all epochs, but the first ones are done: where its schedule depends on
     their number, the nets are not those of a training that was as long from the start.
 

@@ -1,6 +1,6 @@
 """What a training is, as its folder says: training.json, written before the first step.
 
-Finished nets, and checkpoints that a training goes on from, must be of the training that is asked for.
+Finished nets, and checkpoints that a training resumes from, must be of the training that is asked for.
 So all that decides what it becomes is noted, and compared field by field.
 """
 
@@ -65,7 +65,7 @@ def describe(parts: Mapping[str, Any]) -> Note:
 def check(directory: Path, note: Note, epochs: int, name: str) -> None:
     """Checks that a folder's training, if one has begun, is the one that is asked for.
 
-    With more epochs than it was begun with it is gone on with, which is said in a line. Another device
+    With more epochs than it was begun with it continues, which is said in a line. Another device
     rounds what it computes differently: an array of floating point whose numbers are nearly those of
     before is no other one, but a warning names it.
 
@@ -77,7 +77,7 @@ def check(directory: Path, note: Note, epochs: int, name: str) -> None:
 
     Raises:
         UserError: for another training, naming each field that differs with both values; for fewer
-            epochs than it was begun with; for nets without checkpoints to go on from.
+            epochs than it was begun with; for nets without checkpoints to continue from.
     """
     has_checkpoints = any((directory / "checkpoints").glob("[0-9]*"))
     if not has_checkpoints and not nets.exists(directory):
@@ -96,17 +96,17 @@ def check(directory: Path, note: Note, epochs: int, name: str) -> None:
         )
     if begun < epochs and not has_checkpoints:
         raise UserError(
-            f"{directory} has nets of {begun} epochs, but no checkpoints to go on from to {epochs}"
+            f"{directory} has nets of {begun} epochs, but no checkpoints to continue from to {epochs}"
         )
     if begun < epochs:
         print(
-            f"{name}: goes on to {epochs} epochs; what is done had the schedule of {begun}, so the "
+            f"{name}: continues to {epochs} epochs; what is done had the schedule of {begun}, so the "
             "learning rate ended elsewhere"
         )
 
 
 def write(directory: Path, note: Note, epochs: int) -> None:
-    """Writes the note of a training that begins, or goes on, to so many epochs."""
+    """Writes the note of a training that begins, or continues, to so many epochs."""
     processes.wait()  # until all have read the one of before
     fields = {"epochs": epochs, "fields": note.fields, "samples": note.samples}
     if processes.is_main():

@@ -35,7 +35,7 @@ _REUSE = flags.DEFINE_multi_string(
 _EXTEND = flags.DEFINE_bool(
     "extend",
     False,
-    "The config may have more epochs than the workdir's: what is trained goes on to them, and stages "
+    "The config may have more epochs than the workdir's: what is trained continues to them, and stages "
     "that build on it are run again.",
 )
 _DRY_RUN = flags.DEFINE_bool(

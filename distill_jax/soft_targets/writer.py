@@ -53,7 +53,7 @@ def write(
     are one teacher's, or the mean of the members' logits (a geometric mean of their distributions). An
     arithmetic mean, and the other encodings, are good at the given temperatures alone.
 
-    A folder that holds the same store, or a part of it, is gone on with; one that holds another is an
+    A folder that holds the same store, or a part of it, is resumed; one that holds another is an
     error, or replaced. What is compared: the arguments, the digests, and the logits themselves where
     they are arrays. Of a function nothing but the teacher's fingerprint is known: change it with the
     teacher. (To ask it again and compare would refuse another device's rounding.)

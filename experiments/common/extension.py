@@ -1,4 +1,4 @@
-"""A study's working directory goes on to more epochs."""
+"""A study's working directory continues to more epochs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +19,9 @@ from experiments.common.study import (
 
 
 def changed_stages(config: ConfigDict, workdir: Path, stages: Sequence[Stage]) -> dict[str, bool]:
-    """The stages that more epochs change, by name: whether each goes on, or is run from the start.
+    """The stages that more epochs change, by name: whether each continues, or is run from the start.
 
-    A stage goes on if more epochs are all that it sees: one that builds on a changed stage has other
+    A stage continues if more epochs are all that it sees: one that builds on a changed stage has other
     inputs, and one that decides by its epochs which data it makes has other data.
 
     Raises:
@@ -45,7 +45,7 @@ def changed_stages(config: ConfigDict, workdir: Path, stages: Sequence[Stage]) -
 def extend(config: ConfigDict, workdir: Path, stages: Sequence[Stage]) -> None:
     """Gives a working directory a config of more epochs; the stages that it changes are unfinished then.
 
-    A kill at any moment leaves a directory that the same command goes on with.
+    A kill at any moment leaves a directory that the same command resumes.
 
     Raises:
         UserError: as `changed_stages`; or if another process is at work there.
@@ -54,9 +54,9 @@ def extend(config: ConfigDict, workdir: Path, stages: Sequence[Stage]) -> None:
     if not changed:
         return
     with hold(workdir / "lock"):
-        for name, goes_on in changed.items():
+        for name, continues in changed.items():
             directory = workdir / "stages" / name
             if read_stage(directory) is not None:
-                print(f"{name}: {'goes on' if goes_on else 'is run again from the start'}")
-            files.remove(directory / "stage.json" if goes_on else directory)
+                print(f"{name}: {'continues' if continues else 'is run again from the start'}")
+            files.remove(directory / "stage.json" if continues else directory)
         write_json(workdir / "config.json", json_of(config))

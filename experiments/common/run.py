@@ -111,7 +111,7 @@ def plan(
         planned.add(stage.name)
         fate = _fate(workdir, stage.name, keys[stage.name], others)
         if stage.name in changed and finished_key(workdir, stage.name):
-            fate = "will go on" if changed[stage.name] else "will be run again from the start"
+            fate = "will continue" if changed[stage.name] else "will be run again from the start"
         lines.append(f"{stage.name}: {fate}")
     return lines + (["report: will be drawn"] if not only or "report" in only else [])
 

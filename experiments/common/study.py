@@ -89,7 +89,7 @@ class Stage(NamedTuple):
     groups: what trains each group of its nets, or reads it if it is finished; `run` calls all. None: it
     has no groups. number: of the stage in random keys; another number trains other nets. So it stays as
     it is when stages are renamed, moved or added. extends: whether, when only the
-    epochs in its own sections grow, it goes on with what it trained; else it is run from the start.
+    epochs in its own sections grow, it continues with what it trained; else it is run from the start.
     """
 
     name: str
@@ -309,7 +309,7 @@ def check_same(workdir: Path, config: ConfigDict) -> None:
     hint = "Choose another --workdir (with --reuse it copies the stages that are the same), or the "
     hint += "config it was made with"
     if more_epochs(there, now):
-        hint += ". With --extend what is trained goes on to more epochs"
+        hint += ". With --extend what is trained continues to more epochs"
     files.check_same(f"{workdir} belongs to another config", there, now, hint)
 
 

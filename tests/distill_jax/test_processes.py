@@ -87,7 +87,7 @@ def test_a_lost_process_a_stop_and_fewer_processes(tmp_path, undisturbed):
     assert errors.count("process 1 of 2 was lost; the same command resumes") == 1
     assert re.search(r"process 0 of 2 is \d+ on .*: 2 of 4 devices", output)
 
-    # Started again, they go on. SIGTERM to one stops both, at the same boundary, all saved.
+    # Started again, they resume. SIGTERM to one stops both, at the same boundary, all saved.
     running = start_all(study(tmp_path), 2, 2)
     wait_for_checkpoint(running, tmp_path, "teacher", 8)
     running[1].send_signal(signal.SIGTERM)

@@ -145,7 +145,9 @@ def test_more_epochs_go_on_from_the_last_checkpoint(units, tmp_path, monkeypatch
     before = nets.exists(tmp_path / "extended") and nets.load(tmp_path / "extended")
     capsys.readouterr()
     extended = train(tmp_path / "extended", long, config={"hidden": (8,), "epochs": 4})
-    assert "net: goes on to 4 epochs; what is done had the schedule of 2" in capsys.readouterr().out
+    assert (
+        "net: continues to 4 epochs; what is done had the schedule of 2" in capsys.readouterr().out
+    )
     once = train(tmp_path / "once", long)
     tiny.assert_equal(extended.params, once.params)
     assert [record["unit"] for record in extended.history] == [1, 2, 3, 4]
@@ -170,7 +172,7 @@ def test_nets_without_checkpoints_can_not_go_on(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "checkpoints")
     with pytest.raises(
-        UserError, match="has nets of 4 epochs, but no checkpoints to go on from to 8"
+        UserError, match="has nets of 4 epochs, but no checkpoints to continue from to 8"
     ):
         train_again(tmp_path / "copy", recipe=dataclasses.replace(RECIPE, epochs=8))
 

@@ -175,7 +175,7 @@ def test_processes_read_their_own_rows_alone(files, count):
 
 @pytest.mark.parametrize("stopped", [1, 2, 4])
 def test_a_resumed_epoch_sees_each_example_once(files, stopped):
-    """Stopped after some blocks as one process, and gone on with as two."""
+    """Stopped after some blocks as one process, and resumed as two."""
     before = read(files, 0, stopped)
     after = [read(files, stopped, 2 * BLOCKS, rows) for rows in np.split(np.arange(BATCH), 2)]
     blocks = [block["id"] for block in before] + [

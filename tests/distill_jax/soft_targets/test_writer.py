@@ -260,7 +260,7 @@ def test_a_store_is_replaced_whole_and_only_where_asked(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(shard_files, "write", record(asked, shard_files.write))
     store = write_logits(folder, new, overwrite=True, temperatures=[3.0])
-    assert asked == [2, 3]  # it went on where it was stopped
+    assert asked == [2, 3]  # it resumed where it was stopped
     np.testing.assert_array_equal(joined(store, "classes_T3.0")[:, 0], new.argmax(axis=1))
     after = content(folder)
     write_logits(folder, new, overwrite=True)

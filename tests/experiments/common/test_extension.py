@@ -1,4 +1,4 @@
-"""A working directory goes on to more epochs: which stages go on, run from the start, or stay."""
+"""A working directory continues to more epochs: which stages continue, run from the start, or stay."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_what_is_trained_goes_on_and_what_builds_on_it_is_made_again(tmp_path, c
         run(tmp_path, longer)
     lines = plan(longer, tmp_path, STAGES, lambda _: None, extend=True)
     assert lines[:4] == [
-        "teacher: will go on",
+        "teacher: will continue",
         "data: will be run again from the start",
         "student: will be run again from the start",
         "other: finished before",
@@ -73,7 +73,7 @@ def test_what_is_trained_goes_on_and_what_builds_on_it_is_made_again(tmp_path, c
     after = {"teacher": [2, 4], "data": [4], "student": [2], "other": [2]}
     assert run(tmp_path, longer, extend=True) == after
     printed = capsys.readouterr().out
-    assert "teacher: goes on\n" in printed and "other: finished before\n" in printed
+    assert "teacher: continues\n" in printed and "other: finished before\n" in printed
     assert run(tmp_path, longer) == run(tmp_path, longer, extend=True) == after
 
 

@@ -1,4 +1,4 @@
-"""Processes that are really killed go on from their last checkpoint, to the same numbers."""
+"""Processes that are really killed resume from their last checkpoint, to the same numbers."""
 
 import signal
 import time
@@ -58,7 +58,7 @@ def test_killed_during_training(tmp_path, undisturbed):
     kill_when(tmp_path, lambda folder: max(finished_steps(folder), default=0) >= 6)
     before = read_json(tmp_path / "config.json")
     output = run(*RUN, f"--workdir={tmp_path}")
-    assert "baseline: 2/14" not in output  # it went on, not back to the start
+    assert "baseline: 2/14" not in output  # it resumed, and did not go back to the start
     assert outcome(tmp_path) == undisturbed
     assert read_json(tmp_path / "config.json") == before
 
