@@ -54,11 +54,11 @@ def test_scaling_ends_with_its_result():
         "mnist weak data 2",
     }
     assert all(math.isfinite(n) and n > 0 for n in result["ratios"].values())
-    # Beyond the gradients only the sums of the loss and the errors, 4 bytes each, and no resharding.
+    # Beyond the gradients the sums of the loss, errors and known labels, 4 bytes each; no resharding.
     for way in ("strong", "weak"):
         point = figures[f"mnist {way} data 2"]
         assert point["on_paper"] == 4 * scaling_plan.parameter_count((784, 1200, 1200, 10))
-        assert point["sent"] == point["on_paper"] + 8
+        assert point["sent"] == point["on_paper"] + 12
     assert figures["mnist strong data 1"]["sent"] == 0
 
 
