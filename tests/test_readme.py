@@ -31,7 +31,10 @@ def test_the_snippets_run(number, printed):
     result = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning", "-c", snippet],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env={
+            **ENVIRONMENT,
+            "XLA_FLAGS": "",
+        },  # as users run it: quick compilation makes slow programs
         capture_output=True,
         text=True,
     )
