@@ -31,10 +31,7 @@ def test_the_snippets_run(number, printed):
     result = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning", "-c", snippet],
         cwd=ROOT,
-        env={
-            **ENVIRONMENT,
-            "XLA_FLAGS": "",
-        },  # as users run it: quick compilation makes slow programs
+        env={**ENVIRONMENT, "XLA_FLAGS": ""},  # programs that compile quickly train slowly
         capture_output=True,
         text=True,
     )
