@@ -109,7 +109,8 @@ class TestTfdsMnist:
     def test_preparing_takes_no_arguments(self):
         result = python("-m", "distill_jax.data.prepare_tfds", "mnist")
         assert result.returncode == 1
-        assert result.stderr.strip() == "unexpected arguments: mnist"
+        message = "error: unexpected argument 'mnist'; flags begin with --"
+        assert result.stderr.strip() == message
 
 
 class TestTfdsSets:

@@ -145,7 +145,7 @@ def test_other_files_stay_as_they_are(tmp_path):
     (tmp_path / "meta.json").write_text('{"format": "album", "version": 7}')
     with pytest.raises(UserError, match=r"is album version 7; .*: it is no store of soft targets"):
         write(tmp_path, never)
-    with pytest.raises(UserError, match=r"notes\.txt is a file"):
+    with pytest.raises(UserError, match=r"notes\.txt is no folder"):
         write(tmp_path / "notes.txt", never)
     (tmp_path / "meta.json").write_text("[1]")
     with pytest.raises(UserError, match=r"is None version None"):
