@@ -172,7 +172,9 @@ def validate(examples: Examples, num_classes: int, what: str) -> None:
     missing = [key for key in ("id", "inputs", "label") if key not in examples]
     if missing:
         raise UserError(f"{what}: array {', '.join(missing)} is missing; found {sorted(examples)}")
-    shapes.check(**{f"{what}: {key}": (array, f"any {key}? *") for key, array in examples.items()})
+    for key, array in examples.items():
+        if not hasattr(array, "shape"):
+            raise UserError(f"{what}: {key} is {shapes.describe(array)}; expected an array")
     lengths = {key: array.shape[:1] for key, array in examples.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{key} {list(length)}" for key, length in lengths.items())
