@@ -261,7 +261,7 @@ def test_a_killed_run_goes_on(tmp_path, undisturbed):
     assert not (out / "work").exists()
 
 
-def test_an_interrupted_run_says_that_it_goes_on(tmp_path, undisturbed):
+def test_an_interrupted_run_says_that_it_resumes(tmp_path, undisturbed):
     command = [sys.executable, "-m", MODULE, *arguments(undisturbed[0], tmp_path, 1)]
     errors = subprocess.PIPE
     process = subprocess.Popen(
