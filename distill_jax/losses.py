@@ -177,7 +177,6 @@ def distillation(
         >>> print(loss)
         [3.214]
     """
-    _check_known(logits, labels, label_known)
     soft = soft_cross_entropy(logits, soft_targets, temperature)
     return _with_labels(soft, logits, labels, hard_weight, label_known)
 
@@ -273,7 +272,6 @@ def top_k_distillation(
         >>> print(loss)
         [0.603]
     """
-    _check_known(logits, labels, label_known)
     soft = top_k_soft_cross_entropy(
         logits, ids, probabilities, tail, temperature, tail_weights=tail_weights
     )
@@ -419,6 +417,11 @@ def _with_labels(
     label_known: Array | None,
 ) -> Array:
     """The weighted average of a soft objective `[...]` and the cross-entropy with the labels."""
+    shapes.check(
+        logits=(logits, "number ... C"),
+        labels=(labels, "int? ..."),
+        label_known=(label_known, "bool? ..."),
+    )
     _check_plain(hard_weight=hard_weight)
     hard_weight = jnp.asarray(hard_weight, jnp.float32)
     soft = (1.0 - hard_weight) * soft
@@ -438,14 +441,6 @@ def _check_plain(**values: ArrayLike) -> None:
 
 def _known_labels(labels: Array, label_known: Array | None) -> Array:
     return labels if label_known is None else jnp.where(label_known, labels.astype(jnp.int32), -1)
-
-
-def _check_known(logits: Array, labels: Array | None, label_known: Array | None) -> None:
-    shapes.check(
-        logits=(logits, "number ... C"),
-        labels=(labels, "int? ..."),
-        label_known=(label_known, "bool? ..."),
-    )
 
 
 def _valid(labels: Array, num_classes: int) -> Array:

@@ -202,7 +202,7 @@ def head_params(params: Params) -> Params:
     """The layers of a chained model that come after its trunk, a `conv_trunk`.
 
     Raises:
-        UserError: if the trunk is another one, whose layers can't be told from the head's.
+        UserError: if the trunk is another model: its layers' names say nothing of which are the head's.
     """
     head = {name: layer for name, layer in params.items() if not name.startswith("conv_")}
     if len(head) == len(params):

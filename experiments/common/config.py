@@ -63,7 +63,7 @@ def net_section(**changes: Any) -> dict[str, Any]:
 SEED = count(0, 2**31 - 1)
 SEEDS = several(SEED, distinct=True)
 WEIGHTS = several(above(0), distinct=True)
-"""Numbers that nets are told apart by: temperatures, percentages."""
+"""Numbers above 0, each of another net: temperatures, percentages."""
 
 _MESH = either(one_of(-1), count())
 

@@ -28,6 +28,7 @@ from distill_jax import files, processes
 from distill_jax.errors import UserError
 from distill_jax.files import read_json
 from experiments.common import report
+from experiments.common.config import flat
 
 Row = dict[str, Any]
 """One line of a table: table, row, metric, paper, value, std, seeds, selection, preset, source,
@@ -319,7 +320,7 @@ def configs(workdir: Path, config: ConfigDict) -> tuple[dict[str, Any], dict[str
     theirs = read_json(path) if path.exists() else mine
     if not isinstance(theirs, dict):
         raise UserError(f"{path} is damaged: it is no config")
-    there, now = (_flat({**fields, "mesh": None}) for fields in (theirs, mine))
+    there, now = (flat({**fields, "mesh": None}) for fields in (theirs, mine))
     return there, {name: now.get(name) for name in sorted({**there, **now})}
 
 
@@ -332,16 +333,6 @@ def more_epochs(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if name.endswith(".epochs") and isinstance(there.get(name), int) and now[name] > there[name]
     ]
     return grew if grew == differ else []
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def json_of(config: ConfigDict) -> dict[str, Any]:

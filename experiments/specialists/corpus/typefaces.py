@@ -35,7 +35,7 @@ class Typeface(NamedTuple):
 def find(folder: Path, characters: Sequence[str], source: Source) -> list[Typeface]:
     """The faces in a folder that have 90 % of the characters, by their files' names.
 
-    Files of one name in several folders are told apart by their paths.
+    Files of the same name in different folders are different typefaces.
 
     Args:
         folder: searched with all that is below it for TrueType and OpenType files and collections;
