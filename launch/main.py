@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     from distill_jax import files, processes
     from experiments.common import extras, parts
     from experiments.common.config import check_config
-    from experiments.common.run import plan
+    from experiments.common.run import plan, run_study
 
     config, workdir = _CONFIG.value, files.local_path(_WORKDIR.value)
     only = _STAGES.value
@@ -85,16 +85,15 @@ def main(argv: Sequence[str]) -> None:
     study = extras.import_study(config.study)
     if part is not None:
         parts.find_stage(workdir, study.STAGES, only)
+    how = {"only": only, "reuse": reuse, "extend": _EXTEND.value}
     if part is not None or _DRY_RUN.value:
-        source = study.check_source
-        how = {"only": only, "reuse": reuse, "extend": _EXTEND.value}
-        lines = plan(config, workdir, study.STAGES, source, **how)
+        lines = plan(config, workdir, study.STUDY, **how)
     if _DRY_RUN.value:
         print(*lines, sep="\n")
     elif part is not None:
         parts.run_part(config, workdir, study.STAGES, only, part)
     else:
-        study.run(config, workdir, only, reuse, _EXTEND.value)
+        run_study(config, workdir, study.STUDY, **how)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ report is drawn of them.
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -30,12 +31,31 @@ POINTS = "points.json"
 """What a sweep's folder holds: the names of its points, whose working directories lie beside it."""
 
 
+class Study(NamedTuple):
+    """What is the study's own.
+
+    stages: in an order in which each stands behind those it needs. write_report: of a working directory.
+    check_source: gives the folder of the config's data, if those may change; raises a UserError if they
+    aren't there.
+    """
+
+    stages: Sequence[Stage]
+    write_report: Callable[[Path], None]
+    check_source: Callable[[ConfigDict], Path | None]
+
+
+class _Plan(NamedTuple):
+    """What a run would do: a line for each stage; what names the content of its data; what it reuses."""
+
+    lines: list[str]
+    data: str | None
+    reuse: list[Path]
+
+
 def run_study(
     config: ConfigDict,
     workdir: Path,
-    stages: Sequence[Stage],
-    write_report: Callable[[Path], None],
-    check_source: Callable[[ConfigDict], Path | None],
+    study: Study,
     *,
     only: Sequence[str] = (),
     reuse: Sequence[Path] = (),
@@ -49,22 +69,20 @@ def run_study(
         UserError: before anything is run, as `plan` and `check_mesh`; and as `run_stages`.
     """
     workdir = files.local_path(workdir)
-    plan(config, workdir, stages, check_source, only=only, reuse=reuse, extend=extend)
-    check_mesh(config, fields_read(stages, only))
+    planned = _plan(config, workdir, study, only=only, reuse=reuse, extend=extend)
+    check_mesh(config, fields_read(study.stages, only))
     if extend:
-        extension.extend(config, workdir, stages)
-    data = _content_of(check_source(config))
-    processes.main_only(_note_data)(workdir, data)
-    run_stages(config, workdir, stages, only, _with_data(data, working_directories(reuse)))
+        extension.extend(config, workdir, study.stages)
+    processes.main_only(_note_data)(workdir, planned.data)
+    run_stages(config, workdir, study.stages, only, planned.reuse)
     if not only or "report" in only:
-        processes.main_only(write_report)(workdir)
+        processes.main_only(study.write_report)(workdir)
 
 
 def plan(
     config: ConfigDict,
     workdir: Path,
-    stages: Sequence[Stage],
-    check_source: Callable[[ConfigDict], Path | None],
+    study: Study,
     *,
     only: Sequence[str] = (),
     reuse: Sequence[Path] = (),
@@ -77,9 +95,7 @@ def plan(
     Args:
         config: of the study.
         workdir: the working directory; it need not be there.
-        stages: of the study.
-        check_source: gives the folder of the config's data, if those may change; raises a UserError if
-            they aren't there.
+        study: its stages and its data.
         only: names of stages; empty for all.
         reuse: working directories of the study, or sweeps of it.
         extend: as for `run_study`.
@@ -92,6 +108,19 @@ def plan(
             working directory, or one of other data than are there now; for a stage that needs one that
             is neither finished nor run.
     """
+    return _plan(config, workdir, study, only=only, reuse=reuse, extend=extend).lines
+
+
+def _plan(
+    config: ConfigDict,
+    workdir: Path,
+    study: Study,
+    *,
+    only: Sequence[str],
+    reuse: Sequence[Path],
+    extend: bool,
+) -> _Plan:
+    stages = study.stages
     check_names(stages, only)
     check_config(config, fields_read(stages, only))
     files.check_writable(workdir, "--workdir")
@@ -99,7 +128,7 @@ def plan(
     changed = extension.changed_stages(config, workdir, stages) if extend else {}
     if not changed:
         check_same(workdir, config)
-    data = _content_of(check_source(config))
+    data = _content_of(study.check_source(config))
     _check_data(workdir, data)
     others = _with_data(data, working_directories(reuse))
     keys = stage_keys(config, stages)
@@ -113,7 +142,9 @@ def plan(
         if stage.name in changed and finished_key(workdir, stage.name):
             fate = "will continue" if changed[stage.name] else "will be run again from the start"
         lines.append(f"{stage.name}: {fate}")
-    return lines + (["report: will be drawn"] if not only or "report" in only else [])
+    if not only or "report" in only:
+        lines.append("report: will be drawn")
+    return _Plan(lines, data, others)
 
 
 def _content_of(folder: Path | None) -> str | None:

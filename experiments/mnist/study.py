@@ -1,12 +1,9 @@
 """Section 3 of the paper: MNIST. The table of stages, and the report."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from distill_jax.nets import read_meta
-from experiments.common.run import run_study
+from experiments.common.run import Study
 from experiments.common.study import Stage, draw_report, finished_rows, read_json
 from experiments.common.training import curve
 from experiments.mnist import distillation, figures, transfer_sets
@@ -26,26 +23,6 @@ CAPTIONS = {
     "mnist_unlabelled": "Section 1's claim: the transfer set can consist entirely of unlabelled data. "
     "The teacher saw the labels of one half, the students the images of the other.",
 }
-
-
-def run(
-    config: ConfigDict,
-    workdir: Path,
-    only: Sequence[str] = (),
-    reuse: Sequence[Path] = (),
-    extend: bool = False,
-) -> None:
-    """Runs the stages, all or `only` some, and draws the report."""
-    run_study(
-        config,
-        workdir,
-        STAGES,
-        write_report,
-        check_source,
-        only=only,
-        reuse=reuse,
-        extend=extend,
-    )
 
 
 def write_report(workdir: Path) -> None:
@@ -129,3 +106,5 @@ STAGES = (
         extends=True,
     ),
 )
+
+STUDY = Study(STAGES, write_report, check_source)

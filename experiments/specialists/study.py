@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from experiments.common.run import run_study
+from experiments.common.run import Study
 from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json
 from experiments.specialists import clusters, distilled, eq5_solvers, figures, full_softmax, table3
 from experiments.specialists.data import check_source
@@ -36,26 +35,6 @@ CAPTIONS = {
     "examples with an active specialist: passes until the probability of every class is within 1e-6 of "
     "the solution.",
 }
-
-
-def run(
-    config: ConfigDict,
-    workdir: Path,
-    only: Sequence[str] = (),
-    reuse: Sequence[Path] = (),
-    extend: bool = False,
-) -> None:
-    """Runs the stages, all or `only` some, and draws the report."""
-    run_study(
-        config,
-        workdir,
-        STAGES,
-        write_report,
-        check_source,
-        only=only,
-        reuse=reuse,
-        extend=extend,
-    )
 
 
 def write_report(workdir: Path) -> None:
@@ -130,3 +109,5 @@ STAGES = (
     ),
     Stage("inference", eq5_solvers.compare_solvers, _SPECIALISTS, ("inference",), number=10),
 )
+
+STUDY = Study(STAGES, write_report, check_source)

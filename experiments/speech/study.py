@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from experiments.common.run import run_study
+from experiments.common.run import Study
 from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json
 from experiments.speech import comparisons, figures, nets, recognition, table1, table5
 from experiments.speech.data import check_source
@@ -31,26 +29,6 @@ CAPTIONS = {
     "speech_unlabelled": "Section 4.1: Li et al. matched class probabilities at a temperature of 1 on "
     "unlabelled data and closed 28 % of the gap between a small and a large model.",
 }
-
-
-def run(
-    config: ConfigDict,
-    workdir: Path,
-    only: Sequence[str] = (),
-    reuse: Sequence[Path] = (),
-    extend: bool = False,
-) -> None:
-    """Runs the stages, all or `only` some, and draws the report."""
-    run_study(
-        config,
-        workdir,
-        STAGES,
-        write_report,
-        check_source,
-        only=only,
-        reuse=reuse,
-        extend=extend,
-    )
 
 
 def write_report(workdir: Path) -> None:
@@ -120,3 +98,5 @@ STAGES = (
     Stage("unlabelled", comparisons.unlabelled, ("ensemble", "soft_targets"), ("seeds",), number=7),
     Stage("recognition", recognition.recognise, _DISTILLED, ("decoding",), number=8),
 )
+
+STUDY = Study(STAGES, write_report, check_source)

@@ -53,7 +53,7 @@ def test_odd_values_are_refused_in_one_line_or_planned(study, data):
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
         try:
-            lines = plan(apply_point(config, point), workdir, module.STAGES, module.check_source)
+            lines = plan(apply_point(config, point), workdir, module.STUDY)
         except UserError as error:
             assert len(str(error).splitlines()) == 1
         else:

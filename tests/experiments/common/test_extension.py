@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from distill_jax.errors import UserError
-from experiments.common.run import plan, run_study
+from experiments.common.run import Study, plan, run_study
 from experiments.common.study import Stage, finished_rows
 
 CONFIG = {
@@ -37,6 +37,7 @@ STAGES = (
     stage("student", ("teacher",)),
     stage("other"),
 )
+STUDY = Study(STAGES, write_report=lambda _: None, check_source=lambda _: None)
 
 
 def config(**epochs):
@@ -45,7 +46,7 @@ def config(**epochs):
 
 
 def run(workdir, config, **more):
-    run_study(config, workdir, STAGES, lambda _: None, lambda _: None, **more)
+    run_study(config, workdir, STUDY, **more)
     return {row["row"]: row["runs"] for row in finished_rows(workdir, STAGES)}
 
 
@@ -62,7 +63,7 @@ def test_what_is_trained_goes_on_and_what_builds_on_it_is_made_again(tmp_path, c
         UserError, match=r"teacher.epochs is 2 there and 4 now.* With --extend what"
     ):
         run(tmp_path, longer)
-    lines = plan(longer, tmp_path, STAGES, lambda _: None, extend=True)
+    lines = plan(longer, tmp_path, STUDY, extend=True)
     assert lines[:4] == [
         "teacher: will continue",
         "data: will be run again from the start",

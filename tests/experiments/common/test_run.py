@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill_jax.errors import UserError
-from experiments.common.run import POINTS, check_mesh, plan, run_study
+from experiments.common.run import POINTS, Study, check_mesh, plan, run_study
 from experiments.common.study import Stage, stage_key
 from experiments.mnist import study
 from experiments.mnist.config import get_config
@@ -16,7 +16,7 @@ STAGES = {stage.name: stage for stage in study.STAGES}
 
 
 def plan_of(config, workdir, **more):
-    return plan(config, Path(workdir), study.STAGES, study.check_source, **more)
+    return plan(config, Path(workdir), study.STUDY, **more)
 
 
 def finish(workdir, config, *names):
@@ -95,7 +95,7 @@ def test_what_is_wrong_ends_before_anything_is_run(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=re.escape(message)):
             plan_of(*arguments, **more)
     with pytest.raises(UserError, match="gs://bucket/run is not on a local file system"):
-        run_study(config, "gs://bucket/run", (), print, print)
+        run_study(config, "gs://bucket/run", Study((), print, print))
 
 
 def test_a_mesh_that_does_not_fit_is_named():
@@ -116,7 +116,8 @@ def test_data_that_were_made_again_are_noticed(tmp_path, capsys):
 
     def run(workdir, **more):
         stages = (Stage("a", lambda context: [], (), ("data",)),)
-        run_study(config, tmp_path / workdir, stages, print, lambda _: data, only=["a"], **more)
+        made = Study(stages, print, lambda _: data)
+        run_study(config, tmp_path / workdir, made, only=["a"], **more)
         return capsys.readouterr().out
 
     config = get_config("smoke")

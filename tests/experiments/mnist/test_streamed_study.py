@@ -14,6 +14,7 @@ from tfds_sets import prepare_tiny
 from distill_jax import soft_targets
 from distill_jax.data import stream
 from distill_jax.nets import read_meta
+from experiments.common.run import run_study
 from experiments.common.study import read_json
 from experiments.common.training import curve
 from experiments.mnist import study
@@ -52,7 +53,7 @@ STAGES = ("teacher", "soft_targets", "distilled")
 
 def run(config: ConfigDict, workdir: Path):
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic promotes
-        study.run(config, workdir, STAGES, ())
+        run_study(config, workdir, study.STUDY, only=STAGES)
     curves = {
         stage: curve(read_meta(workdir / f"stages/{stage}/{stage}")["history"])
         for stage in ("teacher", "distilled")
