@@ -32,6 +32,7 @@ WITH_EXAMPLES = [
     "distill_jax.specialists.coverage",
     "distill_jax.specialists.enrichment",
     "distill_jax.specialists.eq5",
+    "distill_jax.specialists.eq5_problem",
     "distill_jax.specialists.heads",
     "distill_jax.specialists.inference",
     "distill_jax.specialists.store",
