@@ -338,7 +338,8 @@ def any_process(value: bool) -> Array | bool:
     values = jax.make_array_from_callback(
         (devices.size,), one_each, lambda index: np.array([value])
     )
-    return _compile_any(NamedSharding(devices, PartitionSpec()))(values)
+    found = _compile_any(NamedSharding(devices, PartitionSpec()))(values)
+    return processes.serialize_on_cpu(found)
 
 
 def check_divides(number: int, parts: int, what: str, devices: str) -> None:
