@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         sharding,
         soft_targets,
         specialists,
+        step_losses,
         train_step,
         trainer,
     )
@@ -57,6 +58,7 @@ __all__ = [
     "sharding",
     "soft_targets",
     "specialists",
+    "step_losses",
     "train_step",
     "trainer",
 ]

@@ -1,9 +1,10 @@
 """The train step: pure, and the same for teachers, baselines, students and specialists.
 
-Only the loss differs. The teacher's soft targets are fields of the batch: its logits "teacher_logits"
-`[B, C]`, or the three `soft_targets.TOP_K_FIELDS` with a few of its probabilities. They are joined from
-a store (`soft_targets.attach`), or added in the step by a frozen teacher (`online_teacher`). With very
-many classes, the teachers' last hidden activations can take their place (`online_teacher_hidden`).
+Only the loss differs; `step_losses` has those that are ready. The teacher's soft targets are fields of
+the batch: its logits "teacher_logits" `[B, C]`, or the three `soft_targets.TOP_K_FIELDS` with a few of
+its probabilities. They are joined from a store (`soft_targets.attach`), or added in the step by a frozen
+teacher (`online_teacher`). With very many classes, the teachers' last hidden activations can take their
+place (`online_teacher_hidden`).
 """
 
 import functools
@@ -14,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
-from distill_jax import fused_loss, layers, losses, metrics, ranges, shapes, soft_targets
+from distill_jax import fused_loss, layers, metrics, ranges, shapes
 from distill_jax.batches import check_rows
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
@@ -240,7 +240,7 @@ def make_eval_step(model: Model) -> Callable[[Params, Batch], dict[str, Array]]:
     """
 
     def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
-        return metrics.error_counts(model.apply(params, _inputs(batch)), _labels(batch))
+        return metrics.error_counts(model.apply(params, _inputs(batch)), labels_of(batch))
 
     return evaluate
 
@@ -270,7 +270,7 @@ def online_teacher(apply: Callable[[Params, Array], Array]) -> Transform:
     """
 
     def add_logits(batch: Batch, key: Array, constants: Constants) -> Batch:
-        (params,) = _take(constants, ("teacher",), "the constants have", "hand it to the step")
+        (params,) = take(constants, ("teacher",), "the constants have", "hand it to the step")
         logits = jax.lax.stop_gradient(apply(params, batch["inputs"]))
         return {**batch, "teacher_logits": logits}
 
@@ -288,136 +288,44 @@ def online_teacher_hidden(hidden: Callable[[Params, Array], Array]) -> Transform
     """
 
     def add_hidden(batch: Batch, key: Array, constants: Constants) -> Batch:
-        (params,) = _take(constants, ("teacher",), "the constants have", "hand it to the step")
+        (params,) = take(constants, ("teacher",), "the constants have", "hand it to the step")
         return {**batch, "teacher_hidden": jax.lax.stop_gradient(hidden(params, batch["inputs"]))}
 
     return add_hidden
 
 
-def label_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
-    """Cross-entropy with the labels: teachers and baselines. An unknown label adds 0."""
-    return losses.hard_cross_entropy(logits, _labels(batch))
-
-
-def distillation_loss(
-    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
-) -> Array:
-    """The paper's objective at `hyper["temperature"]` and `hyper["hard_weight"]`.
-
-    Where labels are unknown, or the batch has none, it is the soft term alone, with the same weight.
-    """
-    targets = losses.softmax(_teacher_logits(batch), number(hyper, "temperature"))
-    return _distillation(logits, targets, batch, hyper)
-
-
-def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
-    """The paper's objective with targets of which the batch has the k largest.
-
-    At `hyper["temperature"]`, which must be the one that the targets were made at
-    (`soft_targets.attach` checks it), and `hyper["hard_weight"]`.
-
-    Args:
-        tail_weights: `[C]`, how the other classes share the rest: those of the store at
-            this temperature. None for equal shares.
-    """
-    weights = None if tail_weights is None else jnp.asarray(tail_weights, jnp.float32)
-
-    def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
-        ids, probabilities, tail = _take(
-            batch, soft_targets.TOP_K_FIELDS, "the batch has", "join them with soft_targets.attach"
-        )
-        return losses.top_k_distillation(
-            logits,
-            ids,
-            probabilities,
-            tail,
-            known_labels(batch),
-            temperature=number(hyper, "temperature"),
-            hard_weight=number(hyper, "hard_weight"),
-            tail_weights=weights,
-        )
-
-    return loss
-
-
-def hidden_teacher_loss(mean: soft_targets.Mean = "arithmetic") -> Loss:
-    """The paper's objective with the mean of M teachers, made of their last hidden activations.
-
-    Reads the batch's "teacher_hidden" `[B, M, D]`, and `constants["teacher_layer"]`: {"kernel"
-    `[M, D, C]`, "bias" `[M, C]`}.
-
-    Args:
-        mean: of their distributions at `hyper["temperature"]`.
-    """
-
-    def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
-        how = "add train_step.online_teacher_hidden to the step's transforms"
-        (hidden,) = _take(batch, ("teacher_hidden",), "the batch has", how)
-        (layer,) = _take(constants, ("teacher_layer",), "the constants have", "hand it to the step")
-        temperature = number(hyper, "temperature")
-        targets = soft_targets.mean_probs_of_hidden(hidden, layer, temperature, mean)
-        return _distillation(logits, targets, batch, hyper)
-
-    return loss
-
-
-def label_modified_loss(
-    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
-) -> Array:
-    """Cross-entropy with soft targets that the labels modified by `hyper["hard_weight"]`."""
-    temperature = number(hyper, "temperature")
-    targets = losses.label_modified(
-        losses.softmax(_teacher_logits(batch), temperature),
-        _labels(batch),
-        number(hyper, "hard_weight"),
-    )
-    return losses.soft_cross_entropy(logits, targets, temperature)
-
-
-def logit_matching_loss(
-    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
-) -> Array:
-    """Half the squared difference of zero-meaned logits (section 2.1)."""
-    return losses.logit_matching(logits, _teacher_logits(batch), zero_mean=True)
-
-
-def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> Array:
-    return losses.distillation(
-        logits,
-        targets,
-        known_labels(batch),
-        number(hyper, "temperature"),
-        number(hyper, "hard_weight"),
-    )
-
-
 def number(hyper: Hyper, name: str) -> Array:
     """One of the numbers of `hyper`, or a UserError that it is missing."""
-    return _take(hyper, (name,), "hyper has", "hand that number to the step")[0]
+    return take(hyper, (name,), "hyper has", "hand that number to the step")[0]
 
 
 def _inputs(batch: Batch) -> Array:
-    (inputs,) = _take(batch, ("inputs",), "the batch has", "the model is applied to that field")
+    (inputs,) = take(batch, ("inputs",), "the batch has", "the model is applied to that field")
     shapes.check(inputs=(inputs, "any B *"))
     return inputs
 
 
-def _labels(batch: Batch) -> Array:
-    _take(batch, ("label",), "the batch has", "this loss or evaluation reads it")
+def labels_of(batch: Batch) -> Array:
+    """`known_labels` of a batch that must have labels; a UserError if it has none."""
+    take(batch, ("label",), "the batch has", "this loss or evaluation reads it")
     labels = known_labels(batch)
     shapes.check(label=(labels, "int ..."))
     assert labels is not None
     return labels
 
 
-def _teacher_logits(batch: Batch) -> Array:
-    how = "join them with soft_targets.attach or add train_step.online_teacher to the step's transforms"
-    (logits,) = _take(batch, ("teacher_logits",), "the batch has", how)
-    return logits
+def take(fields: Any, names: Sequence[str], what: str, how: str) -> tuple[Any, ...]:
+    """Some of the fields of a batch, of `hyper` or of the constants.
 
+    Args:
+        fields: by name; None: there are none.
+        names: of those that are wanted.
+        what: begins the message if one is missing: "the batch has".
+        how: ends it: what to do.
 
-def _take(fields: Any, names: Sequence[str], what: str, how: str) -> tuple[Any, ...]:
-    """Some of the fields; a UserError says how to get them if one is missing."""
+    Raises:
+        UserError: if one is missing.
+    """
     missing = [name for name in names if name not in (fields or {})]
     if missing:
         raise UserError(f"{what} no {', '.join(missing)}, only {sorted(fields or {})}: {how}")

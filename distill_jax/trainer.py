@@ -87,7 +87,7 @@ def train(
         examples: for all members, or each member's own (fields that are the same object or have the same
             values are kept once); or a stream, whose blocks come in one order for all. A "label" is a
             class of the model, or below 0 where unknown; a loss of soft targets needs none.
-        loss: of `distill_jax.train_step`.
+        loss: of `distill_jax.step_losses`.
         recipe: how.
         keys: `[M]`, of initial weights, the order of examples and dropout. Equal keys, equal nets.
         hyper: traced numbers, "learning_rate" among them, each a scalar or `[M]`.

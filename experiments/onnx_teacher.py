@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from distill_jax import files, models, optimizers, soft_targets, train_step
+from distill_jax import files, models, optimizers, soft_targets, step_losses, train_step
 from distill_jax.command import run
 from distill_jax.data import images
 from distill_jax.data.augment import jitter
@@ -45,7 +45,7 @@ def main(teacher_file: str | None, workdir: Path, k: int, count: int) -> None:
         _require(package)
     if teacher_file is None and not file.exists():
         net = models.mlp((800, 800), CLASSES, input_dropout=0.1, hidden_dropout=0.3)
-        params = train(net, data.train, train_step.label_loss, TEACHER_EPOCHS, shift=2)
+        params = train(net, data.train, step_losses.label_loss, TEACHER_EPOCHS, shift=2)
         write_onnx(file, [params[layer] for layer in ("hidden_0", "hidden_1", "output")])
 
     teacher = open_teacher(file)  # from here on the file is all there is of it
@@ -53,7 +53,7 @@ def main(teacher_file: str | None, workdir: Path, k: int, count: int) -> None:
     examples = {name: field[:count] for name, field in data.train.items()}
     taught, soft_loss = join(teacher, fingerprint(file), examples, workdir, k)
     student = models.mlp((300, 300), CLASSES)
-    ways = ("labels", examples, train_step.label_loss), ("soft targets", taught, soft_loss)
+    ways = ("labels", examples, step_losses.label_loss), ("soft targets", taught, soft_loss)
     for name, fields, loss in ways:
         params = train(student, fields, loss, STUDENT_EPOCHS)
         logits = soft_targets.logits_over(student.apply, params, data.test["inputs"])
@@ -133,8 +133,8 @@ def join(
     store = soft_targets.load(folder, teacher=name, num_classes=CLASSES)
     taught = soft_targets.attach(examples, store, TEMPERATURE)
     if k:
-        return taught, train_step.top_k_distillation_loss(store.tail_weights[TEMPERATURE])
-    return taught, train_step.distillation_loss
+        return taught, step_losses.top_k_distillation_loss(store.tail_weights[TEMPERATURE])
+    return taught, step_losses.distillation_loss
 
 
 def train(

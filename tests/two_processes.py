@@ -12,7 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax import checkpoints, loop, models, optimizers, processes, sharding, train_step
+from distill_jax import (
+    checkpoints,
+    loop,
+    models,
+    optimizers,
+    processes,
+    sharding,
+    step_losses,
+    train_step,
+)
 from distill_jax.epochs import make_epoch
 
 MEMBERS, CLASSES, BATCH = 2, 16, 48
@@ -31,7 +40,7 @@ def train(mesh: Any, directory: Path, units: int) -> tuple[Any, list[loop.Record
     }
     own = {name: name == "teacher_logits" for name in examples}
     hyper = {"learning_rate": 0.05, "temperature": 3.0, "hard_weight": 0.3}
-    step = train_step.make_train_step(MODEL, OPTIMIZER, train_step.distillation_loss)
+    step = train_step.make_train_step(MODEL, OPTIMIZER, step_losses.distillation_loss)
     epoch = make_epoch(step, BATCH, shard_batch=sharding.shard_batch(mesh, BATCH))
     compiled = sharding.compile_epoch(epoch, mesh, own)
     resident = sharding.put_examples(examples, mesh, own)

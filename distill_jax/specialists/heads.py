@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import layers, losses, shapes, train_step
+from distill_jax import layers, losses, shapes, step_losses, train_step
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from distill_jax.specialists.coverage import check_class_sets
@@ -277,7 +277,7 @@ UNIT = Head(
     outputs=lambda size, num_classes: size + 1,
     start=reduce_output,
     labels=_map_labels,
-    loss=train_step.label_loss,
+    loss=step_losses.label_loss,
     read=lambda logits, class_set, correction: correct_dustbin(logits, correction),
 )
 LOG_SUM_EXP = Head(
@@ -289,7 +289,7 @@ LOG_SUM_EXP = Head(
     read=_read_collapsed,
 )
 FULL_HARD = LOG_SUM_EXP._replace(
-    name="full_hard", loss=train_step.label_loss, read=_read_full, has_dustbin=False
+    name="full_hard", loss=step_losses.label_loss, read=_read_full, has_dustbin=False
 )
 FULL_SOFT = FULL_HARD._replace(name="full_soft", loss=full_softmax_loss, has_teacher=True)
 HEADS = {head.name: head for head in (UNIT, LOG_SUM_EXP, FULL_HARD, FULL_SOFT)}

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import layers, soft_targets, train_step
+from distill_jax import layers, soft_targets, step_losses, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
@@ -205,8 +205,8 @@ def _examples(job: Job, targets: str) -> train_step.Batch:
 
 def _epoch(job: Job, model: Model, optimizer: Any, way: Way) -> Callable[..., Any]:
     """The steps as one program."""
-    losses = {"hard": train_step.label_loss, "stored": train_step.top_k_distillation_loss()}
-    online = train_step.hidden_teacher_loss() if way.fused else train_step.distillation_loss
+    losses = {"hard": step_losses.label_loss, "stored": step_losses.top_k_distillation_loss()}
+    online = step_losses.hidden_teacher_loss() if way.fused else step_losses.distillation_loss
     loss = losses.get(way.targets, online)
     transforms = []
     if TEACHERS[way.targets]:

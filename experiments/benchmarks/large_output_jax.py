@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distill_jax import fused_loss, soft_targets, train_step
+from distill_jax import fused_loss, soft_targets, step_losses, train_step
 from experiments.benchmarks.large_output_work import (
     TEMPERATURE,
     Case,
@@ -21,7 +21,7 @@ from experiments.benchmarks.large_output_work import (
 )
 from experiments.benchmarks.measure import peak_resident
 
-STORED, TEACHER = train_step.top_k_distillation_loss(), train_step.hidden_teacher_loss()
+STORED, TEACHER = step_losses.top_k_distillation_loss(), step_losses.hidden_teacher_loss()
 
 
 class Program(NamedTuple):
@@ -117,7 +117,9 @@ def _dense(
         return STORED(logits, fields, hyper, None)
     teacher = jax.tree.map(lambda x: x[0], teachers["teacher_layer"])
     teacher_logits = _logits(fields["teacher_hidden"][:, 0], teacher)
-    return train_step.distillation_loss(logits, {**fields, "teacher_logits": teacher_logits}, hyper)
+    return step_losses.distillation_loss(
+        logits, {**fields, "teacher_logits": teacher_logits}, hyper
+    )
 
 
 def _logits(hidden: Array, layer: fused_loss.Layer) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import sharding, train_step
+from distill_jax import sharding, step_losses, train_step
 from distill_jax.data import images
 from distill_jax.data.augment import jitter
 from distill_jax.epochs import make_epoch, steps_per_epoch
@@ -122,7 +122,7 @@ def _program(work: Work, net: str, members: int) -> Callable[[int], list[RunEpoc
     step = train_step.make_train_step(
         model,
         optimizer,
-        train_step.label_loss if net == "teacher" else train_step.distillation_loss,
+        step_losses.label_loss if net == "teacher" else step_losses.distillation_loss,
         transforms=[jitter(config.jitter)] if config.jitter else [],
     )
     examples = load_examples(work)

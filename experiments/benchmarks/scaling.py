@@ -39,7 +39,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from distill_jax import sharding, train_step
+from distill_jax import sharding, step_losses, train_step
 from distill_jax.command import run
 from distill_jax.data.augment import jitter
 from distill_jax.epochs import make_epoch
@@ -272,7 +272,7 @@ def _program(case: Case) -> tuple[Callable[[], None], float]:
     optimizer = build_optimizer(net.section, net.steps, net.section.epochs)
     transforms = [jitter(net.section.jitter)] if net.section.jitter else []
     step = train_step.make_train_step(
-        model, optimizer, train_step.label_loss, transforms=transforms
+        model, optimizer, step_losses.label_loss, transforms=transforms
     )
     examples = _draw(net, net.steps * batch_size)
     per_member = dict.fromkeys(examples, False)

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from jax import Array
 
-from distill_jax import losses, models, optimizers, ranges, soft_targets, train_step
+from distill_jax import losses, models, optimizers, ranges, soft_targets, step_losses, train_step
 from distill_jax.command import run
 from distill_jax.epochs import make_epoch, steps_per_epoch
 from distill_jax.errors import UserError
@@ -172,7 +172,7 @@ def encode(teacher: Logits, inputs: np.ndarray, temperature: float) -> dict[str,
 
     def compressed(stores: Sequence[tuple[soft_targets.Store, Fields]]) -> Encoding:
         first = stores[0][0]
-        loss = train_step.top_k_distillation_loss(first.tail_weights[temperature])
+        loss = step_losses.top_k_distillation_loss(first.tail_weights[temperature])
         size = soft_targets.bytes_per_example(first)
         return Encoding(size, [fields for _, fields in stores], loss)
 
@@ -181,7 +181,7 @@ def encode(teacher: Logits, inputs: np.ndarray, temperature: float) -> dict[str,
     # Computed for each batch, as those of all examples would not fit.
     online = [train_step.online_teacher(lambda _, inputs: teacher(inputs))]
     return {
-        "dense": Encoding(size, [{}] * seeds, train_step.distillation_loss, online),
+        "dense": Encoding(size, [{}] * seeds, step_losses.distillation_loss, online),
         "top_k": compressed([stored("top_k", _K.value)] * seeds),
         "sampled": compressed([stored("sampled", draws, i) for i in range(seeds)]),
     }

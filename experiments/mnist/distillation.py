@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distill_jax import losses, soft_targets, train_step
+from distill_jax import losses, soft_targets, step_losses, train_step
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net, load
 from experiments.common.study import Context, Row, make_row, write_json
@@ -32,7 +32,7 @@ def baseline(context: Context) -> list[Row]:
 def _train_on_labels(context: Context, name: str, paper: float) -> list[Row]:
     net = context.config[name]
     examples = training_set(context.config, net)
-    nets = train(context, name, net, examples, train_step.label_loss)
+    nets = train(context, name, net, examples, step_losses.label_loss)
     return [error_row(context, "mnist", f"{name} {sizes(net)}", nets, paper)]
 
 
@@ -62,7 +62,7 @@ def make_soft_targets(context: Context) -> list[Row]:
 def distilled(context: Context) -> list[Row]:
     """The small net regularised solely by soft targets (74 errors)."""
     net = context.config.distilled
-    nets = _distil(context, "distilled", train_step.distillation_loss, net.hard_weight)
+    nets = _distil(context, "distilled", step_losses.distillation_loss, net.hard_weight)
     row = f"distilled {sizes(net)}, T={net.temperature:g}"
     return [error_row(context, "mnist", row, nets, 74)]
 
@@ -72,14 +72,14 @@ def alternatives(context: Context) -> list[Row]:
     net = context.config.distilled
     at = f"T={net.temperature:g}"
     ways = (
-        ("soft_only", f"soft targets only, {at}", train_step.distillation_loss, 0.0),
+        ("soft_only", f"soft targets only, {at}", step_losses.distillation_loss, 0.0),
         (
             "label_modified",
             f"label-modified soft targets, {at}",
-            train_step.label_modified_loss,
+            step_losses.label_modified_loss,
             net.hard_weight,
         ),
-        ("logit_matching", "logit matching", train_step.logit_matching_loss, 0.0),
+        ("logit_matching", "logit matching", step_losses.logit_matching_loss, 0.0),
     )
     return [
         error_row(context, "mnist", row, _distil(context, name, loss, hard_weight))
@@ -107,7 +107,7 @@ def sweep(context: Context) -> list[Row]:
             f"width_{width}",
             changed(net, hidden=(width, width)),
             examples,
-            train_step.distillation_loss,
+            step_losses.distillation_loss,
             variants=variants,
         )
         for temperature, errors in zip(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import train_step
+from distill_jax import step_losses
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net
@@ -81,7 +81,7 @@ def fractions(context: Context) -> list[Row]:
             f"percent_{percent:g}",
             changed(net, batch_size=min(net.batch_size, size)),
             examples,
-            train_step.distillation_loss,
+            step_losses.distillation_loss,
             variants=[{"temperature": net.temperature, "hard_weight": hard} for hard in (1.0, 0.0)],
             passes=max(1, round(len(full[0]["id"]) / size)),
         )
@@ -112,7 +112,7 @@ def unlabelled(context: Context) -> list[Row]:
         "teacher_half",
         changed(config.teacher, epochs=net.teacher_epochs),
         [theirs] * len(config.seeds),
-        train_step.label_loss,
+        step_losses.label_loss,
     )
     rows = [error_row(context, "mnist_unlabelled", "teacher, labels of one half", teachers)]
     logits = teachers.logits(ours["inputs"])
@@ -123,7 +123,7 @@ def unlabelled(context: Context) -> list[Row]:
             f"known_{share:g}",
             net,
             [{**partly, "teacher_logits": own} for own in logits],
-            train_step.distillation_loss,
+            step_losses.distillation_loss,
             variants=[
                 {"temperature": net.temperature, "hard_weight": net.hard_weight if share else 0.0}
             ],
@@ -147,7 +147,7 @@ def _train_on_some(
         "student",
         net,
         [select(e, what.classes) for e in examples],
-        train_step.distillation_loss,
+        step_losses.distillation_loss,
         variants=[{"temperature": net.temperature, "hard_weight": net.hard_weight}],
     )
 

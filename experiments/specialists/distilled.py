@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import nets, soft_targets, train_step
+from distill_jax import nets, soft_targets, step_losses
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.models import Params
@@ -108,7 +108,7 @@ def _train(
         name,
         ConfigDict(recipe),
         examples,
-        loss=train_step.top_k_distillation_loss(),
+        loss=step_losses.top_k_distillation_loss(),
         variant={"temperature": 1.0, "hard_weight": config.distilled.hard_weight},
         start=start,
     )

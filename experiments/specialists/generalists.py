@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import models, nets, soft_targets, train_step
+from distill_jax import models, nets, soft_targets, step_losses, train_step
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net
@@ -71,7 +71,7 @@ def train(
     net: ConfigDict,
     examples: Sequence[Examples],
     *,
-    loss: train_step.Loss = train_step.label_loss,
+    loss: train_step.Loss = step_losses.label_loss,
     variant: Mapping[str, float] = types.MappingProxyType({}),
     start: models.Params | None = None,
 ) -> Net:

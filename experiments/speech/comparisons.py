@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import soft_targets, train_step
+from distill_jax import soft_targets, step_losses, train_step
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net
 from distill_jax.soft_targets import Kept
@@ -76,7 +76,7 @@ def compression(context: Context) -> list[Row]:
         )
 
     targets = {"teacher_logits": log_probs * np.float32(net.temperature)}
-    dense = student("dense", [targets] * seeds, train_step.distillation_loss)
+    dense = student("dense", [targets] * seeds, step_losses.distillation_loss)
     rows = _compression_rows(config, "dense", 4 * data.num_classes + _DIGEST, dense, {})
     some = np.arange(len(log_probs))[:: -(-len(log_probs) // _COMPARED)]
     logits = jnp.asarray(nets.log_probs(dense.some(0, 1), frames.select(examples, some)))
@@ -92,7 +92,7 @@ def compression(context: Context) -> list[Row]:
             # Every student has draws of its own, so that the spread over seeds has theirs too.
             own = [map(np.asarray, kept[seed % len(kept)]) for seed in range(seeds)]
             fields = [dict(zip(soft_targets.TOP_K_FIELDS, one, strict=True)) for one in own]
-            trained = student(row, fields, train_step.top_k_distillation_loss(mean))
+            trained = student(row, fields, step_losses.top_k_distillation_loss(mean))
             less = nets.frame_accuracies(trained, data) - nets.frame_accuracies(dense, data)
             measured = {**errors, "frame_accuracy_less_dense": less}
             rows += _compression_rows(config, row, size, trained, measured)
@@ -110,7 +110,7 @@ def unlabelled(context: Context) -> list[Row]:
         "small",
         net,
         training_set.labelled(config, net, 1),
-        train_step.label_loss,
+        step_losses.label_loss,
         seeds=seeds,
         number=1,  # the students are 0
     )

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import soft_targets, train_step
+from distill_jax import soft_targets, step_losses, train_step
 from distill_jax.data.images import Examples
 from distill_jax.models import Model, Params
 from distill_jax.nets import Net, load, stack
@@ -83,7 +83,7 @@ def distil(
         name,
         net,
         training_set.with_targets(context.config, net, targets, temperature, len(seeds)),
-        train_step.top_k_distillation_loss(targets.tail_weights[temperature]),
+        step_losses.top_k_distillation_loss(targets.tail_weights[temperature]),
         variants=[{"temperature": temperature, "hard_weight": weight}],
         seeds=seeds,
     )
@@ -126,7 +126,7 @@ def _groups(config: ConfigDict) -> list[tuple[str, tuple[int, ...]]]:
 def _train_group(context: Context, name: str, seeds: tuple[int, ...]) -> Net:
     net = context.config.ensemble
     examples = training_set.labelled(context.config, net, len(seeds))
-    return train(context, name, net, examples, train_step.label_loss, seeds=seeds)
+    return train(context, name, net, examples, step_losses.label_loss, seeds=seeds)
 
 
 @functools.cache

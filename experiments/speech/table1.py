@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import models, soft_targets, train_step
+from distill_jax import models, soft_targets, step_losses
 from distill_jax.nets import Net, stack
 from distill_jax.soft_targets import Mean
 from distill_jax.soft_targets.reduction import array_name
@@ -152,7 +152,7 @@ def _control(context: Context) -> list[Row]:
         "control",
         ConfigDict({**net.to_dict(), "epochs": epochs, "report_every": 1}),
         training_set.labelled(config, net, 1),
-        train_step.label_loss,
+        step_losses.label_loss,
         seeds=net.members[:1],
         number=1,  # the students are 0
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from distill_jax import train_step
+from distill_jax import step_losses
 from distill_jax.data.images import Examples
 from distill_jax.loop import Record
 from distill_jax.nets import Net
@@ -31,7 +31,7 @@ def fractions(context: Context) -> list[Row]:
         "part",
         net,
         examples,
-        train_step.top_k_distillation_loss(store.tail_weights[net.temperature]),
+        step_losses.top_k_distillation_loss(store.tail_weights[net.temperature]),
         variants=[
             {"temperature": net.temperature, "hard_weight": weight}
             for weight in (1.0, net.hard_weight)

@@ -7,7 +7,16 @@ import optax
 import pytest
 import tiny
 
-from distill_jax import epochs, fused_loss, losses, models, optimizers, train_step, trainer
+from distill_jax import (
+    epochs,
+    fused_loss,
+    losses,
+    models,
+    optimizers,
+    step_losses,
+    train_step,
+    trainer,
+)
 from distill_jax.data import augment
 from distill_jax.errors import UserError
 from distill_jax.specialists import clustering, enrichment
@@ -33,7 +42,7 @@ WRONG = {
     "warmup_steps is 10": lambda: optimizers.cosine(10, 10),
     "the pixels of jitter is 1.5": lambda: augment.jitter(1.5),
     "micro_batches is 0": lambda: train_step.make_train_step(
-        models.mlp([], 3), optimizers.sgd(CONSTANT), train_step.label_loss, micro_batches=0
+        models.mlp([], 3), optimizers.sgd(CONSTANT), step_losses.label_loss, micro_batches=0
     ),
     "rows of a chunk is 0": lambda: fused_loss.mean_loss(
         lambda z, fields, constants: z[:, 0], **HIDDEN, fields={}, constants=None, rows=0
@@ -74,7 +83,7 @@ def test_numbers_that_a_training_is_given(tmp_path, hyper, message):
 
     def train(**options):
         trainer.train(
-            tmp_path, model, examples, train_step.label_loss, recipe, keys=keys, **options
+            tmp_path, model, examples, step_losses.label_loss, recipe, keys=keys, **options
         )
 
     with pytest.raises(UserError, match=message):
@@ -87,7 +96,7 @@ def test_numbers_that_a_training_is_given(tmp_path, hyper, message):
 def test_numbers_that_a_step_lacks():
     batch = {**tiny.examples(4), "teacher_logits": tiny.teacher_logits(4)}
     with pytest.raises(UserError, match=r"hyper has no hard_weight, only \['temperature'\]"):
-        train_step.distillation_loss(jnp.zeros((4, 3)), batch, {"temperature": jnp.float32(1)})
+        step_losses.distillation_loss(jnp.zeros((4, 3)), batch, {"temperature": jnp.float32(1)})
 
 
 def test_layers_of_one_name_in_trunk_and_head():

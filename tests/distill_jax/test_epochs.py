@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from distill_jax import models, optimizers, sharding, train_step
+from distill_jax import models, optimizers, sharding, step_losses, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 from distill_jax.specialists import enrichment, heads
@@ -132,7 +132,7 @@ def init(key):
     return train_step.init_state(MODEL, OPTIMIZER, key, jnp.zeros((1, 4, 4), jnp.uint8))
 
 
-STEP = train_step.make_train_step(MODEL, OPTIMIZER, train_step.label_loss)
+STEP = train_step.make_train_step(MODEL, OPTIMIZER, step_losses.label_loss)
 ALONE = jax.jit(make(STEP))
 
 
@@ -216,7 +216,9 @@ def test_micro_batches_of_enriched_batches_train_the_same():
     found = [
         jax.jit(
             make(
-                train_step.make_train_step(plain, OPTIMIZER, train_step.label_loss, micro_batches=m)
+                train_step.make_train_step(
+                    plain, OPTIMIZER, step_losses.label_loss, micro_batches=m
+                )
             )
         )(state, of_member(1), jax.random.key(0), hyper)
         for m in (1, 2)

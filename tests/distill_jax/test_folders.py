@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import checkpoints, models, nets, soft_targets, train_step, trainer
+from distill_jax import checkpoints, models, nets, soft_targets, step_losses, trainer
 from distill_jax.errors import UserError
 from distill_jax.specialists import heads, store
 
@@ -19,7 +19,7 @@ SPECIALISTS = store.Specialists(NET, heads.LOG_SUM_EXP, SETS, np.zeros(1, np.flo
 
 def train(folder):
     recipe, hyper = trainer.Recipe(epochs=1, batch_size=8), {"learning_rate": 0.1}
-    loss, examples = train_step.label_loss, tiny.examples(8)
+    loss, examples = step_losses.label_loss, tiny.examples(8)
     return trainer.train(folder, MODEL, examples, loss, recipe, keys=KEYS, hyper=hyper)
 
 

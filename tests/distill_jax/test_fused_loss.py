@@ -10,7 +10,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax import fused_loss, losses, train_step
+from distill_jax import fused_loss, losses, step_losses
 from distill_jax.errors import UserError
 from distill_jax.specialists import heads
 
@@ -116,12 +116,12 @@ def reference(kind, hidden, layer, batch, temperature, hard_weight, weights):
 
 def loss_of(kind):
     if kind == "labels":
-        return train_step.label_loss
+        return step_losses.label_loss
     if kind == "logits":
-        return train_step.distillation_loss
+        return step_losses.distillation_loss
     if kind in ("top_k", "sampled"):
-        return train_step.top_k_distillation_loss()
-    return train_step.hidden_teacher_loss(kind)
+        return step_losses.top_k_distillation_loss()
+    return step_losses.hidden_teacher_loss(kind)
 
 
 def chunk_loss(kind):

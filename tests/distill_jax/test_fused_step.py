@@ -11,7 +11,7 @@ import tiny
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distill_jax import models, optimizers, sharding, soft_targets, train_step
+from distill_jax import models, optimizers, sharding, soft_targets, step_losses, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 from experiments.benchmarks.collectives import collectives
@@ -25,7 +25,7 @@ CLASSES, BATCH = 48, 16
 TEACHER = models.mlp((7,), CLASSES)
 MODEL = models.mlp((24, 16), CLASSES, input_dropout=0.2, hidden_dropout=0.5)
 OPTIMIZER = optimizers.sgd(optax.constant_schedule(1.0), max_norm=1.0)
-TOP_K = train_step.top_k_distillation_loss(np.linspace(1, 2, CLASSES))
+TOP_K = step_losses.top_k_distillation_loss(np.linspace(1, 2, CLASSES))
 
 
 def examples(count=48):
@@ -46,7 +46,7 @@ def init(key):
 
 def two_losses(logits, batch, hyper, constants):
     known = {**batch, "label_known": batch["label"] >= 0}
-    return train_step.label_loss(logits, batch, hyper) + TOP_K(logits, known, hyper)
+    return step_losses.label_loss(logits, batch, hyper) + TOP_K(logits, known, hyper)
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def test_the_gradient_meets_once_and_logits_never():
 def one_step(fused, micro_batches, state, batch, teachers):
     hidden = jax.vmap(lambda p, x: TEACHER.hidden(p, x), (0, None), 1)
     transform = train_step.online_teacher_hidden(hidden)
-    loss = train_step.hidden_teacher_loss("geometric")
+    loss = step_losses.hidden_teacher_loss("geometric")
     step = train_step.make_train_step(
         MODEL,
         OPTIMIZER,
@@ -111,7 +111,7 @@ def test_teachers_by_their_hidden_layers_are_online_teachers(micro_batches):
     step = train_step.make_train_step(
         MODEL,
         OPTIMIZER,
-        train_step.distillation_loss,
+        step_losses.distillation_loss,
         transforms=[lambda batch, key, constants: {**batch, "teacher_logits": geometric}],
         micro_batches=micro_batches,
     )
@@ -122,16 +122,16 @@ def test_teachers_by_their_hidden_layers_are_online_teachers(micro_batches):
 def test_a_model_that_does_not_tell_its_hidden_layer_is_refused():
     bare = models.Model(MODEL.init, MODEL.apply)
     with pytest.raises(UserError, match="without `hidden`"):
-        train_step.make_train_step(bare, OPTIMIZER, train_step.Fused(train_step.label_loss))
+        train_step.make_train_step(bare, OPTIMIZER, train_step.Fused(step_losses.label_loss))
 
 
 def test_a_batch_without_the_teachers_activations_says_how_to_get_them():
     batch = {"label": jnp.zeros(4, jnp.int32)}
     with pytest.raises(UserError, match=r"no teacher_hidden, only.*online_teacher_hidden"):
-        train_step.hidden_teacher_loss()(jnp.zeros((4, CLASSES)), batch, tiny.hyper())
+        step_losses.hidden_teacher_loss()(jnp.zeros((4, CLASSES)), batch, tiny.hyper())
     batch["teacher_hidden"] = jnp.zeros((4, 1, 2))
     with pytest.raises(UserError, match=r"the constants have no teacher_layer, only \[\]"):
-        train_step.hidden_teacher_loss()(jnp.zeros((4, CLASSES)), batch, tiny.hyper())
+        step_losses.hidden_teacher_loss()(jnp.zeros((4, CLASSES)), batch, tiny.hyper())
 
 
 def test_the_hidden_layer_and_the_output_layer_are_the_model():

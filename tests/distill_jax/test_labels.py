@@ -9,7 +9,16 @@ import optax
 import pytest
 import tiny
 
-from distill_jax import loop, losses, metrics, models, optimizers, soft_targets, train_step
+from distill_jax import (
+    loop,
+    losses,
+    metrics,
+    models,
+    optimizers,
+    soft_targets,
+    step_losses,
+    train_step,
+)
 from distill_jax.errors import UserError
 from distill_jax.specialists import heads
 
@@ -127,10 +136,10 @@ def one_step(loss, batch):
     return step(state, batch, jax.random.key(1), tiny.hyper())
 
 
-FUSED = train_step.Fused(train_step.distillation_loss, rows=3)
+FUSED = train_step.Fused(step_losses.distillation_loss, rows=3)
 
 
-@pytest.mark.parametrize("loss", [train_step.distillation_loss, FUSED], ids=["dense", "fused"])
+@pytest.mark.parametrize("loss", [step_losses.distillation_loss, FUSED], ids=["dense", "fused"])
 def test_a_batch_without_labels_is_one_of_unknown_labels(loss):
     state, sums = one_step(loss, batch_of(label=None))
     expected, with_labels = one_step(loss, batch_of(label=np.full(8, -1)))
@@ -143,7 +152,7 @@ def test_a_batch_without_labels_is_one_of_unknown_labels(loss):
 
 def test_a_loss_of_labels_says_that_there_are_none():
     batch = batch_of(label=None)
-    for loss in (train_step.label_loss, train_step.label_modified_loss):
+    for loss in (step_losses.label_loss, step_losses.label_modified_loss):
         with pytest.raises(UserError, match=r"the batch has no label, only .*'inputs'"):
             one_step(loss, batch)
     with pytest.raises(UserError, match="the batch has no inputs"):

@@ -16,7 +16,7 @@ import tiny
 from command import ROOT
 from tensorboardX.proto import event_pb2
 
-from distill_jax import checkpoints, loop, metrics, models, optimizers, train_step
+from distill_jax import checkpoints, loop, metrics, models, optimizers, step_losses, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 
@@ -25,7 +25,7 @@ MODEL = models.mlp([6], tiny.CLASSES, hidden_dropout=0.5)
 STEPS = 3  # per unit: 24 examples in batches of 8
 
 
-EPOCH = make_epoch(train_step.make_train_step(MODEL, OPTIMIZER, train_step.label_loss), 8)
+EPOCH = make_epoch(train_step.make_train_step(MODEL, OPTIMIZER, step_losses.label_loss), 8)
 ADVANCE = jax.jit(EPOCH, donate_argnums=0)
 ADVANCE_MEMBERS = jax.jit(jax.vmap(EPOCH, in_axes=(0, None, 0, None)), donate_argnums=0)
 

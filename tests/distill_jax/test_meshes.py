@@ -12,7 +12,7 @@ import tiny
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distill_jax import models, optimizers, sharding, train_step
+from distill_jax import models, optimizers, sharding, step_losses, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 from experiments.benchmarks.collectives import Collective, collectives
@@ -99,12 +99,12 @@ def trained(sizes, loss):
     return jax.device_get(states), history
 
 
-DENSE = train_step.distillation_loss
-TOP_K = train_step.top_k_distillation_loss(np.linspace(1, 2, CLASSES))
+DENSE = step_losses.distillation_loss
+TOP_K = step_losses.top_k_distillation_loss(np.linspace(1, 2, CLASSES))
 
 
 def two_losses(logits, batch, hyper, constants):
-    return train_step.label_loss(logits, batch, hyper) + TOP_K(logits, batch, hyper)
+    return step_losses.label_loss(logits, batch, hyper) + TOP_K(logits, batch, hyper)
 
 
 @pytest.mark.parametrize(
@@ -179,10 +179,10 @@ def test_micro_batches_send_no_examples():
 
 SPLIT = {
     "distillation": DENSE,
-    "labels": train_step.label_loss,
+    "labels": step_losses.label_loss,
     "top k": TOP_K,
-    "modified labels": train_step.label_modified_loss,
-    "logit matching": train_step.logit_matching_loss,
+    "modified labels": step_losses.label_modified_loss,
+    "logit matching": step_losses.logit_matching_loss,
     "errors": lambda logits, batch, hyper, constants=None: (
         jnp.argmax(logits, axis=-1).astype(jnp.int32) != batch["label"]
     ).astype(jnp.float32),

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jax.sharding import Mesh
 
-from distill_jax import models, optimizers, sharding, train_step
+from distill_jax import models, optimizers, sharding, step_losses, train_step
 from distill_jax.data.augment import jitter
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
@@ -89,7 +89,7 @@ def test_one_device_equals_eight(sizes):
         ),
     ]
     step = train_step.make_train_step(
-        DROPOUT, OPTIMIZER, train_step.distillation_loss, transforms=transforms
+        DROPOUT, OPTIMIZER, step_losses.distillation_loss, transforms=transforms
     )
     batch = make_batch(teacher=False)
     one, eight = (
@@ -101,7 +101,7 @@ def test_one_device_equals_eight(sizes):
 
 def test_step_is_spread_over_the_mesh_and_donates(key):
     mesh = sharding.make_mesh()
-    step = train_step.make_train_step(DROPOUT, OPTIMIZER, train_step.distillation_loss)
+    step = train_step.make_train_step(DROPOUT, OPTIMIZER, step_losses.distillation_loss)
     compiled = sharding.compile_step(step, mesh, init(key))
     state, _ = compiled(init(key), make_batch(), key, tiny.hyper(), None)
     kernel = state.params["hidden_0"]["kernel"]
@@ -116,7 +116,7 @@ def test_jit_equals_pmap(micro_batches):
         return train_step.make_train_step(
             PLAIN,
             OPTIMIZER,
-            train_step.distillation_loss,
+            step_losses.distillation_loss,
             micro_batches=micro_batches,
             axis_name=axis_name,
         )
@@ -166,7 +166,7 @@ def member_targets():
     return np.stack([tiny.teacher_logits(N, seed) for seed in range(MEMBERS)])
 
 
-def train_members(mesh, own_targets, loss=train_step.distillation_loss, calls=2):
+def train_members(mesh, own_targets, loss=step_losses.distillation_loss, calls=2):
     targets = member_targets()
     fields = {**tiny.examples(N), "teacher_logits": targets if own_targets else targets[0]}
     per_member = {name: name == "teacher_logits" and own_targets for name in fields}
@@ -186,7 +186,7 @@ def train_members(mesh, own_targets, loss=train_step.distillation_loss, calls=2)
 
 ALONE = jax.jit(
     make_epoch(
-        train_step.make_train_step(DROPOUT, OPTIMIZER, train_step.distillation_loss),
+        train_step.make_train_step(DROPOUT, OPTIMIZER, step_losses.distillation_loss),
         BATCH,
         passes=2,
     )
@@ -231,7 +231,7 @@ def test_members_are_traced_once():
 
     def loss(logits, batch, hyper, constants):
         traces.append(1)
-        return train_step.distillation_loss(logits, batch, hyper)
+        return step_losses.distillation_loss(logits, batch, hyper)
 
     train_members(sharding.make_mesh(2, 4), True, loss, calls=3)
     assert len(traces) == 1
@@ -252,6 +252,6 @@ def test_what_does_not_divide_is_named(key):
         sharding.shard_batch(mesh, 10)
     with pytest.raises(UserError, match=r"number of members is 3, .* over 2 member devices"):
         sharding.init_members(init, jax.random.split(key, 3), mesh)
-    step = train_step.make_train_step(PLAIN, OPTIMIZER, train_step.label_loss, axis_name="data")
+    step = train_step.make_train_step(PLAIN, OPTIMIZER, step_losses.label_loss, axis_name="data")
     with pytest.raises(UserError, match=r"batch size is 12, which doesn't divide over 8 devices"):
         sharding.compile_pmap_step(step)(init(key, PLAIN), make_batch(12), key, tiny.hyper())

@@ -6,14 +6,14 @@ import pytest
 import tiny
 from flax import linen as nn
 
-from distill_jax import models, optimizers, train_step, trainer
+from distill_jax import models, optimizers, step_losses, trainer
 from distill_jax.errors import UserError
 
 HYPER = {"learning_rate": 0.05, "temperature": 2.0, "hard_weight": 0.5}
 N = 30
 
 
-def train(directory, examples, loss=train_step.label_loss, **options):
+def train(directory, examples, loss=step_losses.label_loss, **options):
     recipe = trainer.Recipe(
         epochs=options.pop("epochs", 1),
         batch_size=8,
@@ -65,7 +65,7 @@ def test_soft_targets_need_no_labels(tmp_path):
     examples = {**tiny.examples(N), "teacher_logits": tiny.teacher_logits(N)}
     del examples["label"]
     held_out = {"test_errors": tiny.examples(12, seed=5)}
-    net = train(tmp_path, examples, train_step.distillation_loss, evaluation=held_out)
+    net = train(tmp_path, examples, step_losses.distillation_loss, evaluation=held_out)
     record = net.member(0).history[-1]
     assert record["train_errors"] is None and 0 <= record["test_errors"] <= 12
 

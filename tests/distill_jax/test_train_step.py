@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from distill_jax import losses, models, optimizers, train_step
+from distill_jax import losses, models, optimizers, step_losses, train_step
 from distill_jax.data.augment import jitter
 from distill_jax.errors import UserError
 from distill_jax.soft_targets import TOP_K_FIELDS, densify, top_k
@@ -18,10 +18,10 @@ OPTIMIZER = optimizers.sgd(optax.constant_schedule(1.0))
 DROPOUT = models.mlp([8], tiny.CLASSES, input_dropout=0.2, hidden_dropout=0.5)
 PLAIN = models.mlp([8], tiny.CLASSES)
 LOSSES = [
-    train_step.label_loss,
-    train_step.distillation_loss,
-    train_step.label_modified_loss,
-    train_step.logit_matching_loss,
+    step_losses.label_loss,
+    step_losses.distillation_loss,
+    step_losses.label_modified_loss,
+    step_losses.logit_matching_loss,
 ]
 
 
@@ -38,14 +38,14 @@ def fresh(model=PLAIN, seed=0):
     return train_step.init_state(model, OPTIMIZER, jax.random.key(seed), images)
 
 
-def make_step(model=PLAIN, loss=train_step.distillation_loss, **kwargs):
+def make_step(model=PLAIN, loss=step_losses.distillation_loss, **kwargs):
     return jax.jit(train_step.make_train_step(model, OPTIMIZER, loss, **kwargs))
 
 
 def test_two_steps_are_those_of_float64(key):
     model = models.mlp([], tiny.CLASSES)  # softmax regression, whose gradient is known
     state, batch = fresh(model), make_batch()
-    step = make_step(model, train_step.label_loss)
+    step = make_step(model, step_losses.label_loss)
     kernel = np.float64(state.params["output"]["kernel"])
     x, onehot = np.float64(batch["inputs"]).reshape(8, -1) / 255, np.eye(3)[batch["label"]]
     bias, traces = np.zeros(3), [0.0, 0.0]
@@ -84,18 +84,18 @@ def test_losses_are_those_of_the_library():
     p = losses.softmax(v, 4.0)
     known = {**batch, "label_known": jnp.arange(8) < 3}
     expected = {
-        train_step.label_loss: losses.hard_cross_entropy(z, labels),
-        train_step.distillation_loss: losses.distillation(z, p, labels, 4.0, 0.25),
-        train_step.label_modified_loss: losses.soft_cross_entropy(
+        step_losses.label_loss: losses.hard_cross_entropy(z, labels),
+        step_losses.distillation_loss: losses.distillation(z, p, labels, 4.0, 0.25),
+        step_losses.label_modified_loss: losses.soft_cross_entropy(
             z, losses.label_modified(p, labels, 0.25), 4.0
         ),
-        train_step.logit_matching_loss: losses.logit_matching(z, v, zero_mean=True),
+        step_losses.logit_matching_loss: losses.logit_matching(z, v, zero_mean=True),
     }
     for loss, values in expected.items():
         np.testing.assert_allclose(loss(z, batch, hyper), values, rtol=1e-6)
-    for loss in (train_step.distillation_loss, train_step.label_modified_loss):
+    for loss in (step_losses.distillation_loss, step_losses.label_modified_loss):
         soft = loss(z, batch, {**hyper, "hard_weight": jnp.float32(0.0)})
-        if loss is train_step.distillation_loss:
+        if loss is step_losses.distillation_loss:
             soft = 0.75 * soft
         values = jnp.where(known["label_known"], expected[loss], soft)
         np.testing.assert_allclose(loss(z, known, hyper), values, rtol=1e-6)
@@ -146,7 +146,7 @@ def test_a_fused_loss_finds_the_output_layer_by_its_name(key):
         lambda params, *args, **how: PLAIN.apply(inner(params), *args, **how),
         lambda params, *args, **how: PLAIN.hidden(inner(params), *args, **how),
     )
-    fused = train_step.Fused(train_step.distillation_loss, output="head")
+    fused = train_step.Fused(step_losses.distillation_loss, output="head")
     found = make_step(own, fused)(fresh(own), make_batch(), key, tiny.hyper())
     tiny.assert_close(found, make_step(own)(fresh(own), make_batch(), key, tiny.hyper()))
     with pytest.raises(UserError, match=r"no layer .* named 'output', only head, hidden_0, net"):
@@ -169,7 +169,7 @@ def test_randomness_is_the_keys_and_the_steps(key):
 def test_donation_changes_nothing(key):
     plain = make_step(DROPOUT)
     donating = jax.jit(
-        train_step.make_train_step(DROPOUT, OPTIMIZER, train_step.distillation_loss),
+        train_step.make_train_step(DROPOUT, OPTIMIZER, step_losses.distillation_loss),
         donate_argnums=0,
     )
     expected, state = fresh(DROPOUT), fresh(DROPOUT)
@@ -197,7 +197,7 @@ def test_metrics_are_sums_and_unknown_labels_are_no_errors(key):
         "errors": jnp.int32,
         "count": jnp.int32,
     }
-    values = train_step.distillation_loss(z, batch, tiny.hyper())
+    values = step_losses.distillation_loss(z, batch, tiny.hyper())
     np.testing.assert_allclose(metrics["loss"], np.sum(values), rtol=1e-5)
     evaluated = train_step.make_eval_step(PLAIN)(state.params, batch)
     assert evaluated == {"errors": wrong.sum(), "count": 5}
@@ -283,7 +283,7 @@ def test_one_trace_serves_all_hyper_values(key):
 
     def loss(logits, batch, hyper, constants):
         traces.append(1)
-        return train_step.distillation_loss(logits, batch, hyper)
+        return step_losses.distillation_loss(logits, batch, hyper)
 
     step = make_step(loss=loss)
     state, batch = fresh(), make_batch()
@@ -312,7 +312,7 @@ def test_top_k_loss_trains_as_its_dense_targets_do(tail_weights, parts, key):
         known = batch["label_known"]
         return losses.distillation(logits, dense, batch["label"], 3.0, 0.3, label_known=known)
 
-    loss = train_step.top_k_distillation_loss(tail_weights)
+    loss = step_losses.top_k_distillation_loss(tail_weights)
     found, metrics = make_step(loss=loss, micro_batches=parts)(fresh(), batch, key, tiny.hyper())
     expected, sums = make_step(loss=dense_loss)(fresh(), batch, key, tiny.hyper())
     tiny.assert_close((found, metrics), (expected, sums))
@@ -323,7 +323,7 @@ def test_one_trace_of_the_top_k_loss_serves_members_of_other_temperatures():
 
     def loss(hyper):
         traces.append(1)
-        return train_step.top_k_distillation_loss()(z, batch, hyper)
+        return step_losses.top_k_distillation_loss()(z, batch, hyper)
 
     hypers = [tiny.hyper(temperature=t, hard_weight=w) for t, w in ((1, 0), (3, 0.5), (20, 1))]
     found = jax.jit(jax.vmap(loss))(jax.tree.map(lambda *x: jnp.stack(x), *hypers))
@@ -337,4 +337,4 @@ def test_missing_top_k_targets(key):
     batch = top_k_batch()
     del batch["teacher_tail"]
     with pytest.raises(UserError, match=r"no teacher_tail, only .*soft_targets\.attach"):
-        make_step(loss=train_step.top_k_distillation_loss())(fresh(), batch, key, tiny.hyper())
+        make_step(loss=step_losses.top_k_distillation_loss())(fresh(), batch, key, tiny.hyper())

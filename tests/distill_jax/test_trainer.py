@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny
 
-from distill_jax import models, nets, optimizers, train_step, trainer, training_note
+from distill_jax import models, nets, optimizers, step_losses, trainer, training_note
 from distill_jax.data import augment
 from distill_jax.errors import UserError
 
@@ -33,7 +33,7 @@ def train(directory, recipe=RECIPE, keys=KEYS, hyper=HYPER, **options):
         directory,
         options.pop("model", MODEL),
         options.pop("examples", tiny.examples(N)),
-        options.pop("loss", train_step.label_loss),
+        options.pop("loss", step_losses.label_loss),
         recipe,
         keys=keys,
         hyper=hyper,
@@ -209,7 +209,7 @@ def other_examples(field, value):
         ),
         ({"keys": jax.random.split(jax.random.key(4), 2)}, r"keys is \[\["),
         (
-            {"loss": train_step.distillation_loss},
+            {"loss": step_losses.distillation_loss},
             "loss is .*label_loss' there and .*distillation_los",
         ),
         ({"examples": other_examples("label", lambda x: x[::-1])}, "examples.label is 'int32"),

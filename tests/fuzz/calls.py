@@ -17,6 +17,7 @@ from distill_jax import (
     nets,
     optimizers,
     soft_targets,
+    step_losses,
     train_step,
 )
 from distill_jax.data import augment, images, transfer
@@ -162,18 +163,20 @@ def calls() -> dict[str, Call]:
             lambda **a: fused_loss.per_example(_loss_of_labels, **a, constants=None, rows=3),
             {"hidden": _floats(B, D), "layer": LAYER, "fields": {"label": LABELS}},
         ),
-        "label_loss": Call(loss(train_step.label_loss), batch),
-        "distillation_loss": Call(loss(train_step.distillation_loss), batch),
-        "label_modified_loss": Call(loss(train_step.label_modified_loss), batch),
-        "logit_matching_loss": Call(loss(train_step.logit_matching_loss), batch),
+        "label_loss": Call(loss(step_losses.label_loss), batch),
+        "distillation_loss": Call(loss(step_losses.distillation_loss), batch),
+        "label_modified_loss": Call(loss(step_losses.label_modified_loss), batch),
+        "logit_matching_loss": Call(loss(step_losses.logit_matching_loss), batch),
         "top_k_distillation_loss": Call(
-            loss(train_step.top_k_distillation_loss()),
+            loss(step_losses.top_k_distillation_loss()),
             {"logits": LOGITS, "batch": _top_k_batch(BATCH)},
         ),
-        "step": Call(_step(train_step.distillation_loss), {"batch": BATCH}),
-        "fused step": Call(_step(train_step.Fused(train_step.distillation_loss)), {"batch": BATCH}),
+        "step": Call(_step(step_losses.distillation_loss), {"batch": BATCH}),
+        "fused step": Call(
+            _step(train_step.Fused(step_losses.distillation_loss)), {"batch": BATCH}
+        ),
         "micro-batches": Call(
-            _step(train_step.distillation_loss, micro_batches=2), {"batch": BATCH}
+            _step(step_losses.distillation_loss, micro_batches=2), {"batch": BATCH}
         ),
         "eval_step": Call(
             lambda batch: train_step.make_eval_step(MODEL)(params, batch), {"batch": BATCH}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tfds_sets import grey, prepare_tiny
 
-from distill_jax import models, optimizers, sharding, train_step
+from distill_jax import models, optimizers, sharding, step_losses, train_step
 from distill_jax.data import images, stream
 from distill_jax.data.stream import Records
 from distill_jax.errors import UserError
@@ -203,7 +203,7 @@ def logits_of(members):
 def train(files, member, data, units=5, members=2):
     """Members distilled each from a teacher of its own, for some blocks on a mesh."""
     mesh = sharding.make_mesh(member, data)
-    step = train_step.make_train_step(MODEL, OPTIMIZER, train_step.distillation_loss)
+    step = train_step.make_train_step(MODEL, OPTIMIZER, step_losses.distillation_loss)
     shard = sharding.shard_batch(mesh, BATCH)
     own = {"id": False, "inputs": False, "label": False, "teacher_logits": True}
     targets = logits_of(members)
@@ -237,7 +237,7 @@ def trained(files):
 
 
 def test_a_block_trains_as_its_batches_do(files, trained):
-    step = jax.jit(train_step.make_train_step(MODEL, OPTIMIZER, train_step.distillation_loss))
+    step = jax.jit(train_step.make_train_step(MODEL, OPTIMIZER, step_losses.distillation_loss))
     keys = jax.random.split(jax.random.key(0), 2)
     for member, key in enumerate(keys):
         state = train_step.init_state(MODEL, OPTIMIZER, key, jnp.zeros((1, 4, 4), jnp.uint8))

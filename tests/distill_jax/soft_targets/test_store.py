@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from stores import CLASSES, DIGESTS, RUN, N, content, joined, never, tiny_targets, write
 
-from distill_jax import losses, soft_targets, train_step
+from distill_jax import losses, soft_targets, step_losses
 from distill_jax.errors import UserError
 
 
@@ -210,7 +210,7 @@ def test_a_sampled_store_keeps_the_drawn_classes_alone(sampled):
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((6, CLASSES)), jnp.float32)
     shares = jnp.mean(jax.nn.one_hot(expected[rows], CLASSES), axis=1)
     np.testing.assert_allclose(
-        train_step.top_k_distillation_loss(store.tail_weights[2.0])(logits, batch, hyper),
+        step_losses.top_k_distillation_loss(store.tail_weights[2.0])(logits, batch, hyper),
         losses.soft_cross_entropy(logits, shares, 2.0),
         rtol=1e-5,
     )

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from distill_jax import models, train_step, trainer
+from distill_jax import models, step_losses, trainer
 from distill_jax.specialists import enrichment, heads, inference, store
 
 N, C, D = 1200, 6, 8
@@ -32,7 +32,7 @@ def base(tmp_path_factory):
             tmp_path_factory.mktemp("generalist"),
             models.mlp([16], C),
             make_examples(1),
-            train_step.label_loss,
+            step_losses.label_loss,
             trainer.Recipe(epochs=1, batch_size=32),
             keys=keys(1),
             hyper={"learning_rate": 5e-3},

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from distill_jax import models, soft_targets, train_step, trainer
+from distill_jax import models, soft_targets, step_losses, trainer
 from distill_jax.errors import UserError
 from distill_jax.specialists import heads, store
 from experiments.common.study import (
@@ -30,7 +30,7 @@ def make(context):
         context.directory / "net",
         models.mlp([4], tiny.CLASSES),
         EXAMPLES,
-        train_step.label_loss,
+        step_losses.label_loss,
         trainer.Recipe(epochs=context.config.net.epochs, batch_size=8),
         keys=jax.random.split(jax.random.key(0), 1),
         hyper={"learning_rate": 0.1},

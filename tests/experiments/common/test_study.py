@@ -9,7 +9,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from distill_jax import train_step
+from distill_jax import step_losses
 from distill_jax.errors import UserError
 from experiments.common import training
 from experiments.common.config import net_section
@@ -158,7 +158,7 @@ def test_a_renamed_training_gives_the_same_nets(tmp_path):
                 section,
                 training.build_model(section, tiny.CLASSES),
                 [tiny.examples(16)],
-                train_step.label_loss,
+                step_losses.label_loss,
                 keys=context.keys((0,)),
                 directory=tmp_path / name,
                 name=name,

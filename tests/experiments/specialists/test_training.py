@@ -7,7 +7,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from distill_jax import models, train_step, trainer
+from distill_jax import models, step_losses, trainer
 from distill_jax.epochs import take_rows
 from experiments.common import training
 from experiments.common.config import net_section
@@ -52,7 +52,7 @@ def train(directory, examples, start, evaluation=None, reader=trainer.PLAIN, **c
             net(**changes),
             GENERALIST,
             examples,
-            train_step.label_loss,
+            step_losses.label_loss,
             keys=jax.random.split(jax.random.key(0), 2),
             directory=directory,
             name="test",

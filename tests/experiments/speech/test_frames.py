@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import models, optimizers, sharding, soft_targets, train_step
+from distill_jax import models, optimizers, sharding, soft_targets, step_losses, train_step
 from distill_jax.epochs import make_epoch, take_rows
 from distill_jax.errors import UserError
 from experiments.speech import frames
@@ -178,7 +178,7 @@ def test_take_rows_takes_every_field(key):
 def test_frames_are_shared_by_the_members_of_an_epoch():
     mesh = sharding.make_mesh(2, 4)
     optimizer = optimizers.sgd(lambda step: jnp.float32(1), max_norm=0.0)
-    step = train_step.make_train_step(MODEL, optimizer, train_step.label_loss)
+    step = train_step.make_train_step(MODEL, optimizer, step_losses.label_loss)
     run = make_epoch(
         step, 56, shard_batch=sharding.shard_batch(mesh, 56), gather=frames.gather_windows
     )

@@ -13,7 +13,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax import loop, models, optimizers, sharding, train_step
+from distill_jax import loop, models, optimizers, sharding, step_losses, train_step
 from distill_jax.data.stream import make_advance
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
@@ -224,7 +224,7 @@ def test_the_filling_comes_last(count, key):
 
 MODEL = models.mlp([], tiny.CLASSES)
 OPTIMIZER = optimizers.sgd(optax.constant_schedule(1.0))
-STEP = train_step.make_train_step(MODEL, OPTIMIZER, train_step.label_loss)
+STEP = train_step.make_train_step(MODEL, OPTIMIZER, step_losses.label_loss)
 RATE = 0.02
 
 

@@ -1,0 +1,124 @@
+"""What a step minimises: losses as functions of the logits, the batch, `hyper` and the constants.
+
+Each takes the fields that it needs from the batch, and its numbers from `hyper`. Its values are `[B]`,
+one for each example, as `train_step.make_train_step` takes them (`train_step.Loss`).
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from distill_jax import losses, soft_targets
+from distill_jax.train_step import (
+    Batch,
+    Constants,
+    Hyper,
+    Loss,
+    known_labels,
+    labels_of,
+    number,
+    take,
+)
+
+
+def label_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
+    """Cross-entropy with the labels: teachers and baselines. An unknown label adds 0."""
+    return losses.hard_cross_entropy(logits, labels_of(batch))
+
+
+def distillation_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
+    """The paper's objective at `hyper["temperature"]` and `hyper["hard_weight"]`.
+
+    Where labels are unknown, or the batch has none, it is the soft term alone, with the same weight.
+    """
+    targets = losses.softmax(_teacher_logits(batch), number(hyper, "temperature"))
+    return _distillation(logits, targets, batch, hyper)
+
+
+def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
+    """The paper's objective with targets of which the batch has the k largest.
+
+    At `hyper["temperature"]`, which must be the one that the targets were made at
+    (`soft_targets.attach` checks it), and `hyper["hard_weight"]`.
+
+    Args:
+        tail_weights: `[C]`, how the other classes share the rest: those of the store at
+            this temperature. None for equal shares.
+    """
+    weights = None if tail_weights is None else jnp.asarray(tail_weights, jnp.float32)
+
+    def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
+        ids, probabilities, tail = take(
+            batch, soft_targets.TOP_K_FIELDS, "the batch has", "join them with soft_targets.attach"
+        )
+        return losses.top_k_distillation(
+            logits,
+            ids,
+            probabilities,
+            tail,
+            known_labels(batch),
+            temperature=number(hyper, "temperature"),
+            hard_weight=number(hyper, "hard_weight"),
+            tail_weights=weights,
+        )
+
+    return loss
+
+
+def hidden_teacher_loss(mean: soft_targets.Mean = "arithmetic") -> Loss:
+    """The paper's objective with the mean of M teachers, made of their last hidden activations.
+
+    Reads the batch's "teacher_hidden" `[B, M, D]`, and `constants["teacher_layer"]`: {"kernel"
+    `[M, D, C]`, "bias" `[M, C]`}.
+
+    Args:
+        mean: of their distributions at `hyper["temperature"]`.
+    """
+
+    def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
+        how = "add train_step.online_teacher_hidden to the step's transforms"
+        (hidden,) = take(batch, ("teacher_hidden",), "the batch has", how)
+        (layer,) = take(constants, ("teacher_layer",), "the constants have", "hand it to the step")
+        temperature = number(hyper, "temperature")
+        targets = soft_targets.mean_probs_of_hidden(hidden, layer, temperature, mean)
+        return _distillation(logits, targets, batch, hyper)
+
+    return loss
+
+
+def label_modified_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
+    """Cross-entropy with soft targets that the labels modified by `hyper["hard_weight"]`."""
+    temperature = number(hyper, "temperature")
+    targets = losses.label_modified(
+        losses.softmax(_teacher_logits(batch), temperature),
+        labels_of(batch),
+        number(hyper, "hard_weight"),
+    )
+    return losses.soft_cross_entropy(logits, targets, temperature)
+
+
+def logit_matching_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
+    """Half the squared difference of zero-meaned logits (section 2.1)."""
+    return losses.logit_matching(logits, _teacher_logits(batch), zero_mean=True)
+
+
+def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> Array:
+    return losses.distillation(
+        logits,
+        targets,
+        known_labels(batch),
+        number(hyper, "temperature"),
+        number(hyper, "hard_weight"),
+    )
+
+
+def _teacher_logits(batch: Batch) -> Array:
+    how = "join them with soft_targets.attach or add train_step.online_teacher to the step's transforms"
+    (logits,) = take(batch, ("teacher_logits",), "the batch has", how)
+    return logits
