@@ -128,12 +128,15 @@ def mean_loss(
     fields: Any,
     constants: Any,
     *,
+    weights: Array | None = None,
     rows: int | None = None,
     over: Over = on_one_device,
 ) -> tuple[Array, Outcome]:
     """The mean of `loss` over a batch, differentiable in `hidden` and `layer`.
 
-    Equal to `jnp.mean(loss(hidden @ kernel + bias, fields, constants))`, in value and gradients.
+    Equal to `jnp.mean(loss(hidden @ kernel + bias, fields, constants))`, in value and gradients; with
+    weights, to `jnp.sum(weights * loss(...))`, where weights `[B]` multiply the mean of an example's
+    values.
     Products have the dtype of `hidden` and accumulate in float32; the gradients of the layer are summed
     in float32 over the chunks.
 
@@ -145,6 +148,8 @@ def mean_loss(
         layer: float32 or in the dtype of `hidden`. To exclude a class, give it a bias of -inf.
         fields: a tree of arrays `[B, ...]`, such as labels and soft targets.
         constants: a tree of values that all examples share: traced scalars, the layer of a teacher.
+        weights: float32 `[B]`, or `[B, T]` of sequences, that sum to 1 for a weighted mean; None: all
+            the same.
         rows: examples in a chunk; None: `chunk_rows` of the examples of one device.
         over: `sharding.over_data(mesh)` if the batch is split over devices.
 
@@ -170,24 +175,31 @@ def mean_loss(
         1.127 [-0.5 0.5]
     """
 
+    def mean_of(values: Array, weights: Array | None) -> Array:
+        return jnp.mean(values) if weights is None else jnp.sum(_spread(weights, values) * values)
+
     @jax.custom_vjp
     def mean(*arguments: Any) -> tuple[Array, Outcome]:
-        outcome = over(functools.partial(_values, loss=loss, rows=rows))(*arguments)
-        return jnp.mean(outcome.values), outcome
+        *terms, weights = arguments
+        outcome = over(functools.partial(_values, loss=loss, rows=rows))(*terms)
+        return mean_of(outcome.values, weights), outcome
 
     def forward(*arguments: Any) -> tuple[tuple[Array, Outcome], Any]:
-        weights = jnp.full(len(hidden), 1.0 / len(hidden), jnp.float32)
+        *terms, weights = arguments
+        same = jnp.full(len(hidden), 1.0 / len(hidden), jnp.float32)
         run = over(functools.partial(_gradients, loss=loss, rows=rows))
-        outcome, gradients = run(*arguments, weights)
-        return (jnp.mean(outcome.values), outcome), gradients
+        outcome, gradients = run(*terms, same if weights is None else weights)
+        return (mean_of(outcome.values, weights), outcome), gradients
 
     def backward(gradients: Any, cotangent: Any) -> tuple[Any, ...]:
         scale, _ = cotangent
-        return *jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), None, None
+        return *jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), None, None, None
 
     _check(hidden, layer, fields)
+    if weights is not None:
+        check_rows({"weights": weights}, len(hidden), "the hidden activations are of")
     mean.defvjp(forward, backward)
-    return mean(hidden, layer, fields, constants)
+    return mean(hidden, layer, fields, constants, weights)
 
 
 def _values(

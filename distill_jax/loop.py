@@ -162,6 +162,11 @@ def _stop(manager: ocp.CheckpointManager | None, unit: int, units: int) -> None:
     raise Stopped(f"stopped by SIGTERM; saved after unit {unit} of {units} in {manager.directory}")
 
 
+def _ratio(sums: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Sums by their weight; 0 of nothing, as of a unit that is all padding."""
+    return np.asarray(sums / np.where(weight > 0, weight, 1))
+
+
 def _clock(history: list[Record]) -> Callable[[], float]:
     """Seconds of training: those of the history, and those since now."""
     offset = (history[-1]["seconds"] if history else 0.0) - time.monotonic()
@@ -186,14 +191,14 @@ def _append(
     nothing = np.zeros_like(examples)  # of batches without labels
     errors, known = values.pop("errors", nothing).sum(-1), values.pop("count", nothing).sum(-1)
     _check_finite(losses, np.asarray(step), unit, manager)
+    shares = _ratio(errors, known).astype(object)
+    shares[known == 0] = None
     record = {
         "unit": unit,
         "seconds": clock(),  # now that the unit's metrics are here, it is done
         "step": np.asarray(step).tolist(),
-        "train_loss": (losses.sum(-1) / examples.sum(-1)).tolist(),
-        "train_errors": np.asarray(
-            np.where(known > 0, errors / np.maximum(known, 1), None), object
-        ).tolist(),
+        "train_loss": _ratio(losses.sum(-1), examples.sum(-1)).tolist(),
+        "train_errors": shares.tolist(),
         **{name: value.tolist() for name, value in values.items()},
     }
     history.append(record)

@@ -3,15 +3,16 @@
 import jax.numpy as jnp
 from jax import Array
 
-from distill_jax import shapes
+from distill_jax import batches, shapes
 
 
-def error_counts(logits: Array, labels: Array) -> dict[str, Array]:
+def error_counts(logits: Array, labels: Array, weight: Array | None = None) -> dict[str, Array]:
     """`prediction_counts` of the most probable classes.
 
     Args:
         logits: `[..., C]`.
         labels: int `[...]`.
+        weight: as for `prediction_counts`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -22,18 +23,21 @@ def error_counts(logits: Array, labels: Array) -> dict[str, Array]:
         1 2
     """
     shapes.check(logits=(logits, "number ... C"), labels=(labels, "int ..."))
-    return prediction_counts(jnp.argmax(logits, axis=-1), labels)
+    return prediction_counts(jnp.argmax(logits, axis=-1), labels, weight)
 
 
-def prediction_counts(predicted: Array, labels: Array) -> dict[str, Array]:
+def prediction_counts(
+    predicted: Array, labels: Array, weight: Array | None = None
+) -> dict[str, Array]:
     """Counts known labels, and the errors among them.
 
     Args:
         predicted: int `[...]`, classes.
         labels: int `[...]`; one below 0 is unknown, and not counted.
+        weight: float32 `[B]` or `[B, T]`: each label counts as its weight (`batches.weights`).
 
     Returns:
-        `{"errors", "count"}`, int32 scalars.
+        `{"errors", "count"}`, int32 scalars; float32 sums of weights if there are any.
 
     Raises:
         UserError: for labels of another shape.
@@ -49,7 +53,13 @@ def prediction_counts(predicted: Array, labels: Array) -> dict[str, Array]:
     labels = jnp.asarray(labels)
     known = labels >= 0
     wrong = (predicted.astype(labels.dtype) != labels) & known
+    if weight is None:
+        return {
+            "errors": jnp.sum(wrong, dtype=jnp.int32),
+            "count": jnp.sum(known, dtype=jnp.int32),
+        }
+    weight = batches.spread(weight, wrong)
     return {
-        "errors": jnp.sum(wrong, dtype=jnp.int32),
-        "count": jnp.sum(known, dtype=jnp.int32),
+        "errors": jnp.sum(jnp.where(wrong, weight, 0.0)),
+        "count": jnp.sum(jnp.where(known, weight, 0.0)),
     }

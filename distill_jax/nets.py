@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax import files, losses, models, processes, shapes, soft_targets
+from distill_jax import files, losses, models, processes, soft_targets
+from distill_jax.batches import count_rows
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 
@@ -34,7 +35,7 @@ class Net(NamedTuple):
     model: of all. params: each leaf `[M, ...]`; of one net without that axis. history: a record after
     each report of the training (`loop.Record`), lists over members or one net's numbers. seconds: of the
     training of all. members: M, or None for one net. about: what else is kept in net.json, "config",
-    "inputs" {"shape", "dtype"} and "num_classes" among it.
+    "inputs" {"shape", "dtype"} (or a tree of such) and "num_classes" among it.
     """
 
     model: Model
@@ -64,15 +65,18 @@ class Net(NamedTuple):
         params = jax.tree.map(lambda leaf: leaf[first : first + count], self.params)
         return self._replace(params=params, history=[], members=count)
 
-    def logits(self, inputs: np.ndarray, batch_size: int = 1000) -> np.ndarray:
-        """Logits float32 of inputs `[N, ...]`, in evaluation mode: `[N, C]`, of M nets `[M, N, C]`."""
+    def logits(self, inputs: Any, batch_size: int = 1000) -> np.ndarray:
+        """Logits float32 of inputs `[N, ...]`, in evaluation mode: `[N, C]`, of M nets `[M, N, C]`.
+
+        The inputs may be a tree of arrays, if the model takes that.
+        """
         if self.members is not None:
             each = [self.member(m).logits(inputs, batch_size) for m in range(self.members)]
             return np.stack(each)
         self._check_inputs(inputs)
         return soft_targets.logits_over(self.model.apply, self.params, inputs, batch_size)
 
-    def probabilities(self, inputs: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    def probabilities(self, inputs: Any, temperature: float = 1.0) -> np.ndarray:
         """The softmax of `logits` at a temperature (Eq. 1)."""
         return np.asarray(losses.softmax(jnp.asarray(self.logits(inputs)), temperature))
 
@@ -81,13 +85,14 @@ class Net(NamedTuple):
         """16 hex digits that name these parameters and this config."""
         return soft_targets.fingerprint(self.params, self.about.get("config") or {})
 
-    def _check_inputs(self, inputs: np.ndarray) -> None:
-        shapes.check(inputs=(inputs, "any N *"))
+    def _check_inputs(self, inputs: Any) -> None:
+        count_rows(inputs)
         expected = self.about.get("inputs")
-        if expected and list(inputs.shape[1:]) != expected["shape"]:
-            raise UserError(
-                f"inputs are {list(inputs.shape)}, but the net was trained on {expected['shape']} each"
-            )
+        if not expected:
+            return
+        found, known = _shapes_of(describe_inputs(inputs)), _shapes_of(expected)
+        if found != known:
+            raise UserError(f"inputs are {found} each, but the net was trained on {known} each")
 
 
 def stack(nets: Sequence[Net]) -> Net:
@@ -205,6 +210,16 @@ def describe(model: Model) -> Any:
     return json.loads(model.description or "null")
 
 
+def describe_inputs(inputs: Any) -> Any:
+    """The shape and dtype of an input, of a batch `[B, ...]` of them or a tree of such, as plain data.
+
+    Examples:
+        >>> describe_inputs({"tokens": np.zeros((2, 7), np.int32)})
+        {'tokens': {'shape': [7], 'dtype': 'int32'}}
+    """
+    return jax.tree.map(lambda x: {"shape": list(x.shape[1:]), "dtype": x.dtype.name}, inputs)
+
+
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON-able config as it is read back: tuples are lists; a UserError if it isn't JSON-able."""
     try:
@@ -278,12 +293,27 @@ def _check_params(folder: Path, net: Net) -> None:
     inputs = net.about.get("inputs")
     if not inputs:
         return
-    sample = jax.ShapeDtypeStruct((1, *inputs["shape"]), inputs["dtype"])
+    sample = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, *x["shape"]), x["dtype"]), inputs, is_leaf=_is_described
+    )
     expected = jax.eval_shape(net.model.init, jax.random.key(0), sample)
     there = {name: list(leaf.shape[1:]) for name, leaf in _by_path(net.params).items()}
     now = {name: list(leaf.shape) for name, leaf in _paths(expected)}
     lacking = {name: None for name in there if name not in now}
     files.check_same(f"the net in {folder} does not fit the model", there, {**now, **lacking})
+
+
+def _is_described(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and set(tree) == {"shape", "dtype"}
+
+
+def _shapes_of(described: Any) -> Any:
+    """The shapes alone; tuples, which JSON doesn't have, as lists."""
+    if _is_described(described):
+        return described["shape"]
+    if isinstance(described, Mapping):
+        return {name: _shapes_of(part) for name, part in sorted(described.items())}
+    return [_shapes_of(part) for part in described]
 
 
 def _paths(params: Params) -> list[tuple[str, Any]]:

@@ -126,6 +126,7 @@ _DROPOUT = below(1)
 TABLE: dict[str, Allowed] = {
     # Objectives.
     "temperature": above(0),
+    "teacher_temperature": above(0),
     "hard_weight": share(),
     # Optimizers.
     "learning_rate": above(0),

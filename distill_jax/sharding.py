@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax import layers, processes
-from distill_jax.batches import check_rows
+from distill_jax.batches import check_rows, count_rows
 from distill_jax.epochs import Epoch
 from distill_jax.errors import UserError
 from distill_jax.fused_loss import on_one_device
@@ -131,8 +131,9 @@ def compile_pmap_step(step: TrainStep) -> TrainStep:
     def run(
         state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
     ) -> tuple[TrainState, dict[str, Array]]:
-        check_divides(len(batch["inputs"]), count, "the batch size", "devices")
-        check_rows(batch, len(batch["inputs"]), "devices share a batch of")
+        size = count_rows(batch["inputs"])
+        check_divides(size, count, "the batch size", "devices")
+        check_rows(batch, size, "devices share a batch of")
         cut = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
         return mapped(state, cut, key, hyper, constants)
 
@@ -253,7 +254,7 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.flatnonzero(np.repeat(own, batch_size // mesh.shape["data"]))
 
 
-def put_rows(fields: Mapping[str, np.ndarray], mesh: Mesh, batch_axis: int = 0) -> Batch:
+def put_rows(fields: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> Batch:
     """Makes global batches, split over "data", of what each process has loaded.
 
     Args:
@@ -263,10 +264,9 @@ def put_rows(fields: Mapping[str, np.ndarray], mesh: Mesh, batch_axis: int = 0) 
         batch_axis: 0 for one batch `[B, ...]`, 1 for the batches of several steps `[steps, B, ...]`.
     """
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, "data"))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, field)
-        for name, field in fields.items()
-    }
+    return jax.tree.map(
+        lambda field: jax.make_array_from_process_local_data(sharding, field), dict(fields)
+    )
 
 
 def shard_batch(mesh: Mesh, batch_size: int) -> Callable[[Batch], Batch]:

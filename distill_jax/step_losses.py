@@ -31,17 +31,19 @@ def distillation_loss(
 ) -> Array:
     """The paper's objective at `hyper["temperature"]` and `hyper["hard_weight"]`.
 
-    Where labels are unknown, or the batch has none, it is the soft term alone, with the same weight.
+    Where labels are unknown, or the batch has none, it is the soft term alone, with the same weight. The
+    paper has one temperature. With `hyper["teacher_temperature"]` the soft targets are made at that one;
+    the student's is "temperature", and its square the factor of the soft term.
     """
-    targets = losses.softmax(_teacher_logits(batch), number(hyper, "temperature"))
+    targets = losses.softmax(_teacher_logits(batch), _teacher_temperature(hyper))
     return _distillation(logits, targets, batch, hyper)
 
 
 def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
     """The paper's objective with targets of which the batch has the k largest.
 
-    At `hyper["temperature"]`, which must be the one that the targets were made at
-    (`soft_targets.attach` checks it), and `hyper["hard_weight"]`.
+    The student's temperature is `hyper["temperature"]`. The targets' is the one of their store, for
+    which `soft_targets.attach` was asked: the same one, unless you mean another.
 
     Args:
         tail_weights: `[C]`, how the other classes share the rest: those of the store at
@@ -74,14 +76,14 @@ def hidden_teacher_loss(mean: soft_targets.Mean = "arithmetic") -> Loss:
     `[M, D, C]`, "bias" `[M, C]`}.
 
     Args:
-        mean: of their distributions at `hyper["temperature"]`.
+        mean: of their distributions at the temperature of `distillation_loss`.
     """
 
     def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
         how = "add train_step.online_teacher_hidden to the step's transforms"
         (hidden,) = take(batch, ("teacher_hidden",), "the batch has", how)
         (layer,) = take(constants, ("teacher_layer",), "the constants have", "hand it to the step")
-        temperature = number(hyper, "temperature")
+        temperature = _teacher_temperature(hyper)
         targets = soft_targets.mean_probs_of_hidden(hidden, layer, temperature, mean)
         return _distillation(logits, targets, batch, hyper)
 
@@ -116,6 +118,11 @@ def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> 
         number(hyper, "temperature"),
         number(hyper, "hard_weight"),
     )
+
+
+def _teacher_temperature(hyper: Hyper) -> Array:
+    own = "teacher_temperature" in hyper
+    return number(hyper, "teacher_temperature" if own else "temperature")
 
 
 def _teacher_logits(batch: Batch) -> Array:

@@ -8,32 +8,45 @@ place (`online_teacher_hidden`).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
-from distill_jax import fused_loss, layers, metrics, ranges, shapes
-from distill_jax.batches import check_rows
+from distill_jax import batches, fused_loss, layers, metrics, ranges, shapes
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 
 Batch = dict[str, Any]
-"""Fields of B examples: "id" [B], "inputs" [B, ...], "label" int32 [B], below 0 where unknown (see
-`known_labels`); by need "label_known" bool [B] and "teacher_logits" float32 [B, C]; or "teacher_ids"
-uint [B, k], "teacher_probabilities" [B, k] (or [B, 1] for all k) and "teacher_tail" float32 [B]; or
-"teacher_hidden" [B, M, D]. Soft targets need no labels."""
+"""Fields of B examples: "id" [B], "inputs" [B, ...] or a tree of such arrays, "label" int32 [B], below 0
+where unknown (see `known_labels`); by need "label_known" bool [B] and "teacher_logits" float32 [B, C];
+or "teacher_ids" uint [B, k], "teacher_probabilities" [B, k] (or [B, 1] for all k) and "teacher_tail"
+float32 [B]; or "teacher_hidden" [B, M, D]. Soft targets need no labels. Labels and soft targets of
+sequences are [B, T] and [B, T, C].
+
+"weight" [B], or [B, T] of sequences, at least 0: the step's mean is sum(weight * loss) / sum(weight),
+and its metrics count each example as its weight. Where it is 0, as for padding, labels and soft targets
+may be anything; inputs must be finite, and count only in what a model computes of a whole batch."""
 
 Constants = Any
 """A tree of arrays that are the same for all examples, such as {"teacher": parameters}. Traced, so that
 they are neither compiled into the program nor cut up with the batch."""
 
 
-Hyper = dict[str, Array]
-"""Traced float32 scalars: "learning_rate", and what the loss reads ("temperature", "hard_weight")."""
+Hyper = Mapping[str, Any]
+"""Traced float32 scalars: "learning_rate", and what the loss reads ("temperature", "hard_weight", by
+need "teacher_temperature"). One may be a ramp {"from", "to", "steps"} of three: `at_step`."""
+
+RAMP = ("from", "to", "steps")
+"""The parts of a number that changes with the step, in a straight line and then no more."""
+
+Schedule = Callable[[Array], ArrayLike]
+"""A number as a function of the step, int32 `[]`."""
 
 Loss = Callable[[Array, Batch, Hyper, Constants], Array]
 """`(logits [B, C], batch, hyper, constants) -> [B]`."""
@@ -96,6 +109,7 @@ def make_train_step(
     *,
     transforms: Sequence[Transform] = (),
     micro_batches: int = 1,
+    schedules: Mapping[str, Schedule] = types.MappingProxyType({}),
     axis_name: str | None = None,
 ) -> TrainStep:
     """Builds `step(state, batch, key, hyper, constants=None) -> (state, metrics)`.
@@ -105,17 +119,19 @@ def make_train_step(
     Args:
         model: trained with dropout; `loss` sees its logits.
         optimizer: from `distill_jax.optimizers`; receives `hyper["learning_rate"]`.
-        loss: per-example values; the step minimises their mean over the whole batch. They must not be
-            divided by sums over the batch, such as that of a mask: a micro-batch or a device has another
-            sum. `Fused` for very many classes.
+        loss: per-example values; the step minimises their mean over the whole batch, weighted if the
+            batch has a "weight". They must not be divided by sums over the batch, such as that of a
+            mask: a micro-batch or a device has another sum. `Fused` for very many classes.
         transforms: applied to the batch in turn, each with a key of its own.
         micro_batches: parts into which the batch is cut to save memory; the gradient is their mean.
+        schedules: numbers that are functions of the step, in place of those of `hyper`.
         axis_name: the mapped axis to average over when the step runs under `pmap` or `shard_map`;
             None in the global view of `jit`, where the mean is already over all devices.
 
     Returns:
         The step; its metrics are sums over the batch: "loss" float32 and "examples" int32; "errors" and
-        "count", of known labels, int32, if the batch has labels.
+        "count", of known labels, int32, if the batch has labels. With weights all are sums of weights,
+        float32.
 
     Raises:
         UserError: for a fused loss of a model without `hidden`. When called, for what the batch or
@@ -124,18 +140,20 @@ def make_train_step(
     ranges.check(micro_batches=micro_batches)
     mean_loss = _mean(model, loss)
 
-    def gradient(params: Params, batch: Batch, key: Array, shared: tuple[Hyper, Constants]):
+    def gradient(params: Params, batch: Batch, key: Array, shared: _Shared):
         (_, sums), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key, shared)
         return grads, sums
 
     def step(
         state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
     ) -> tuple[TrainState, dict[str, Array]]:
+        hyper = at_step(hyper, state.step, schedules)
         key = jax.random.fold_in(key, state.step)
         if axis_name is not None:  # every device draws its own dropout masks and shifts
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         batch, dropout_key = _transform(transforms, batch, key, constants)
-        own_gradient = functools.partial(gradient, state.params, shared=(hyper, constants))
+        shared = _Shared(hyper, constants, _mean_weight(batch, micro_batches, axis_name))
+        own_gradient = functools.partial(gradient, state.params, shared=shared)
         if micro_batches == 1:
             grads, sums = own_gradient(batch, dropout_key)
         else:
@@ -152,7 +170,11 @@ def make_train_step(
 
 
 def make_loss_step(
-    model: Model, loss: Loss | Fused, *, transforms: Sequence[Transform] = ()
+    model: Model,
+    loss: Loss | Fused,
+    *,
+    transforms: Sequence[Transform] = (),
+    schedules: Mapping[str, Schedule] = types.MappingProxyType({}),
 ) -> TrainStep:
     """Builds a step that changes nothing and measures the loss, the model in evaluation mode.
 
@@ -164,9 +186,38 @@ def make_loss_step(
         state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
     ) -> tuple[TrainState, dict[str, Array]]:
         batch, _ = _transform(transforms, batch, key, constants)
-        return state, mean_loss(state.params, batch, None, (hyper, constants))[1]
+        hyper = at_step(hyper, state.step, schedules)
+        shared = _Shared(hyper, constants, _mean_weight(batch))
+        return state, mean_loss(state.params, batch, None, shared)[1]
 
     return step
+
+
+def at_step(
+    hyper: Hyper, step: Array, schedules: Mapping[str, Schedule] = types.MappingProxyType({})
+) -> dict[str, Array]:
+    """The numbers of a step, each float32 `[]`.
+
+    A ramp {"from": a, "to": b, "steps": n} is a at step 0, b from step n on, and a straight line in
+    between.
+
+    Examples:
+        >>> ramp = {"from": jnp.float32(8), "to": jnp.float32(2), "steps": jnp.float32(100)}
+        >>> print(at_step({"temperature": ramp}, jnp.int32(50))["temperature"])
+        5.0
+    """
+
+    def value(number: Any) -> Array:
+        if not isinstance(number, Mapping):
+            return number
+        first, last, steps = take(number, RAMP, "a number that changes has", "give all three")
+        done = jnp.minimum(step.astype(jnp.float32) / steps, 1.0)
+        return first + done * (last - first)
+
+    fixed = {name: value(number) for name, number in hyper.items()}
+    return fixed | {
+        name: jnp.asarray(schedule(step), jnp.float32) for name, schedule in schedules.items()
+    }
 
 
 def _transform(
@@ -179,16 +230,43 @@ def _transform(
     return batch, dropout_key
 
 
+class _Shared(NamedTuple):
+    """What all examples of a batch share. weight: what their sum is divided by, None without weights."""
+
+    hyper: Hyper
+    constants: Constants
+    weight: Any
+
+
+def _mean_weight(batch: Batch, parts: int = 1, axis_name: str | None = None) -> Array | None:
+    """The batch's weight, as a mean over micro-batches and mapped devices, whose gradients are averaged.
+
+    So each example counts the same, however much of the batch's weight its own part has.
+    """
+    weight = batches.weights(batch)
+    if weight is None:
+        return None
+    total = jnp.sum(weight) / parts
+    total = total if axis_name is None else jax.lax.pmean(total, axis_name)
+    return jnp.where(total == 0, 1.0, total)  # of padding alone the mean is 0
+
+
 def _mean(model: Model, loss: Loss | Fused) -> Any:
-    """`(params, batch, dropout key, (hyper, constants)) -> (mean loss, the step's metrics)`."""
+    """`(params, batch, dropout key, shared) -> (mean loss, the step's metrics)`."""
     return _fused_mean(model, loss) if isinstance(loss, Fused) else _dense_mean(model, loss)
 
 
 def _dense_mean(model: Model, loss: Loss) -> Any:
-    def mean_loss(params: Params, batch: Batch, key: Array, shared: tuple[Hyper, Constants]):
+    loss = _weighted(loss)
+
+    def mean_loss(params: Params, batch: Batch, key: Array, shared: _Shared):
         logits = model.apply(params, _inputs(batch), dropout_key=key)
-        values = loss(logits, batch, *shared)
-        return jnp.mean(values), _sums(values, jnp.argmax(logits, axis=-1), batch)
+        values = loss(logits, batch, shared.hyper, shared.constants)
+        sums = _sums(values, jnp.argmax(logits, axis=-1), batch)
+        weight = batches.weights(batch)
+        if weight is None:
+            return jnp.mean(values), sums
+        return sums["loss"] / (shared.weight * (values.size // weight.size)), sums
 
     return mean_loss
 
@@ -200,20 +278,23 @@ def _fused_mean(model: Model, fused: Fused) -> Any:
             "a loss can't be fused with the output layer of a model without `hidden`: give it one, "
             f"which makes the activations that the layer {fused.output!r} takes"
         )
+    own = _weighted(fused.loss)
 
-    def loss(logits: Array, fields: Batch, shared: tuple[Hyper, Constants]) -> Array:
-        return fused.loss(logits, fields, *shared)
+    def loss(logits: Array, fields: Batch, shared: _Shared) -> Array:
+        return own(logits, fields, shared.hyper, shared.constants)
 
-    def mean_loss(params: Params, batch: Batch, key: Array, shared: tuple[Hyper, Constants]):
+    def mean_loss(params: Params, batch: Batch, key: Array, shared: _Shared):
         hidden = hidden_of(params, _inputs(batch), dropout_key=key)
         # A loss of logits has no use for the inputs, and they need not be cut into chunks.
         fields = {name: field for name, field in batch.items() if name != "inputs"}
+        weight = batches.weights(batch)
         mean, (values, predicted) = fused_loss.mean_loss(
             loss,
             hidden,
             layers.find(params, fused.output),
             fields,
             shared,
+            weights=None if weight is None else weight / shared.weight,
             rows=fused.rows,
             over=fused.over,
         )
@@ -222,25 +303,43 @@ def _fused_mean(model: Model, fused: Fused) -> Any:
     return mean_loss
 
 
+def _weighted(loss: Loss) -> Loss:
+    """The loss, 0 and without a gradient where the weight is 0, whatever the example's fields hold.
+
+    So the logits are replaced too: 0 times the gradient of what is not finite would be NaN.
+    """
+
+    def values(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
+        weight = batches.weights(batch)
+        if weight is None:
+            return loss(logits, batch, hyper, constants)
+        logits = jnp.where(batches.spread(weight, logits) == 0, 0.0, logits)
+        found = loss(logits, batch, hyper, constants)
+        return jnp.where(batches.spread(weight, found) == 0, 0.0, found)
+
+    return values
+
+
 def _sums(values: Array, predicted: Array, batch: Batch) -> dict[str, Array]:
     """The step's metrics."""
-    labels = known_labels(batch)
-    counts = {} if labels is None else metrics.prediction_counts(predicted, labels)
-    return {
-        "loss": jnp.sum(values),
-        "examples": jnp.asarray(values.size, jnp.int32),
-        **counts,
-    }
+    labels, weight = known_labels(batch), batches.weights(batch)
+    counts = {} if labels is None else metrics.prediction_counts(predicted, labels, weight)
+    if weight is None:
+        examples = jnp.asarray(values.size, jnp.int32)
+        return {"loss": jnp.sum(values), "examples": examples, **counts}
+    weight = batches.spread(weight, values)
+    return {"loss": jnp.sum(weight * values), "examples": jnp.sum(weight), **counts}
 
 
 def make_eval_step(model: Model) -> Callable[[Params, Batch], dict[str, Array]]:
     """Builds `evaluate(params, batch) -> {"errors", "count"}`, the model in evaluation mode.
 
-    The count is of known labels.
+    The count is of known labels, or their weight.
     """
 
     def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
-        return metrics.error_counts(model.apply(params, _inputs(batch)), labels_of(batch))
+        logits = model.apply(params, _inputs(batch))
+        return metrics.error_counts(logits, labels_of(batch), batches.weights(batch))
 
     return evaluate
 
@@ -299,9 +398,9 @@ def number(hyper: Hyper, name: str) -> Array:
     return take(hyper, (name,), "hyper has", "hand that number to the step")[0]
 
 
-def _inputs(batch: Batch) -> Array:
+def _inputs(batch: Batch) -> Any:
     (inputs,) = take(batch, ("inputs",), "the batch has", "the model is applied to that field")
-    shapes.check(inputs=(inputs, "any B *"))
+    batches.count_rows(inputs)
     return inputs
 
 
@@ -334,10 +433,10 @@ def take(fields: Any, names: Sequence[str], what: str, how: str) -> tuple[Any, .
 
 def _accumulate(gradient: Any, parts: int, batch: Batch, key: Array) -> tuple[Params, Any]:
     """The mean gradient and summed metrics of `parts` equal parts of the batch, one at a time."""
-    size = _inputs(batch).shape[0]
+    size = batches.count_rows(_inputs(batch))
     if size % parts:
         raise UserError(f"a batch of {size} can't be cut into {parts} equal micro-batches")
-    check_rows(batch, size, "micro-batches are cut from a batch of")
+    batches.check_rows(batch, size, "micro-batches are cut from a batch of")
     # Every parts-th example: a piece has some of each device, where a run of them would be sent about.
     pieces = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0), batch

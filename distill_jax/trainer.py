@@ -63,7 +63,7 @@ def train(
     recipe: Recipe,
     *,
     keys: Array,
-    hyper: Mapping[str, ArrayLike],
+    hyper: Mapping[str, ArrayLike | Mapping[str, ArrayLike] | train_step.Schedule],
     constants: Sequence[Mapping[str, Any]] = (),
     evaluation: Mapping[str, Examples | Sequence[Examples]] = types.MappingProxyType({}),
     reader: Reader = PLAIN,
@@ -86,11 +86,14 @@ def train(
         model: of all members.
         examples: for all members, or each member's own (fields that are the same object or have the same
             values are kept once); or a stream, whose blocks come in one order for all. A "label" is a
-            class of the model, or below 0 where unknown; a loss of soft targets needs none.
+            class of the model, or below 0 where unknown; a loss of soft targets needs none. "inputs"
+            and "weight" are as in `train_step.Batch`.
         loss: of `distill_jax.step_losses`.
         recipe: how.
         keys: `[M]`, of initial weights, the order of examples and dropout. Equal keys, equal nets.
-        hyper: traced numbers, "learning_rate" among them, each a scalar or `[M]`.
+        hyper: traced numbers, "learning_rate" among them, each a scalar or `[M]`. A number that changes
+            while training is a ramp {"from", "to", "steps"} of such (`train_step.at_step`), or a
+            function of the step, the same for all members.
         constants: each member's, for the loss and the transforms; shared ones are kept once.
         evaluation: sets to count errors on after every report, by the metric's name; for all members or
             each member's own.
@@ -113,6 +116,8 @@ def train(
         Stopped: if the run was asked to stop, after saving.
     """
     train_checks.check_numbers(hyper, len(keys))
+    schedules = {name: value for name, value in hyper.items() if callable(value)}
+    numbers = _numbers({name: x for name, x in hyper.items() if name not in schedules}, len(keys))
     ranges.check_value("selection", selection, ranges.one_of("last", "validation"))
     directory = files.local_path(directory)
     sets = examples if isinstance(examples, Stream) else _each(examples, len(keys))
@@ -122,7 +127,7 @@ def train(
             "model": nets.describe(model) or model,
             "recipe": {name: x for name, x in vars(recipe).items() if name not in FREE},
             "keys": jax.random.key_data(keys),
-            "hyper": _numbers(hyper, len(keys)),
+            "hyper": {**numbers, **schedules},
             "loss": loss,
             "examples": _described(sets),
             "constants": training_note.of_members(constants),
@@ -154,10 +159,11 @@ def train(
         objective,
         transforms=recipe.transforms,
         micro_batches=recipe.micro_batches,
+        schedules=schedules,
     )
     init_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     states = _start(model, optimizer, mesh, init_keys if start is None else start, sample)
-    shared = (train_keys, _numbers(hyper, len(keys)), _stack(constants))
+    shared = (train_keys, numbers, _stack(constants))
     advance_of = functools.partial(_advance, mesh=mesh, examples=sets, shared=shared)
     best = BEST if BEST in evaluation else None
     if selection == "validation" and best is None:
@@ -176,7 +182,9 @@ def train(
         )
         seconds = history[-1]["seconds"]
         if not model.description:
-            loss_step = train_step.make_loss_step(model, objective, transforms=recipe.transforms)
+            loss_step = train_step.make_loss_step(
+                model, objective, transforms=recipe.transforms, schedules=schedules
+            )
             one_batch = reader._replace(size=lambda examples: recipe.batch_size)
             measure = advance_of(recipe, loss_step, reader=one_batch)
             states, sums = processes.serialize_on_cpu(measure(states, 0))
@@ -189,7 +197,7 @@ def train(
         "config": dict(config),
         "epochs": recipe.epochs,
         "selection": selection,
-        "inputs": {"shape": list(sample.shape[1:]), "dtype": sample.dtype.name},
+        "inputs": nets.describe_inputs(sample),
         "num_classes": classes,
     }
     records = [{"epoch": record["unit"] * plan.epochs, **record} for record in history]
@@ -240,16 +248,16 @@ def _cut(recipe: Recipe, examples: Sequence[Examples] | Stream, reader: Reader, 
     return _Plan(steps, recipe.epochs // recipe.report_every, recipe.report_every)
 
 
-def _sample_input(examples: Sequence[Examples] | Stream, gather: epochs.Gather) -> Array:
-    """An input `[1, ...]` of zeros, for its shape and dtype."""
+def _sample_input(examples: Sequence[Examples] | Stream, gather: epochs.Gather) -> Any:
+    """An input, or a tree of them, each `[1, ...]` of zeros, for its shape and dtype."""
     if isinstance(examples, Stream):
-        return jnp.zeros((1, *examples.inputs.shape), examples.inputs.dtype)
+        return jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), examples.inputs)
     row = jax.ShapeDtypeStruct((1,), jnp.int32)
     inputs = jax.eval_shape(gather, dict(examples[0]), row)["inputs"]
-    return jnp.zeros(inputs.shape, inputs.dtype)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
 
 
-def _num_classes(model: Model, sample: Array) -> int:
+def _num_classes(model: Model, sample: Any) -> int:
     return jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0), x), x), sample).shape[
         -1
     ]
@@ -265,7 +273,7 @@ def _fuse(
     return train_step.Fused(loss, over=sharding.over_data(mesh))
 
 
-def _start(model: Model, optimizer: Any, mesh: Any, starts: Any, sample: Array) -> Any:
+def _start(model: Model, optimizer: Any, mesh: Any, starts: Any, sample: Any) -> Any:
     """The members' states at step 0, of keys `[M]` or of parameters with a leading axis."""
     if isinstance(starts, Array):
         return sharding.init_members(
@@ -276,10 +284,12 @@ def _start(model: Model, optimizer: Any, mesh: Any, starts: Any, sample: Array) 
     )
 
 
-def _numbers(hyper: Mapping[str, ArrayLike], count: int) -> dict[str, Array]:
-    """Traced numbers float32 `[M]`."""
+def _numbers(hyper: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Traced numbers float32 `[M]`, and ramps of three."""
     return {
-        name: jnp.broadcast_to(jnp.asarray(value, jnp.float32), (count,))
+        name: _numbers(value, count)
+        if isinstance(value, Mapping)
+        else jnp.broadcast_to(jnp.asarray(value, jnp.float32), (count,))
         for name, value in hyper.items()
     }
 
@@ -290,10 +300,12 @@ def _checked(
     """The examples, whose labels are checked: now, or block by block."""
     if not isinstance(examples, Stream):
         train_checks.check_labels(examples, classes, name)
+        train_checks.check_weights(examples, name)
         return examples
 
     def put(block: Block, mesh: Any) -> Batch:
         train_checks.check_labels([block], classes, name)
+        train_checks.check_weights([block], name, all_zero=True)
         return examples.put(block, mesh)
 
     return examples._replace(put=put)
@@ -306,7 +318,7 @@ def _advance(
     mesh: Any,
     examples: Sequence[Examples] | Stream,
     reader: Reader,
-    shared: tuple[Array, dict[str, Array], tuple[dict[str, Any], dict[str, bool]]],
+    shared: tuple[Array, dict[str, Any], tuple[dict[str, Any], dict[str, bool]]],
 ) -> loop.Advance:
     """What trains one unit: epochs of the resident examples, or a block of the stream."""
     keys, hyper, (constants, own_constants) = shared

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax import losses, ranges, shapes
+from distill_jax.batches import count_rows
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 
@@ -128,7 +129,7 @@ def check_mean(mean: str) -> None:
 def logits_over(
     apply: Callable[[Params, Array], Array],
     params: Params,
-    inputs: np.ndarray,
+    inputs: Any,
     batch_size: int = 1000,
 ) -> np.ndarray:
     """A frozen teacher's logits over a whole data set, in one jitted pass.
@@ -137,7 +138,7 @@ def logits_over(
         apply: `(params, inputs [B, ...]) -> logits [B, C]`, in evaluation mode; or `[B, T, C]` of
             sequences.
         params: the teacher's, or a whole ensemble's if `apply` takes that.
-        inputs: `[N, ...]`.
+        inputs: `[N, ...]`, or a tree of such arrays.
         batch_size: examples in memory at a time.
 
     Returns:
@@ -153,13 +154,16 @@ def logits_over(
                [2., 2.],
                [2., 2.]], dtype=float32)
     """
-    shapes.check(inputs=(inputs, "any N *"))
+    size = count_rows(inputs)
     ranges.check(batch_size=batch_size)
-    size = len(inputs)
     batch_size = min(batch_size, size)
-    padding = [(0, -size % batch_size)] + [(0, 0)] * (inputs.ndim - 1)
-    # Filled up with the last example, which the model takes; it might not take zeros.
-    batches = np.pad(inputs, padding, "edge").reshape(-1, batch_size, *inputs.shape[1:])
+
+    def cut(leaf: np.ndarray) -> np.ndarray:
+        # Filled up with the last example, which the model takes; it might not take zeros.
+        padding = [(0, -size % batch_size)] + [(0, 0)] * (leaf.ndim - 1)
+        return np.pad(leaf, padding, "edge").reshape(-1, batch_size, *leaf.shape[1:])
+
+    batches = jax.tree.map(cut, inputs)
     logits = np.asarray(_map_batches(apply, params, batches), np.float32)
     if logits.ndim < 3 or logits.shape[1] != batch_size:
         raise UserError(
@@ -170,5 +174,5 @@ def logits_over(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _map_batches(apply: Callable[[Params, Array], Array], params: Params, batches: Array) -> Array:
+def _map_batches(apply: Callable[[Params, Any], Array], params: Params, batches: Any) -> Array:
     return jax.lax.map(lambda batch: apply(params, batch), batches)

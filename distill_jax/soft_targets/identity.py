@@ -10,15 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from distill_jax.batches import count_rows
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 
 
-def digests(inputs: ArrayLike) -> np.ndarray:
+def digests(inputs: ArrayLike | Mapping[str, Any]) -> np.ndarray:
     """A 64-bit hash of every example's input: `[N, ...]` of any dtype -> uint64 `[N]`.
 
+    Of a tree of arrays in dicts, tuples or NamedTuples, each example's parts are hashed together.
+
     Raises:
-        UserError: for a single number, or Python objects, such as lists of different lengths.
+        UserError: for a single number, or Python objects, such as lists of different lengths; for arrays
+            of other lengths in a tree.
 
     Examples:
         >>> images = np.zeros((3, 28, 28), np.uint8)
@@ -27,6 +31,9 @@ def digests(inputs: ArrayLike) -> np.ndarray:
         >>> bool(first == second), bool(first == third)
         (True, False)
     """
+    if isinstance(inputs, Mapping | tuple):
+        count_rows(inputs)
+        return digests(np.stack([digests(leaf) for leaf in jax.tree.leaves(inputs)], axis=1))
     try:
         rows = np.asarray(inputs)
     except ValueError as error:

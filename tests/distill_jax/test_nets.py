@@ -184,7 +184,7 @@ def test_a_description_that_is_not_known():
 
 
 def test_inputs_of_another_shape(folder):
-    with pytest.raises(UserError, match=r"inputs are \[2, 5, 5\], but .* on \[4, 4\] each"):
+    with pytest.raises(UserError, match=r"inputs are \[5, 5\] each, but .* on \[4, 4\] each"):
         nets.load_net(folder).logits(np.zeros((2, 5, 5), np.uint8))
 
 
