@@ -43,7 +43,7 @@ def softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
         [0.506 0.307 0.186]
     """
     shapes.check(logits=(logits, "number ... C"))
-    _check_plain(temperature=temperature)
+    ranges.check_plain(temperature=temperature)
     return jax.nn.softmax(logits.astype(jnp.float32) / temperature)
 
 
@@ -57,7 +57,7 @@ def log_softmax(logits: Array, temperature: ArrayLike = 1.0) -> Array:
         [-0.143 -2.143 -4.143]
     """
     shapes.check(logits=(logits, "number ... C"))
-    _check_plain(temperature=temperature)
+    ranges.check_plain(temperature=temperature)
     return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
 
 
@@ -134,7 +134,7 @@ def hard_cross_entropy(logits: Array, labels: Array) -> Array:
     values = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), jnp.where(known, labels, 0)
     )
-    return jnp.where(known, values * _valid(labels, logits.shape[-1]), 0.0)
+    return jnp.where(known, values * valid(labels, logits.shape[-1]), 0.0)
 
 
 def distillation(
@@ -178,7 +178,7 @@ def distillation(
         [3.214]
     """
     soft = soft_cross_entropy(logits, soft_targets, temperature)
-    return _with_labels(soft, logits, labels, hard_weight, label_known)
+    return with_labels(soft, logits, labels, hard_weight, label_known)
 
 
 def top_k_soft_cross_entropy(
@@ -275,7 +275,7 @@ def top_k_distillation(
     soft = top_k_soft_cross_entropy(
         logits, ids, probabilities, tail, temperature, tail_weights=tail_weights
     )
-    return _with_labels(soft, logits, labels, hard_weight, label_known)
+    return with_labels(soft, logits, labels, hard_weight, label_known)
 
 
 def named_classes(ids: Array, probabilities: Array) -> tuple[Array, Array]:
@@ -369,9 +369,10 @@ def label_modified(
         ranges.check_value("weight", weight, ranges.share())
     targets, weight = soft_targets.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
     labels = _known_labels(labels, label_known)
-    valid = _valid(labels, targets.shape[-1])[..., None]
     mixed = (1.0 - weight) * targets + weight * jax.nn.one_hot(labels, targets.shape[-1])
-    return jnp.where((labels >= 0)[..., None], mixed * valid, targets)
+    return jnp.where(
+        (labels >= 0)[..., None], mixed * valid(labels, targets.shape[-1])[..., None], targets
+    )
 
 
 def logit_matching(logits: Array, teacher_logits: Array, zero_mean: bool = False) -> Array:
@@ -409,22 +410,42 @@ def logit_matching(logits: Array, teacher_logits: Array, zero_mean: bool = False
     return 0.5 * jnp.sum(jnp.square(difference), axis=-1)
 
 
-def _with_labels(
+def with_labels(
     soft: Array,
     logits: Array,
     labels: Array | None,
     hard_weight: ArrayLike,
-    label_known: Array | None,
+    label_known: Array | None = None,
 ) -> Array:
-    """The weighted average of a soft objective `[...]` and the cross-entropy with the labels."""
+    """The weighted average of a soft objective and the cross-entropy with the labels.
+
+    `(1 - hard_weight) * soft + hard_weight * CE(label, softmax(z))`; the first term alone where a label
+    is unknown.
+
+    Args:
+        soft: float `[...]`, such as a value of `later_losses`.
+        logits: `[..., C]` of the student.
+        labels, hard_weight, label_known: as for `distillation`.
+
+    Returns:
+        `[...]` float32; NaN for a known label of C or more.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import losses
+        >>> logits = jnp.array([[4.0, 2.0, 0.0], [4.0, 2.0, 0.0]])
+        >>> print(losses.with_labels(jnp.ones(2), logits, jnp.array([0, -1]), 0.5))
+        [0.571 0.5 ]
+    """
     shapes.check(
         logits=(logits, "number ... C"),
+        soft=(soft, "float ..."),
         labels=(labels, "int? ..."),
         label_known=(label_known, "bool? ..."),
     )
-    _check_plain(hard_weight=hard_weight)
+    ranges.check_plain(hard_weight=hard_weight)
     hard_weight = jnp.asarray(hard_weight, jnp.float32)
-    soft = (1.0 - hard_weight) * soft
+    soft = (1.0 - hard_weight) * soft.astype(jnp.float32)
     if labels is None:
         return soft
     labels = _known_labels(labels, label_known)
@@ -433,18 +454,19 @@ def _with_labels(
     return soft + jnp.where((labels >= 0) & (hard_weight > 0), hard_weight * hard, 0.0)
 
 
-def _check_plain(**values: ArrayLike) -> None:
-    """Checks plain numbers alone: to read an array would wait for the device."""
-    plain = {name: x for name, x in values.items() if isinstance(x, int | float)}
-    ranges.check(**plain)
-
-
 def _known_labels(labels: Array, label_known: Array | None) -> Array:
     return labels if label_known is None else jnp.where(label_known, labels.astype(jnp.int32), -1)
 
 
-def _valid(labels: Array, num_classes: int) -> Array:
-    """1 for a label below C, else NaN: a factor, so that the gradient becomes NaN too."""
+def valid(labels: Array, num_classes: int) -> Array:
+    """1 for a label below C, else NaN: a factor, so that the gradient becomes NaN too.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import losses
+        >>> print(losses.valid(jnp.array([-1, 2, 3]), num_classes=3))
+        [ 1.  1. nan]
+    """
     return jnp.where(labels < num_classes, 1.0, jnp.nan)
 
 

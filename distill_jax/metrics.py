@@ -63,3 +63,42 @@ def prediction_counts(
         "errors": jnp.sum(jnp.where(wrong, weight, 0.0)),
         "count": jnp.sum(jnp.where(known, weight, 0.0)),
     }
+
+
+def multi_label_counts(logits: Array, labels: Array) -> dict[str, Array]:
+    """Counts the yes-or-no decisions of examples with several classes, and those that are wrong.
+
+    A class is predicted where its probability, `sigmoid(z)`, is above a half.
+
+    Args:
+        logits: `[..., C]`.
+        labels: int `[..., C]`, 0 or 1; one below 0 is unknown, and not counted.
+
+    Returns:
+        int32 scalars: "errors" of the decisions, and "count", the known labels; "inexact", of the
+        examples those with an error, and "examples", those with a known label.
+
+    Raises:
+        UserError: for labels of another shape.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import metrics
+        >>> logits = jnp.array([[2.0, -1.0, 3.0], [1.0, -1.0, -1.0]])
+        >>> counts = metrics.multi_label_counts(logits, jnp.array([[1, 1, 0], [1, 0, -1]]))
+        >>> print(counts["errors"], counts["count"], counts["inexact"], counts["examples"])
+        2 5 1 2
+    """
+    shapes.check(logits=(logits, "number ... C"), labels=(labels, "int ... C"))
+    known = labels >= 0
+    wrong = ((logits > 0) != (labels > 0)) & known
+
+    def count(flags: Array) -> Array:
+        return jnp.sum(flags, dtype=jnp.int32)
+
+    return {
+        "errors": count(wrong),
+        "count": count(known),
+        "inexact": count(jnp.any(wrong, axis=-1)),
+        "examples": count(jnp.any(known, axis=-1)),
+    }

@@ -128,6 +128,11 @@ TABLE: dict[str, Allowed] = {
     "temperature": above(0),
     "teacher_temperature": above(0),
     "hard_weight": share(),
+    "teacher_share": share(),
+    "target_weight": at_least(0),
+    "other_weight": at_least(0),
+    "inter_weight": at_least(0),
+    "intra_weight": at_least(0),
     # Optimizers.
     "learning_rate": above(0),
     "momentum": below(1),
@@ -166,6 +171,11 @@ def check(**values: Any) -> None:
     """
     for name, value in values.items():
         check_value(name, value, TABLE[name])
+
+
+def check_plain(**values: Any) -> None:
+    """`check` of the plain numbers alone: to read an array would wait for the device."""
+    check(**{name: value for name, value in values.items() if isinstance(value, int | float)})
 
 
 def check_value(name: str, value: Any, allowed: Allowed) -> None:

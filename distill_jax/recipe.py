@@ -8,7 +8,7 @@ import jax
 import optax
 from jax import Array
 
-from distill_jax import epochs, optimizers, ranges, train_step
+from distill_jax import epochs, metrics, optimizers, ranges, train_step
 from distill_jax.data.stream import Block
 from distill_jax.models import Model, Params
 from distill_jax.train_step import Batch, Transform
@@ -79,6 +79,13 @@ PLAIN = Reader(
     lambda model, params, examples: train_step.make_eval_step(model)(params, examples)["errors"],
 )
 """Examples that are a batch already: fields `[N, ...]`."""
+
+MULTI_LABEL = PLAIN._replace(
+    count_errors=lambda model, params, examples: metrics.multi_label_counts(
+        model.apply(params, examples["inputs"]), examples["labels"]
+    )["errors"]
+)
+"""Examples with several classes at once, "labels" `[N, C]`; errors are wrong yes or no."""
 
 
 class Stream(NamedTuple):

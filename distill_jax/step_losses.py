@@ -4,11 +4,14 @@ Each takes the fields that it needs from the batch, and its numbers from `hyper`
 one for each example, as `train_step.make_train_step` takes them (`train_step.Loss`).
 """
 
+import functools
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses, soft_targets
+from distill_jax import later_losses, losses, multi_label, soft_targets
 from distill_jax.train_step import (
     Batch,
     Constants,
@@ -108,6 +111,95 @@ def logit_matching_loss(
 ) -> Array:
     """Half the squared difference of zero-meaned logits (section 2.1)."""
     return losses.logit_matching(logits, _teacher_logits(batch), zero_mean=True)
+
+
+def of_teacher_logits(objective: Callable[..., Array], *names: str) -> Loss:
+    """A step's loss of one of `later_losses`, weighted with the labels by `hyper["hard_weight"]`.
+
+    It is `losses.with_labels` of `objective(logits, teacher_logits, temperature, **numbers)`, with the
+    batch's "teacher_logits" and `hyper["temperature"]`.
+
+    Args:
+        objective: a function of `later_losses`, or of the same arguments.
+        names: numbers that it takes by keyword, from `hyper`.
+
+    Examples:
+        >>> from distill_jax import later_losses
+        >>> loss = of_teacher_logits(later_losses.jensen_shannon, "teacher_share")
+        >>> batch = {"teacher_logits": jnp.array([[4.0, 2.0, 0.0]]), "label": jnp.array([-1])}
+        >>> hyper = {"temperature": 2.0, "hard_weight": 0.0, "teacher_share": 0.5}
+        >>> print(loss(jnp.array([[3.0, 1.0, 1.0]]), batch, hyper, None))
+        [0.059]
+    """
+
+    def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
+        numbers = {name: number(hyper, name) for name in names}
+        temperature = number(hyper, "temperature")
+        soft = objective(logits, _teacher_logits(batch), temperature, **numbers)
+        return losses.with_labels(soft, logits, known_labels(batch), number(hyper, "hard_weight"))
+
+    return loss
+
+
+reverse_kl_loss = of_teacher_logits(later_losses.reverse_kl)
+jensen_shannon_loss = of_teacher_logits(later_losses.jensen_shannon, "teacher_share")
+standardised_loss = of_teacher_logits(later_losses.standardised_kl)
+transformed_teacher_loss = of_teacher_logits(later_losses.transformed_teacher)
+
+
+def decoupled_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
+    """`later_losses.decoupled` at `hyper["target_weight"]`, ["other_weight"], and the labels' part."""
+    labels = labels_of(batch)
+    soft = later_losses.decoupled(
+        logits,
+        _teacher_logits(batch),
+        labels,
+        number(hyper, "temperature"),
+        target_weight=number(hyper, "target_weight"),
+        other_weight=number(hyper, "other_weight"),
+    )
+    return losses.with_labels(soft, logits, labels, number(hyper, "hard_weight"))
+
+
+def correlation_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
+    """`later_losses.correlation` at `hyper["inter_weight"]` and ["intra_weight"], and the labels' part.
+
+    The batch's "weight" `[B]`, if it has one, says how much an example counts in the second term. That
+    is of all examples handed over: a micro-batch, or a device's part under `pmap`, has its own.
+    """
+    objective = functools.partial(later_losses.correlation, weight=batch.get("weight"))
+    loss = of_teacher_logits(objective, "inter_weight", "intra_weight")
+    return loss(logits, batch, hyper, constants)
+
+
+def multi_label_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
+    """`multi_label.cross_entropy` with the batch's "labels" `[B, C]`: 0 or 1, below 0 where unknown."""
+    return multi_label.cross_entropy(logits, _many_labels(batch))
+
+
+def multi_label_distillation_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
+    """`multi_label.distillation` at `hyper["temperature"]` and `hyper["hard_weight"]`.
+
+    Reads the batch's "teacher_logits" `[B, C]`, those of sigmoids, and "labels" `[B, C]` if it has them.
+    """
+    temperature = number(hyper, "temperature")
+    return multi_label.distillation(
+        logits,
+        multi_label.sigmoid(_teacher_logits(batch), temperature),
+        batch.get("labels"),
+        temperature,
+        number(hyper, "hard_weight"),
+    )
+
+
+def _many_labels(batch: Batch) -> Array:
+    return take(batch, ("labels",), "the batch has", "0 or 1 for each class, [B, C]")[0]
 
 
 def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> Array:

@@ -36,6 +36,7 @@ from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from distill_jax.nets import Net
 from distill_jax.recipe import FREE
+from distill_jax.recipe import MULTI_LABEL as MULTI_LABEL
 from distill_jax.recipe import PLAIN as PLAIN
 from distill_jax.recipe import Examples as Examples
 from distill_jax.recipe import Reader as Reader

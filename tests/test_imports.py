@@ -68,11 +68,12 @@ def test_one_file_of_the_library_names_devices():
     ]
 
 
-def test_losses_need_only_jax_and_optax():
-    path = ROOT / "distill_jax" / "losses.py"
-    own = {name for name in imports(path) if name.startswith("distill_jax.")}
-    assert packages(path) == {"jax", "optax", "distill_jax"}
-    assert own == {"distill_jax.ranges", "distill_jax.shapes"}
+@pytest.mark.parametrize("name", ["losses", "later_losses", "multi_label"])
+def test_losses_need_only_jax_and_optax(name):
+    path = ROOT / "distill_jax" / f"{name}.py"
+    own = {each.split(".")[1] for each in imports(path) if each.startswith("distill_jax.")}
+    assert packages(path) <= {"jax", "optax", "distill_jax"}
+    assert own <= {"ranges", "shapes", "losses"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

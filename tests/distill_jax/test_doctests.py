@@ -20,8 +20,10 @@ MODULES = sorted(
 )
 WITH_EXAMPLES = [
     "distill_jax.fused_loss",
+    "distill_jax.later_losses",
     "distill_jax.losses",
     "distill_jax.metrics",
+    "distill_jax.multi_label",
     "distill_jax.optimizers",
     "distill_jax.soft_targets.compare",
     "distill_jax.soft_targets.encodings",

@@ -11,9 +11,11 @@ import numpy as np
 
 from distill_jax import (
     fused_loss,
+    later_losses,
     losses,
     metrics,
     models,
+    multi_label,
     nets,
     optimizers,
     soft_targets,
@@ -151,6 +153,47 @@ def calls() -> dict[str, Call]:
             lambda **a: losses.logit_matching(**a, zero_mean=True),
             {"logits": LOGITS, "teacher_logits": LOGITS},
         ),
+        **{
+            name: Call(
+                lambda loss=loss, **a: loss(**a, temperature=2.0),
+                {"logits": LOGITS, "teacher_logits": LOGITS},
+            )
+            for name, loss in (
+                ("reverse_kl", later_losses.reverse_kl),
+                ("jensen_shannon", later_losses.jensen_shannon),
+                ("standardised_kl", later_losses.standardised_kl),
+                ("transformed_teacher", later_losses.transformed_teacher),
+            )
+        },
+        "decoupled": Call(
+            lambda **a: later_losses.decoupled(**a, temperature=2.0),
+            {"logits": LOGITS, "teacher_logits": LOGITS, "labels": LABELS},
+        ),
+        "correlation": Call(
+            lambda **a: later_losses.correlation(**a, temperature=2.0),
+            {"logits": LOGITS, "teacher_logits": LOGITS, "weight": TAIL},
+        ),
+        "standardise": Call(later_losses.standardise, {"logits": LOGITS}),
+        "with_labels": Call(
+            lambda **a: losses.with_labels(**a, hard_weight=0.5),
+            {"soft": TAIL, "logits": LOGITS, "labels": LABELS},
+        ),
+        "sigmoid": Call(multi_label.sigmoid, {"logits": LOGITS}),
+        "multi-label cross_entropy": Call(
+            multi_label.cross_entropy, {"logits": LOGITS, "labels": _ints(B, C)}
+        ),
+        "multi-label distillation": Call(
+            lambda **a: multi_label.distillation(**a, temperature=2.0, hard_weight=0.5),
+            {"logits": LOGITS, "soft_targets": TARGETS, "labels": _ints(B, C)},
+        ),
+        "multi_label_counts": Call(
+            metrics.multi_label_counts, {"logits": LOGITS, "labels": _ints(B, C)}
+        ),
+        "multi_label_distillation_loss": Call(
+            loss(step_losses.multi_label_distillation_loss),
+            {"logits": LOGITS, "batch": {**BATCH, "labels": _ints(B, C)}},
+        ),
+        "reverse_kl_loss": Call(loss(step_losses.reverse_kl_loss), batch),
         "error_counts": Call(metrics.error_counts, {"logits": LOGITS, "labels": LABELS}),
         "prediction_counts": Call(
             metrics.prediction_counts, {"predicted": LABELS, "labels": LABELS}
