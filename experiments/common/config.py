@@ -83,6 +83,8 @@ COMMON: dict[str, Allowed] = {
     "optimizer": one_of("adam", "sgd", "dropout_2012"),
     "warmup_epochs": count(0),
     "at_once": count(),
+    "temperature_ramp": several(ranges.any_number(), least=0),
+    "hard_weight_ramp": several(ranges.any_number(), least=0),
 }
 
 
@@ -127,6 +129,24 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
         )
     return found
+
+
+def at(net: ConfigDict, name: str) -> Any:
+    """A section's number, such as its "temperature"; or a dict of how it changes, if it has a ramp."""
+    ramp = net[f"{name}_ramp"]
+    return dict(zip(("from", "to", "steps"), ramp, strict=True)) if ramp else net[name]
+
+
+def ramp_conflicts(config: ConfigDict, section: str) -> Iterator[str]:
+    """Ramps that are none, or lead to numbers that are not allowed."""
+    for name in [name for name in config[section] if f"{name}_ramp" in config[section]]:
+        ramp, allowed = config[section][f"{name}_ramp"], ranges.TABLE[name]
+        fits = len(ramp) == 3 and all(map(allowed.accepts, ramp[:2])) and count().accepts(ramp[2])
+        if ramp and not fits:
+            yield (
+                f"{section}.{name}_ramp is {ramp}; allowed: (), or (from, to, steps) with numbers "
+                f"{allowed.words}, and steps a whole number above 0"
+            )
 
 
 def report_conflicts(config: ConfigDict, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:

@@ -31,7 +31,7 @@ def train(
     keys: Array,
     directory: Path,
     name: str,
-    variants: Sequence[Mapping[str, float]] = ({},),
+    variants: Sequence[Mapping[str, Any]] = ({},),
     evaluation: Mapping[str, Examples | Sequence[Examples]] = types.MappingProxyType({}),
     passes: int = 1,
     reader: Reader = PLAIN,
@@ -48,8 +48,8 @@ def train(
         keys: one for each seed (`study.Context.keys`); a seed's variants share theirs.
         directory: this training's own.
         name: shown in progress.
-        variants: further traced numbers per net ("temperature", "hard_weight", "learning_rate").
-            Member `v * len(keys) + s` is variant v of seed s.
+        variants: further traced numbers per net ("temperature", "hard_weight", "learning_rate"), or
+            their ramps (`config.at`). Member `v * len(keys) + s` is variant v of seed s.
         evaluation: sets to count errors on.
         passes: epochs over small examples for each of the net's epochs.
         reader, start: as for `trainer.train`.
@@ -136,12 +136,15 @@ def build_optimizer(
     raise UserError(f"optimizer must be adam, sgd or dropout_2012, not {net.optimizer!r}")
 
 
-def _hyper(
-    net: ConfigDict, variants: Sequence[Mapping[str, float]], seeds: int
-) -> dict[str, np.ndarray]:
-    """Traced numbers `[M]`: the config section's own, where a variant has none."""
+def _hyper(net: ConfigDict, variants: Sequence[Mapping[str, Any]], seeds: int) -> dict[str, Any]:
+    """Traced numbers `[M]`, or ramps of such: the section's own, where a variant has none."""
     names = {"learning_rate", *(key for variant in variants for key in variant)}
-    return {
-        name: np.repeat([variant.get(name, net.get(name)) for variant in variants], seeds)
-        for name in names
-    }
+    values = {name: [variant.get(name, net.get(name)) for variant in variants] for name in names}
+    return {name: _repeat(each, seeds) for name, each in values.items()}
+
+
+def _repeat(values: Sequence[Any], seeds: int) -> Any:
+    if not any(isinstance(value, Mapping) for value in values):
+        return np.repeat(values, seeds)
+    ramps = [x if isinstance(x, Mapping) else {"from": x, "to": x, "steps": 1} for x in values]
+    return {part: np.repeat([ramp[part] for ramp in ramps], seeds) for part in train_step.RAMP}

@@ -21,6 +21,7 @@ from experiments.common.config import (
     net_section,
     no_jitter,
     product,
+    ramp_conflicts,
     report_conflicts,
 )
 
@@ -63,7 +64,15 @@ def get_config(preset: str = "default") -> ConfigDict:
     )
     student = net_section(hidden=(800, 800), learning_rate=2e-3, epochs=16)
     config.baseline = net_section(hidden=(800, 800), learning_rate=1e-3, batch_size=256, epochs=15)
-    config.distilled = {**student, "epochs": 20, "temperature": 20.0, "hard_weight": 0.02}
+    config.distilled = {
+        **student,
+        "epochs": 20,
+        "temperature": 20.0,
+        "hard_weight": 0.02,
+        # Of the stage distilled alone: (from, to, steps), a number that changes with the step; (): none.
+        "temperature_ramp": (),
+        "hard_weight_ramp": (),
+    }
     config.sweep = {
         **student,
         "widths": (300, 30),
@@ -119,6 +128,7 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
         ],
     )
     yield from no_jitter(config, _NETS[2:])
+    yield from ramp_conflicts(config, "distilled")
     yield from member_conflicts(config, "seeds", len(config.seeds))
     for net in _NETS:
         if net != "sweep":

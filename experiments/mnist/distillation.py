@@ -1,5 +1,6 @@
 """The teacher, its soft targets, and nets that are trained with and without them (section 3)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from distill_jax import losses, soft_targets, step_losses, train_step
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net, load
+from experiments.common.config import at
 from experiments.common.study import Context, Row, make_row, write_json
 from experiments.mnist.data import (
     load_data,
@@ -16,7 +18,7 @@ from experiments.mnist.data import (
     training_set_with_targets,
     with_soft_targets,
 )
-from experiments.mnist.nets import changed, error_row, errors_by_variant, sizes, train
+from experiments.mnist.nets import changed, error_row, errors_by_variant, shown, sizes, train
 
 
 def teacher(context: Context) -> list[Row]:
@@ -62,35 +64,42 @@ def make_soft_targets(context: Context) -> list[Row]:
 def distilled(context: Context) -> list[Row]:
     """The small net regularised solely by soft targets (74 errors)."""
     net = context.config.distilled
-    nets = _distil(context, "distilled", step_losses.distillation_loss, net.hard_weight)
-    row = f"distilled {sizes(net)}, T={net.temperature:g}"
+    variant = {"temperature": at(net, "temperature"), "hard_weight": at(net, "hard_weight")}
+    nets = _distil(context, "distilled", step_losses.distillation_loss, variant)
+    row = f"distilled {sizes(net)}, T={shown(variant['temperature'])}"
     return [error_row(context, "mnist", row, nets, 74)]
 
 
 def alternatives(context: Context) -> list[Row]:
     """The same net without labels, with label-modified soft targets, and by matching logits."""
     net = context.config.distilled
-    at = f"T={net.temperature:g}"
+    at_one = f"T={net.temperature:g}"
     ways = (
-        ("soft_only", f"soft targets only, {at}", step_losses.distillation_loss, 0.0),
+        ("soft_only", f"soft targets only, {at_one}", step_losses.distillation_loss, 0.0),
         (
             "label_modified",
-            f"label-modified soft targets, {at}",
+            f"label-modified soft targets, {at_one}",
             step_losses.label_modified_loss,
             net.hard_weight,
         ),
         ("logit_matching", "logit matching", step_losses.logit_matching_loss, 0.0),
     )
     return [
-        error_row(context, "mnist", row, _distil(context, name, loss, hard_weight))
+        error_row(
+            context,
+            "mnist",
+            row,
+            _distil(
+                context, name, loss, {"temperature": net.temperature, "hard_weight": hard_weight}
+            ),
+        )
         for name, row, loss, hard_weight in ways
     ]
 
 
-def _distil(context: Context, name: str, loss: train_step.Loss, hard_weight: float) -> Net:
+def _distil(context: Context, name: str, loss: train_step.Loss, variant: Mapping[str, Any]) -> Net:
     net = context.config.distilled
     examples = training_set_with_targets(context, net)
-    variant = {"temperature": net.temperature, "hard_weight": hard_weight}
     return train(context, name, net, examples, loss, variants=[variant])
 
 

@@ -1,6 +1,6 @@
 """Trains the nets of the MNIST study, and makes rows of their errors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def train(
     examples: Sequence[Examples] | Stream,
     loss: train_step.Loss,
     *,
-    variants: Sequence[dict[str, float]] = ({},),
+    variants: Sequence[Mapping[str, Any]] = ({},),
     passes: int = 1,
     number: int = 0,
 ) -> Net:
@@ -59,6 +59,13 @@ def sizes(net: ConfigDict) -> str:
     if len(set(net.hidden)) == 1:
         return f"{len(net.hidden)}x{net.hidden[0]}"
     return "-".join(map(str, net.hidden))
+
+
+def shown(number: float | Mapping[str, float]) -> str:
+    """A number in a row's name, "20", or one that changes with the step, "20 to 4"."""
+    if isinstance(number, Mapping):
+        return f"{number['from']:g} to {number['to']:g}"
+    return f"{number:g}"
 
 
 def error_row(context: Context, table: str, row: str, nets: Net, paper: float | None = None) -> Row:

@@ -103,6 +103,16 @@ CONFLICTS = [
     ),
     ("mnist", {"selection": "validation"}, "data.validation is 0"),
     ("mnist", {"sweep.jitter": 1}, "sweep.jitter is 1; allowed: 0"),
+    (
+        "mnist",
+        {"distilled.temperature_ramp": (8.0, 0.0, 10)},
+        "distilled.temperature_ramp is (8.0, 0.0, 10); allowed: (), or (from, to, steps) with",
+    ),
+    (
+        "mnist",
+        {"distilled.hard_weight_ramp": (0.0, 0.5)},
+        "distilled.hard_weight_ramp is (0.0, 0.5); allowed: (), or (from, to, steps) with",
+    ),
     ("mnist", {"data.block_examples": 500}, "only tfds: sources are streamed"),
     ("mnist", {"data.validation": 4000}, "data.validation is 4000 of 4000"),
     (
