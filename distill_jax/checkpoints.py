@@ -99,7 +99,7 @@ def save(
         "checksum": int(processes.fetch(checksum(state))),
         "leaves": _describe(state),
     }
-    stored = ocp.args.StandardSave(jax.tree.map(_storable, state))
+    stored = ocp.args.StandardSave(jax.tree.map(_storable, _fields(state)))
     items = ocp.args.Composite(state=stored, notes=ocp.args.JsonSave(notes))
     try:
         manager.save(step, args=items, metrics=metrics, force=True)
@@ -222,6 +222,17 @@ def _storable(leaf: Array) -> Array:
     return leaf.astype(jnp.uint8) if leaf.dtype in _SHORT else leaf
 
 
+def _fields(state: Any) -> Any:
+    """What is stored of a training state: orbax tells an empty model state from none, as of before."""
+    if not hasattr(state, "_asdict"):
+        return state
+    return {
+        name: x
+        for name, x in state._asdict().items()
+        if name != "model_state" or jax.tree.leaves(x)
+    }
+
+
 def _stored_as(leaf: Any) -> Any:
     """The ShapeDtypeStruct of what `_storable` makes of an array, on the same devices."""
     own = ocp.utils.to_shape_dtype_struct(leaf)
@@ -258,9 +269,11 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Restored:
         now, there = _describe(like), notes["leaves"]
         names = sorted({**there, **now})
         files.check_same("its arrays are others", there, {name: now.get(name) for name in names})
-    abstract = ocp.args.StandardRestore(jax.tree.map(_stored_as, like))
+    abstract = ocp.args.StandardRestore(jax.tree.map(_stored_as, _fields(like)))
     stored = manager.restore(step, args=ocp.args.Composite(state=abstract))["state"]
-    state = jax.tree.map(_as_it_was, stored, like)
+    state = jax.tree.map(_as_it_was, stored, _fields(like))
+    if hasattr(like, "_replace"):
+        state = like._replace(**state)
     # Orbax detects missing and truncated files, but not a changed bit in the data of an array.
     if int(processes.fetch(checksum(state))) != notes["checksum"]:
         raise ValueError("the checksum of the arrays differs from the one that was saved with them")

@@ -2,8 +2,9 @@
 
 A folder holds
 
-    params.npz    the parameters by their paths, such as "hidden_0/kernel", each `[M, ...]`; net.json has
-                  another name, if the net replaced one
+    params.npz    the parameters by their paths, such as "hidden_0/kernel", each `[M, ...]`; of a model
+                  with state "params/hidden_0/kernel", and "state/..." besides; net.json has another
+                  name, if the net replaced one
     net.json      the model's description, the inputs' shape, history, config, fingerprint; written last
 
 and whatever training keeps beside them. NumPy has no bfloat16: such an array is stored as its bits.
@@ -23,7 +24,7 @@ import numpy as np
 from distill_jax import files, losses, models, processes, soft_targets
 from distill_jax.batches import count_rows
 from distill_jax.errors import UserError
-from distill_jax.models import Model, Params
+from distill_jax.models import Model, Params, Variables
 
 FORMAT = ("distill_jax.net", 1)
 FILES = _META, _PARAMS = "net.json", "params.npz"
@@ -32,14 +33,15 @@ FILES = _META, _PARAMS = "net.json", "params.npz"
 class Net(NamedTuple):
     """M trained nets of one model, such as the seeds of a study or an ensemble's members; or one net.
 
-    model: of all. params: each leaf `[M, ...]`; of one net without that axis. history: a record after
+    model: of all. params: what `model.apply` takes, so `models.Variables` of a model with state; each
+    leaf `[M, ...]`; of one net without that axis. history: a record after
     each report of the training (`loop.Record`), lists over members or one net's numbers. seconds: of the
     training of all. members: M, or None for one net. about: what else is kept in net.json, "config",
     "inputs" {"shape", "dtype"} (or a tree of such) and "num_classes" among it.
     """
 
     model: Model
-    params: Params
+    params: Params | Variables
     history: list[dict[str, Any]]
     seconds: float
     members: int | None
@@ -115,7 +117,7 @@ def save(folder: str | os.PathLike[str], net: Net, *, overwrite: bool = False) -
 
     Args:
         folder: made if it isn't there.
-        net: whose parameters are nested dicts of arrays.
+        net: whose parameters, and state if there is one, are nested dicts of arrays.
         overwrite: replaces another net, in one step: a kill leaves the old or the new one.
 
     Raises:
@@ -137,8 +139,10 @@ def save(folder: str | os.PathLike[str], net: Net, *, overwrite: bool = False) -
     path = folder / _PARAMS
     if path.exists():  # until the new net.json names the new file, the old one names the old
         path = folder / f"params.{secrets.token_hex(4)}.npz"
-    dtypes = save_params(path, stored.params)
-    kept = {"file": path.name, "sha256": files.sha256(path), "dtypes": dtypes}
+    dtypes = save_params(path, _as_dict(stored.params))
+    kept: dict[str, Any] = {"file": path.name, "sha256": files.sha256(path), "dtypes": dtypes}
+    if isinstance(stored.params, Variables):
+        kept["has_state"] = True
     meta = {
         "model": describe(stored.model),
         "members": stored.members,
@@ -175,6 +179,8 @@ def load(folder: str | os.PathLike[str], model: Model | None = None) -> Net:
     path = _params_of(folder, meta)
     files.check_sha256(path, kept["sha256"], "train the net again, or copy it again")
     params = load_params(path, kept["dtypes"])
+    if kept.get("has_state"):
+        params = Variables(params.get("params", {}), params["state"])
     known = {"format", "version", "model", "members", "parameters", "fingerprint"}
     about = {name: x for name, x in meta.items() if name not in known | {"history", "seconds"}}
     net = Net(
@@ -297,8 +303,8 @@ def _check_params(folder: Path, net: Net) -> None:
         lambda x: jax.ShapeDtypeStruct((1, *x["shape"]), x["dtype"]), inputs, is_leaf=_is_described
     )
     expected = jax.eval_shape(net.model.init, jax.random.key(0), sample)
-    there = {name: list(leaf.shape[1:]) for name, leaf in _by_path(net.params).items()}
-    now = {name: list(leaf.shape) for name, leaf in _paths(expected)}
+    there = {name: list(leaf.shape[1:]) for name, leaf in _by_path(_as_dict(net.params)).items()}
+    now = {name: list(leaf.shape) for name, leaf in _paths(_as_dict(expected))}
     lacking = {name: None for name in there if name not in now}
     files.check_same(f"the net in {folder} does not fit the model", there, {**now, **lacking})
 
@@ -314,6 +320,11 @@ def _shapes_of(described: Any) -> Any:
     if isinstance(described, Mapping):
         return {name: _shapes_of(part) for name, part in sorted(described.items())}
     return [_shapes_of(part) for part in described]
+
+
+def _as_dict(variables: Params | Variables) -> Params:
+    """The params, or a dict of them and of the state."""
+    return variables._asdict() if isinstance(variables, Variables) else variables
 
 
 def _paths(params: Params) -> list[tuple[str, Any]]:

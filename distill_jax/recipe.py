@@ -10,7 +10,7 @@ from jax import Array
 
 from distill_jax import epochs, metrics, optimizers, ranges, train_step
 from distill_jax.data.stream import Block
-from distill_jax.models import Model, Params
+from distill_jax.models import Model, Params, Variables
 from distill_jax.train_step import Batch, Transform
 
 Examples = Mapping[str, Any]
@@ -64,19 +64,21 @@ FREE = ("epochs", "fused_logits", "save_every")
 class Reader(NamedTuple):
     """How examples are read on the device.
 
-    gather: makes a batch of them. count_errors: `(model, params, examples) -> int32 []`. draw and size:
-    as for `epochs.make_epoch`.
+    gather: makes a batch of them. count_errors: `(model, variables, examples) -> int32 []`. draw and
+    size: as for `epochs.make_epoch`.
     """
 
     gather: epochs.Gather
-    count_errors: Callable[[Model, Params, Batch], Array]
+    count_errors: Callable[[Model, Params | Variables, Batch], Array]
     draw: epochs.Draw = epochs.shuffle
     size: Callable[[Any], int] = epochs.count_examples
 
 
 PLAIN = Reader(
     epochs.take_rows,
-    lambda model, params, examples: train_step.make_eval_step(model)(params, examples)["errors"],
+    lambda model, variables, examples: train_step.make_eval_step(model)(variables, examples)[
+        "errors"
+    ],
 )
 """Examples that are a batch already: fields `[N, ...]`."""
 

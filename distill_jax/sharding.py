@@ -57,7 +57,7 @@ def state_shardings(state: TrainState, mesh: Mesh, *leading: str) -> TrainState:
     gives is what the next one, split by inputs, needs, and a pair takes one reduction in each
     direction. With an odd number of them the first is split by the network's inputs. If "model"
     doesn't divide the classes, the output layer is whole. All else is whole too, such as a
-    convolutional trunk. What an optimizer keeps of a weight lies as the weight does.
+    convolutional trunk and the model's state. What an optimizer keeps of a weight lies as it does.
 
     Args:
         state: of arrays, or of their shapes.
@@ -79,7 +79,7 @@ def state_shardings(state: TrainState, mesh: Mesh, *leading: str) -> TrainState:
     def sharding(path: tuple[Any, ...], leaf: Array) -> NamedSharding:
         layer, weights = _layer_of(path)
         split: tuple[str | None, ...] = ()
-        if layer in depths:
+        if layer in depths and weights in ("kernel", "bias"):
             split = _split_layer(layer, depths[layer], weights, leaf.shape, mesh.shape["model"])
         return NamedSharding(mesh, PartitionSpec(*leading, *split))
 

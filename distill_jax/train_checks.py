@@ -125,8 +125,8 @@ def compare_losses(record: Mapping[str, Any], sums: Mapping[str, np.ndarray], wh
     if worse.any():
         m = int(worse.argmax())
         logging.warning(
-            "%s: the loss is %.4g in evaluation mode, but was %.4g in training: the model may keep a "
-            "state, such as BatchNorm's statistics, which a models.Model has no place for",
+            "%s: the loss is %.4g in evaluation mode, but was %.4g in training: the model may lose a "
+            "state, such as BatchNorm's statistics; models.from_linen and models.from_nnx keep it",
             what,
             evaluation[m],
             training[m],

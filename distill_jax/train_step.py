@@ -18,9 +18,9 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import batches, fused_loss, layers, metrics, ranges, shapes
+from distill_jax import batches, fused_loss, layers, metrics, models, ranges, shapes
 from distill_jax.errors import UserError
-from distill_jax.models import Model, Params
+from distill_jax.models import Model, Params, Variables
 
 Batch = dict[str, Any]
 """Fields of B examples: "id" [B], "inputs" [B, ...] or a tree of such arrays, "label" int32 [B], below 0
@@ -69,11 +69,20 @@ class Fused(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that training changes, and exactly what a checkpoint holds."""
+    """All that training changes, and exactly what a checkpoint holds.
+
+    model_state: of the model (`models.Variables`), no matter of the optimizer; () if it has none.
+    """
 
     step: Array
     params: Params
     opt_state: optax.OptState
+    model_state: Any = ()
+
+    @property
+    def variables(self) -> Params | Variables:
+        """What the model is applied to: the params, with its state if it has one."""
+        return models.join(self.params, self.model_state)
 
 
 class TrainStep(Protocol):
@@ -97,9 +106,10 @@ def init_state(
     return state_of(model.init(key, inputs), optimizer)
 
 
-def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0 that starts from given parameters."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def state_of(variables: Params | Variables, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 that starts from given params, or `Variables` of a model with state."""
+    params, model_state = models.split(variables)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), model_state)
 
 
 def make_train_step(
@@ -117,16 +127,19 @@ def make_train_step(
     The step's randomness is `key` folded with the step's number, so a resumed run needs no saved key.
 
     Args:
-        model: trained with dropout; `loss` sees its logits.
+        model: in training mode; `loss` sees its logits.
         optimizer: from `distill_jax.optimizers`; receives `hyper["learning_rate"]`.
         loss: per-example values; the step minimises their mean over the whole batch, weighted if the
             batch has a "weight". They must not be divided by sums over the batch, such as that of a
             mask: a micro-batch or a device has another sum. `Fused` for very many classes.
         transforms: applied to the batch in turn, each with a key of its own.
         micro_batches: parts into which the batch is cut to save memory; the gradient is their mean.
+            A model's state goes through them in turn: BatchNorm takes the statistics of each part.
         schedules: numbers that are functions of the step, in place of those of `hyper`.
         axis_name: the mapped axis to average over when the step runs under `pmap` or `shard_map`;
-            None in the global view of `jit`, where the mean is already over all devices.
+            None in the global view of `jit`, where the mean is already over all devices. So BatchNorm
+            takes the statistics of the whole batch under `jit`, and of each device's part here, where
+            the states are averaged.
 
     Returns:
         The step; its metrics are sums over the batch: "loss" float32 and "examples" int32; "errors" and
@@ -135,14 +148,16 @@ def make_train_step(
 
     Raises:
         UserError: for a fused loss of a model without `hidden`. When called, for what the batch or
-            `hyper` lacks, and for micro-batches of a field that is not `[B, ...]`.
+            `hyper` lacks, for micro-batches of a field that is not `[B, ...]`, and for a model whose
+            new state is not like the old one.
     """
     ranges.check(micro_batches=micro_batches)
     mean_loss = _mean(model, loss)
 
-    def gradient(params: Params, batch: Batch, key: Array, shared: _Shared):
-        (_, sums), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, batch, key, shared)
-        return grads, sums
+    def gradient(params: Params, model_state: Any, batch: Batch, key: Array, shared: _Shared):
+        found = jax.value_and_grad(mean_loss, has_aux=True)(params, model_state, batch, key, shared)
+        (_, (sums, model_state)), grads = found
+        return model_state, (grads, sums)
 
     def step(
         state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
@@ -155,16 +170,19 @@ def make_train_step(
         shared = _Shared(hyper, constants, _mean_weight(batch, micro_batches, axis_name))
         own_gradient = functools.partial(gradient, state.params, shared=shared)
         if micro_batches == 1:
-            grads, sums = own_gradient(batch, dropout_key)
+            model_state, (grads, sums) = own_gradient(state.model_state, batch, dropout_key)
         else:
-            grads, sums = _accumulate(own_gradient, micro_batches, batch, dropout_key)
+            model_state, (grads, sums) = _accumulate(
+                own_gradient, micro_batches, state.model_state, batch, dropout_key
+            )
         if axis_name is not None:
             grads, sums = jax.lax.pmean(grads, axis_name), jax.lax.psum(sums, axis_name)
+            model_state = jax.tree.map(functools.partial(_average, axis_name), model_state)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, learning_rate=number(hyper, "learning_rate")
         )
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), sums
+        return TrainState(state.step + 1, params, opt_state, model_state), sums
 
     return step
 
@@ -188,7 +206,8 @@ def make_loss_step(
         batch, _ = _transform(transforms, batch, key, constants)
         hyper = at_step(hyper, state.step, schedules)
         shared = _Shared(hyper, constants, _mean_weight(batch))
-        return state, mean_loss(state.params, batch, None, shared)[1]
+        _, (sums, _) = mean_loss(state.params, state.model_state, batch, None, shared)
+        return state, sums
 
     return step
 
@@ -252,28 +271,34 @@ def _mean_weight(batch: Batch, parts: int = 1, axis_name: str | None = None) -> 
 
 
 def _mean(model: Model, loss: Loss | Fused) -> Any:
-    """`(params, batch, dropout key, shared) -> (mean loss, the step's metrics)`."""
+    """`(params, model state, batch, key, shared) -> (mean loss, (metrics, new state))`.
+
+    In training mode with a key, in evaluation mode if it is None.
+    """
     return _fused_mean(model, loss) if isinstance(loss, Fused) else _dense_mean(model, loss)
 
 
 def _dense_mean(model: Model, loss: Loss) -> Any:
     loss = _weighted(loss)
 
-    def mean_loss(params: Params, batch: Batch, key: Array, shared: _Shared):
-        logits = model.apply(params, _inputs(batch), dropout_key=key)
+    def mean_loss(
+        params: Params, model_state: Any, batch: Batch, key: Array | None, shared: _Shared
+    ):
+        variables = models.join(params, model_state)
+        logits, model_state = models.run(model, variables, _inputs(batch), key)
         values = loss(logits, batch, shared.hyper, shared.constants)
         sums = _sums(values, jnp.argmax(logits, axis=-1), batch)
         weight = batches.weights(batch)
         if weight is None:
-            return jnp.mean(values), sums
-        return sums["loss"] / (shared.weight * (values.size // weight.size)), sums
+            return jnp.mean(values), (sums, model_state)
+        total = shared.weight * (values.size // weight.size)
+        return sums["loss"] / total, (sums, model_state)
 
     return mean_loss
 
 
 def _fused_mean(model: Model, fused: Fused) -> Any:
-    hidden_of = model.hidden
-    if hidden_of is None:
+    if model.hidden is None:
         raise UserError(
             "a loss can't be fused with the output layer of a model without `hidden`: give it one, "
             f"which makes the activations that the layer {fused.output!r} takes"
@@ -283,8 +308,11 @@ def _fused_mean(model: Model, fused: Fused) -> Any:
     def loss(logits: Array, fields: Batch, shared: _Shared) -> Array:
         return own(logits, fields, shared.hyper, shared.constants)
 
-    def mean_loss(params: Params, batch: Batch, key: Array, shared: _Shared):
-        hidden = hidden_of(params, _inputs(batch), dropout_key=key)
+    def mean_loss(
+        params: Params, model_state: Any, batch: Batch, key: Array | None, shared: _Shared
+    ):
+        variables = models.join(params, model_state)
+        hidden, model_state = models.run(model, variables, _inputs(batch), key, "hidden")
         # A loss of logits has no use for the inputs, and they need not be cut into chunks.
         fields = {name: field for name, field in batch.items() if name != "inputs"}
         weight = batches.weights(batch)
@@ -298,7 +326,7 @@ def _fused_mean(model: Model, fused: Fused) -> Any:
             rows=fused.rows,
             over=fused.over,
         )
-        return mean, _sums(values, predicted, batch)
+        return mean, (_sums(values, predicted, batch), model_state)
 
     return mean_loss
 
@@ -320,6 +348,11 @@ def _weighted(loss: Loss) -> Loss:
     return values
 
 
+def _average(axis_name: str, leaf: Array) -> Array:
+    """The mean over devices of what has one; counters are the same on all."""
+    return jax.lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
 def _sums(values: Array, predicted: Array, batch: Batch) -> dict[str, Array]:
     """The step's metrics."""
     labels, weight = known_labels(batch), batches.weights(batch)
@@ -331,14 +364,14 @@ def _sums(values: Array, predicted: Array, batch: Batch) -> dict[str, Array]:
     return {"loss": jnp.sum(weight * values), "examples": jnp.sum(weight), **counts}
 
 
-def make_eval_step(model: Model) -> Callable[[Params, Batch], dict[str, Array]]:
-    """Builds `evaluate(params, batch) -> {"errors", "count"}`, the model in evaluation mode.
+def make_eval_step(model: Model) -> Callable[[Params | Variables, Batch], dict[str, Array]]:
+    """Builds `evaluate(variables, batch) -> {"errors", "count"}`, the model in evaluation mode.
 
     The count is of known labels, or their weight.
     """
 
-    def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
-        logits = model.apply(params, _inputs(batch))
+    def evaluate(variables: Params | Variables, batch: Batch) -> dict[str, Array]:
+        logits = model.apply(variables, _inputs(batch))
         return metrics.error_counts(logits, labels_of(batch), batches.weights(batch))
 
     return evaluate
@@ -362,10 +395,10 @@ def known_labels(batch: Batch) -> Array | None:
 def online_teacher(apply: Callable[[Params, Array], Array]) -> Transform:
     """A transform that adds a frozen teacher's logits, for inputs that are augmented in the step.
 
-    Its parameters are `constants["teacher"]`.
+    What it is applied to, `Net.params`, is `constants["teacher"]`.
 
     Args:
-        apply: `(parameters, inputs [B, ...]) -> logits [B, C]`, in evaluation mode: `model.apply`.
+        apply: `(variables, inputs [B, ...]) -> logits [B, C]`, in evaluation mode: `model.apply`.
     """
 
     def add_logits(batch: Batch, key: Array, constants: Constants) -> Batch:
@@ -431,8 +464,10 @@ def take(fields: Any, names: Sequence[str], what: str, how: str) -> tuple[Any, .
     return tuple(fields[name] for name in names)
 
 
-def _accumulate(gradient: Any, parts: int, batch: Batch, key: Array) -> tuple[Params, Any]:
-    """The mean gradient and summed metrics of `parts` equal parts of the batch, one at a time."""
+def _accumulate(
+    gradient: Any, parts: int, model_state: Any, batch: Batch, key: Array
+) -> tuple[Any, tuple[Params, Any]]:
+    """The last state, mean gradient and summed metrics of `parts` equal parts of the batch in turn."""
     size = batches.count_rows(_inputs(batch))
     if size % parts:
         raise UserError(f"a batch of {size} can't be cut into {parts} equal micro-batches")
@@ -442,12 +477,14 @@ def _accumulate(gradient: Any, parts: int, batch: Batch, key: Array) -> tuple[Pa
         lambda x: jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0), batch
     )
 
-    def add(total: Any, piece_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(*piece_and_key)), None
+    def add(state_and_total: Any, piece_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
+        model_state, total = state_and_total
+        model_state, found = gradient(model_state, *piece_and_key)
+        return (model_state, jax.tree.map(jnp.add, total, found)), None
 
     first = jax.tree.map(lambda x: x[0], pieces)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first, key)
-    )
-    (grads, sums), _ = jax.lax.scan(add, zeros, (pieces, jax.random.split(key, parts)))
-    return jax.tree.map(lambda g: g / parts, grads), sums
+    _, found = jax.eval_shape(gradient, model_state, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+    keys = jax.random.split(key, parts)
+    (model_state, (grads, sums)), _ = jax.lax.scan(add, (model_state, zeros), (pieces, keys))
+    return model_state, (jax.tree.map(lambda g: g / parts, grads), sums)

@@ -33,7 +33,7 @@ from distill_jax import (
 )
 from distill_jax.data.stream import Block, make_advance
 from distill_jax.errors import UserError
-from distill_jax.models import Model, Params
+from distill_jax.models import Model, Params, Variables
 from distill_jax.nets import Net
 from distill_jax.recipe import FREE
 from distill_jax.recipe import MULTI_LABEL as MULTI_LABEL
@@ -68,7 +68,7 @@ def train(
     constants: Sequence[Mapping[str, Any]] = (),
     evaluation: Mapping[str, Examples | Sequence[Examples]] = types.MappingProxyType({}),
     reader: Reader = PLAIN,
-    start: Params | None = None,
+    start: Params | Variables | None = None,
     mesh: Any = None,
     selection: str = "last",
     name: str = "net",
@@ -99,7 +99,8 @@ def train(
         evaluation: sets to count errors on after every report, by the metric's name; for all members or
             each member's own.
         reader: how the examples are read.
-        start: parameters to start from, each leaf `[M, ...]`; fresh ones if not given.
+        start: parameters to start from, or `models.Variables` of a model with state, each leaf
+            `[M, ...]`; fresh ones if not given.
         mesh: from `sharding.make_mesh`; by default all devices on its axis "data".
         selection: "last", the nets after the last epoch; or "validation", those at the checkpoint with
             the fewest `BEST` errors.
@@ -182,7 +183,7 @@ def train(
             on_record=_recorders(name, plan.units, directory),
         )
         seconds = history[-1]["seconds"]
-        if not model.description:
+        if not model.description and not isinstance(states.variables, Variables):
             loss_step = train_step.make_loss_step(
                 model, objective, transforms=recipe.transforms, schedules=schedules
             )
@@ -202,7 +203,7 @@ def train(
         "num_classes": classes,
     }
     records = [{"epoch": record["unit"] * plan.epochs, **record} for record in history]
-    params = jax.tree.map(np.asarray, processes.fetch(states.params))
+    params = jax.tree.map(np.asarray, processes.fetch(states.variables))
     net = Net(model, params, records, seconds, len(keys), about)
     nets.save(directory, net, overwrite=True)
     processes.wait()
@@ -275,13 +276,13 @@ def _fuse(
 
 
 def _start(model: Model, optimizer: Any, mesh: Any, starts: Any, sample: Any) -> Any:
-    """The members' states at step 0, of keys `[M]` or of parameters with a leading axis."""
+    """The members' states at step 0, of keys `[M]` or of variables with a leading axis."""
     if isinstance(starts, Array):
         return sharding.init_members(
             lambda key: train_step.init_state(model, optimizer, key, sample), starts, mesh
         )
     return sharding.init_members(
-        lambda params: train_step.state_of(params, optimizer), starts, mesh
+        lambda variables: train_step.state_of(variables, optimizer), starts, mesh
     )
 
 
@@ -372,9 +373,9 @@ def _evaluator(
     mesh: Any,
 ) -> Callable[[train_step.TrainState], dict[str, Array]]:
     @jax.jit
-    def count(params: Params, own: Batch, shared: Batch) -> Array:
+    def count(variables: Params | Variables, own: Batch, shared: Batch) -> Array:
         return jax.vmap(lambda member, own: reader.count_errors(model, member, {**own, **shared}))(
-            params, own
+            variables, own
         )
 
     def put(examples: Examples | Sequence[Examples]) -> tuple[Batch, Batch]:
@@ -388,7 +389,7 @@ def _evaluator(
 
     def evaluate(states: train_step.TrainState) -> dict[str, Array]:
         return {
-            name: processes.serialize_on_cpu(count(states.params, *parts))
+            name: processes.serialize_on_cpu(count(states.variables, *parts))
             for name, parts in sets.items()
         }
 
