@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,20 +190,35 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def content_of(folder: Path) -> str:
+def content_of(folder: Path, paths: Iterable[Path] | None = None, ends: int = _END) -> str:
     """Names what a folder's files hold, without reading large ones whole: 16 hex digits.
 
-    Of each file the name, the size and 64 KiB at both ends count; not those of folders within, nor texts
-    for people (.md).
+    Of each file the name, the size and `ends` bytes at both ends count.
+
+    Args:
+        folder: of the files.
+        paths: of those that count, anywhere in it. None: all, but those of folders within, and texts for
+            people (.md).
+        ends: bytes.
+
+    Raises:
+        UserError: for a file that can't be read.
     """
+    if paths is None:
+        paths = (path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix != ".md":
-            size = path.stat().st_size
+    for path in sorted(paths):
+        try:
             with path.open("rb") as file:
-                digest.update(f"{path.name} {size} ".encode() + file.read(_END))
-                file.seek(max(0, size - _END))
-                digest.update(file.read(_END))
+                size = os.fstat(file.fileno()).st_size
+                digest.update(
+                    f"{path.relative_to(folder)} {size} ".encode(errors="surrogateescape")
+                )
+                digest.update(file.read(ends))
+                file.seek(max(0, size - ends))
+                digest.update(file.read(ends))
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}") from error
     return digest.hexdigest()[:16]
 
 

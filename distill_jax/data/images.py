@@ -1,366 +1,281 @@
-"""Image classification sets as whole NumPy arrays: the embedded MNIST, or one that TFDS prepared.
+"""Image classification sets from wherever they are: the embedded MNIST, files, folders, TFDS, arrays.
 
-`load("embedded")` reads the four canonical idx files of this package, checked by their SHA-256.
-`load("tfds:NAME")` reads a set that TensorFlow Datasets (TFDS) prepared on disk; it needs neither
-TensorFlow nor a network. All mistakes that a user can correct are `UserError`s.
+    embedded        the MNIST of this package, four idx files checked by their SHA-256
+    npz:FILE        arrays x_train, y_train, x_test, y_test
+    idx:FOLDER      four files named like MNIST's
+    images:FOLDER   train/CLASS/*.png and test/CLASS/*.png, or CLASS/*.png alone
+    tfds:NAME       a set that TensorFlow Datasets prepared on disk
+
+`load` reads any of them as NumPy arrays, `open_set` opens those that can be left on disk, `from_arrays`
+makes the same of arrays. All mistakes that a user can correct are `UserError`s.
 """
 
-import gzip
-import hashlib
-import itertools
-import re
-import shlex
-import time
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from distill_jax import files, shapes
+from distill_jax.data import array_files, image_folders, tfds_sets
+from distill_jax.data.array_files import EMBEDDED_DIR, MNIST_SHA256, Pair
+from distill_jax.data.examples import (
+    Examples,
+    Source,
+    check_classes,
+    resize,
+    say_once,
+    validate,
+    with_ids,
+)
+from distill_jax.data.records import OnDisk, read_all
 from distill_jax.errors import UserError
 
-# All arrays share the leading axis N:
-#   "id"      int32 [N], unique in its source;
-#   "inputs"  uint8 [N, H, W] or [N, H, W, channels] (no trailing axis of 1);
-#   "label"   int32 [N].
-Examples = dict[str, np.ndarray]
-
-EMBEDDED_DIR = Path(__file__).parent / "mnist"
-
-# SHA-256 of the uncompressed bytes; the compression may differ.
-_MNIST_SHA256 = {
-    "train-images-idx3-ubyte.gz": (
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
-    ),
-    "train-labels-idx1-ubyte.gz": (
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"
-    ),
-    "t10k-images-idx3-ubyte.gz": (
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"
-    ),
-    "t10k-labels-idx1-ubyte.gz": (
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
-    ),
-}
-_MNIST_CLASSES = 10
-
-# NAME[/CONFIG][:VERSION]. TFDS also accepts namespaces, which may need the network, and builder
-# arguments, which never name prepared data.
-_TFDS_NAME = re.compile(r"(?P<set>\w+)(/[\w.-]+)?(:[\d.*]+)?")
-# Examples that are decoded together: original photographs are about 1 MB each.
-_TFDS_CHUNK = 100
-_TEST_SPLITS = ("test", "validation", "val")
-_UNLABELLED = -1  # TFDS's label of an example without one
-_PROGRESS_SECONDS = 5
+_NAMES = (
+    "'embedded' (the MNIST of this package), 'npz:FILE', 'idx:FOLDER', 'images:FOLDER' or "
+    "'tfds:NAME[/CONFIG][:VERSION]' (a prepared TFDS set, such as 'tfds:mnist')"
+)
+_ON_DISK = ("images", "tfds")
+_ENDS = 4096  # bytes of an image that its content is named by; there may be a million files
 
 
-class Source(NamedTuple):
-    """A data set. Train ids are 0..N-1 and test ids N..N+M-1, so that ids are unique."""
-
-    name: str
-    num_classes: int
-    train: Examples
-    test: Examples
-
-
-class Prepared(NamedTuple):
-    """A set that TFDS prepared, opened but not read. test_split: the split that `load` uses."""
-
-    name: str
-    builder: Any
-    num_classes: int
-    test_split: str
-
-
-def load(name: str, data_dir: str | None = None, side: int = 0) -> Source:
-    """Reads a whole data set into memory; sets other than the embedded one are validated.
+def load(
+    name: str,
+    data_dir: str | None = None,
+    side: int = 0,
+    *,
+    test_share: float = 0.0,
+    seed: int = 0,
+) -> Source:
+    """Reads a whole data set into memory; all but the embedded one are validated.
 
     Args:
-        name: "embedded" for the MNIST of this package (60,000 and 10,000 examples in file order),
-            or "tfds:NAME[/CONFIG][:VERSION]" for a prepared TFDS set with the features `image` and
-            `label`. Its split "train" is the training set; the test set is the first of "test",
-            "validation" and "val" that it has and that is labelled. A split is unlabelled (as the test
-            splits of imagenet2012 and i_naturalist2021 are) if its first 100 labels are all -1; the
-            last of the three splits that exist is not checked. Ids follow the order on disk, which
-            TFDS derives from hashes: they differ from those of "embedded".
+        name: one of
+
+            - "embedded": the MNIST of this package, 60,000 and 10,000 examples in file order.
+            - "npz:FILE": arrays x_train, y_train, x_test and y_test (as in Keras's files), or
+              train_images, train_labels, test_images and test_labels (MedMNIST's); as for
+              `from_arrays`. "class_names", an array of texts, may be there; other arrays are not read.
+            - "idx:FOLDER": four files named like MNIST's, of any size, with or without .gz; the names
+              may begin with anything, and FOLDER/emnist-letters names one of several sets.
+            - "images:FOLDER": PNG and JPEG files in train/CLASS and test/CLASS (or validation, val),
+              or in CLASS alone. Classes are numbered in the order of their names; those of test must be
+              in train. Images are grey if all of them are, else RGB, as a white page shows them. Ids
+              follow a hash of the files' names. Hidden files are passed over.
+            - "tfds:NAME[/CONFIG][:VERSION]": a prepared TFDS set with the features `image` and `label`.
+              Its split "train" is the training set; the test set is the first of "test", "validation"
+              and "val" that it has and that is labelled. A split is unlabelled (as the test splits of
+              imagenet2012 and i_naturalist2021 are) if its first 100 labels are all -1; the last of the
+              three splits that exist is not checked. Ids follow the order on disk, which TFDS derives
+              from hashes: they differ from those of "embedded".
         data_dir: for "embedded", another folder with the four files (still checked); for "tfds:",
             TFDS's data_dir, None for its default ($TFDS_DATA_DIR or ~/tensorflow_datasets).
-        side: for "tfds:" only. 0 leaves images unchanged; they must then all have one size. Otherwise
-            each is resized to side x side pixels when it is read: the largest square at its centre,
-            by antialiased bilinear interpolation.
+        side: 0 leaves images unchanged; they must then all have one size. Otherwise each is resized to
+            side x side pixels when it is read: the largest square at its centre, by antialiased bilinear
+            interpolation. Not for "embedded".
+        test_share: for "images:" without a test set: the share of each class's images that is one.
+        seed: of the images that are held out for it.
 
     Raises:
-        UserError: unknown name; a side below 0, or for "embedded"; a missing or damaged file; a TFDS
-            set that is missing, not prepared, or prepared without random access (the message has the
-            command that prepares it), or damaged, or without the splits, features or images of one
-            size, or too large for the memory; see `validate`.
+        UserError: unknown name; a side, data_dir or test_share where it has no meaning; what is missing,
+            damaged or can't be trained on, with the path, the array or the command that prepares a TFDS
+            set; a set too large for the memory; see `validate`.
     """
-    if side < 0 or (side and name == "embedded"):
-        raise UserError(
-            f"data.side must be 0 or, for a TFDS set, pixels to resize images to, not {side} for {name}"
+    kind, where = _split_name(name, data_dir, side, test_share)
+    if kind == "embedded":
+        return array_files.load_embedded(_embedded_dir(data_dir))
+    if kind in _ON_DISK:
+        opened = open_set(name, data_dir, side, test_share=test_share, seed=seed)
+        train, test = read_all(opened.train), read_all(opened.test)
+        _check_alike(train["inputs"], test["inputs"], name)
+        return Source(name, opened.num_classes, train, test, opened.class_names)
+    path = files.local_path(where)
+    class_names: tuple[str, ...] = ()
+    if kind == "npz":
+        train_pair, test_pair, class_names = array_files.read_npz(path)
+    else:
+        train_pair, test_pair = array_files.read_idx(array_files.find_idx(path))
+    source = from_arrays(train_pair, test_pair, class_names, name=name)
+    return _resized(source, side) if side else source
+
+
+def open_set(
+    name: str,
+    data_dir: str | None = None,
+    side: int = 0,
+    *,
+    test_share: float = 0.0,
+    seed: int = 0,
+) -> OnDisk:
+    """Opens an "images:" or "tfds:" set without reading it; arguments and errors as for `load`."""
+    kind, where = _split_name(name, data_dir, side, test_share)
+    if kind == "tfds":
+        return tfds_sets.open_set(tfds_sets.find(where, data_dir), side)
+    if kind == "images":
+        return image_folders.open_set(
+            image_folders.find(files.local_path(where), test_share, seed), side
         )
-    if name == "embedded":
-        return _load_embedded(EMBEDDED_DIR if data_dir is None else files.local_path(data_dir))
-    prepared = open_prepared(name, data_dir)
-    train = _read_tfds_split(prepared, "train", side, first_id=0)
-    return Source(name, prepared.num_classes, train, read_test(prepared, side))
+    raise UserError(f"{name} is read whole: only images: and tfds: sets can be left on disk")
 
 
-def check_source(name: str, data_dir: str | None = None) -> Path | None:
-    """The folder of a TFDS set; None for "embedded", whose files can be no others.
+def check_source(
+    name: str, data_dir: str | None = None, *, test_share: float = 0.0, seed: int = 0
+) -> str | None:
+    """Names the content of a set; None for "embedded", whose files can be no others.
+
+    Args:
+        name, data_dir, test_share, seed: as for `load`.
+
+    Returns:
+        16 hex digits of a hash; of large files both ends count, of a PNG or npz file these hold sums of
+        all that is in it.
 
     Raises:
         UserError: if `load` would find no such set; none of its images are read.
     """
-    if name != "embedded":
-        return Path(open_prepared(name, data_dir).builder.data_dir)
-    folder = EMBEDDED_DIR if data_dir is None else files.local_path(data_dir)
-    missing = [file for file in _MNIST_SHA256 if not (folder / file).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder / missing[0]}: no such file; data.data_dir has the four MNIST files"
-        )
-    return None
+    kind, where = _split_name(name, data_dir, 0, test_share)
+    if kind == "embedded":
+        folder = _embedded_dir(data_dir)
+        missing = [file for file in MNIST_SHA256 if not (folder / file).is_file()]
+        if missing:
+            raise UserError(
+                f"{folder / missing[0]}: no such file; data.data_dir has the four MNIST files"
+            )
+        return None
+    if kind == "tfds":
+        return files.content_of(Path(tfds_sets.find(where, data_dir).builder.data_dir))
+    path = files.local_path(where)
+    if kind == "npz":
+        array_files.npz_keys(path)
+        return files.content_of(path.parent, [path])
+    if kind == "idx":
+        found = array_files.find_idx(path)
+        return files.content_of(found.train[0].parent, [*found.train, *found.test])
+    folder_files = image_folders.find(path, test_share, seed)
+    paths = [file for file, _ in folder_files.train + folder_files.test]
+    return files.content_of(path, paths, ends=_ENDS)
 
 
-def open_prepared(name: str, data_dir: str | None = None) -> Prepared:
-    """Opens a "tfds:" set without reading it; arguments and errors as for `load`."""
-    kind, _, set_name = name.partition(":")
-    if kind != "tfds" or not _TFDS_NAME.fullmatch(set_name):
-        raise UserError(
-            f"unknown data source {name!r}: expected 'embedded' (the MNIST of this package) or "
-            "'tfds:NAME[/CONFIG][:VERSION]' (a prepared TFDS set, such as 'tfds:mnist')"
-        )
-    # Imported here because it can take seconds, and the embedded set does not need it.
-    import tensorflow_datasets as tfds
-
-    where = None if data_dir is None else str(files.local_path(data_dir))
-    builder = _prepared_builder(tfds, set_name, where)
-    # Sorted for the message: in TFDS their order changes from run to run.
-    found = dict(sorted(builder.info.features.items()))
-    has_images = "image" in found and found["image"].np_dtype == np.uint8
-    if not has_images or not isinstance(found.get("label"), tfds.features.ClassLabel):
-        raise UserError(
-            f"{name}: an image classification set has the features image (uint8) and label "
-            f"(ClassLabel), this one has {found}"
-        )
-    return Prepared(name, builder, found["label"].num_classes, _find_test_split(builder, name))
-
-
-def read_test(prepared: Prepared, side: int = 0) -> Examples:
-    """Reads the test set into memory; ids, `side` and errors as for `load`."""
-    size = prepared.builder.info.splits["train"].num_examples
-    return _read_tfds_split(prepared, prepared.test_split, side, first_id=size)
-
-
-def validate(examples: Examples, num_classes: int, what: str) -> None:
-    """Checks that examples can be trained on.
+def from_arrays(
+    train: Pair, test: Pair, class_names: tuple[str, ...] = (), *, name: str = "arrays"
+) -> Source:
+    """A source of arrays.
 
     Args:
-        examples: needs "id", "inputs" and "label"; any further arrays are checked too.
-        num_classes: labels must be integers in 0..num_classes-1.
-        what: description of the examples, with which each message begins.
+        train: images, uint8 or floating point in 0..1 (which become bytes: 255 x, rounded), `[N, H, W]`
+            or `[N, H, W, channels]` with 1 to 4 channels; and labels, integers `[N]` or `[N, 1]`.
+        test: the same, of M examples.
+        class_names: `[C]`, labels are 0..C-1. Without them the classes are the labels that occur in
+            train; if these are not 0..C-1, they are numbered so in their order, which is printed, and
+            the class names are the labels as they were.
+        name: of the source, with which each message begins.
 
     Raises:
-        UserError: if an array is missing; if lengths differ; if there are no examples; if the inputs
-            are neither uint8 nor floating point; for NaN or infinity; if labels are not integers or
-            out of range.
+        UserError: for another dtype or shape, lengths or sizes that differ, images outside 0..1, NaN, a
+            single class, labels in test that train doesn't have; see `validate`.
+
+    Examples:
+        >>> import numpy as np
+        >>> from distill_jax.data import images
+        >>> inputs = np.zeros((3, 8, 8), np.uint8)
+        >>> source = images.from_arrays((inputs, [0, 1, 2]), (inputs[:2], [2, 0]))
+        >>> source.num_classes, source.train["label"].tolist(), source.test["id"].tolist()
+        (3, [0, 1, 2], [3, 4])
     """
-    missing = [key for key in ("id", "inputs", "label") if key not in examples]
-    if missing:
-        raise UserError(f"{what}: array {', '.join(missing)} is missing; found {sorted(examples)}")
-    for key, array in examples.items():
-        if not hasattr(array, "shape"):
-            raise UserError(f"{what}: {key} is {shapes.describe(array)}; expected an array")
-    lengths = {key: array.shape[:1] for key, array in examples.items()}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{key} {list(length)}" for key, length in lengths.items())
-        raise UserError(f"{what}: arrays must have one length, found {listed}")
-
-    ids, images, labels = examples["id"], examples["inputs"], examples["label"]
-    if not len(ids):
-        raise UserError(f"{what}: no examples")
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-        raise UserError(f"{what}: inputs must be uint8 or floating point, found {images.dtype}")
-    for key, array in examples.items():
-        if np.issubdtype(array.dtype, np.floating):
-            broken = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
-            if broken.any():
-                raise UserError(
-                    f"{what}: {key} has NaN or infinity in {broken.sum()} of {len(ids)} examples, "
-                    f"the first has id {ids[broken.argmax()]}"
-                )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{what}: label must be an integer, found {labels.dtype}")
-    bad = np.logical_or(labels < 0, labels >= num_classes)
-    if bad.any():
-        first = bad.argmax()
-        raise UserError(
-            f"{what}: {bad.sum()} of {len(bad)} labels are outside 0..{num_classes - 1}, "
-            f"the first is {labels[first]} at id {ids[first]}"
-        )
-
-
-def _load_embedded(folder: Path) -> Source:
-    train = _mnist_examples(folder, "train", first_id=0)
-    test = _mnist_examples(folder, "t10k", first_id=len(train["id"]))
-    return Source("embedded", _MNIST_CLASSES, train, test)
-
-
-def _mnist_examples(folder: Path, prefix: str, first_id: int) -> Examples:
-    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
-    labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
-    return _examples(images, labels, first_id)
-
-
-def _examples(images: np.ndarray, labels: np.ndarray, first_id: int) -> Examples:
-    if images.ndim == 4 and images.shape[-1] == 1:
-        images = images[..., 0]
-    ids = np.arange(first_id, first_id + len(images), dtype=np.int32)
-    return {"id": ids, "inputs": images, "label": labels.astype(np.int32)}
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """The uint8 array of one of the four MNIST files, checked."""
-    sha256 = _MNIST_SHA256[path.name]
-    expected = (
-        f"{path}: expected the gzipped MNIST file with SHA-256 {sha256} (uncompressed), found "
-    )
-    try:
-        with gzip.open(path) as file:
-            content = file.read()
-    except FileNotFoundError:
-        raise UserError(expected + "no file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{expected}one that cannot be read: {error}") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise UserError(f"{expected}{len(content)} bytes with {found}")
-    # Big-endian: two zero bytes, type code 8 (uint8), the number of axes, their sizes, the data.
-    axes = content[3]
-    shape = np.frombuffer(content, ">u4", count=axes, offset=4)
-    # Copied, because an array over `bytes` is read-only.
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
-
-
-def _find_test_split(builder: Any, source_name: str) -> str:
-    splits = sorted(builder.info.splits)
-    candidates = [split for split in _TEST_SPLITS if split in splits]
-    if "train" not in splits or not candidates:
-        raise UserError(
-            f"{source_name}: splits 'train' and 'test' (or 'validation', 'val') are needed, "
-            f"this set has {', '.join(splits)}"
-        )
-    for split in candidates[:-1]:
-        first = itertools.islice(_tfds_examples(builder, source_name, split), _TFDS_CHUNK)
-        if any(example["label"] != _UNLABELLED for example in first):
-            return split
-    return candidates[-1]
-
-
-def _prepared_builder(tfds: Any, set_name: str, data_dir: str | None) -> Any:
-    """TFDS's builder of a set that is on disk in a format with random access.
-
-    These are the two steps of `tfds.data_source(..., download=False)`. Done one by one, the three ways
-    in which a set can be absent get messages of their own. No step uses the network.
-    """
-    where = "TFDS's default data_dir" if data_dir is None else data_dir
-    command = _prepare_command(set_name, data_dir)
-    try:
-        builder = tfds.builder(set_name, data_dir=data_dir, try_gcs=False)
-    # An unknown name, config or version, or a missing package that TFDS needs for the set.
-    except (ValueError, AssertionError, ImportError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise UserError(
-            f"tfds:{set_name} is not in {where} ({reason}). "
-            f"A set that TFDS knows is prepared by: {command}"
-        ) from error
-    if not builder.is_prepared():
-        raise UserError(
-            f"tfds:{set_name} is not prepared: {builder.data_dir} is no prepared set. "
-            f"Prepare it by: {command}"
-        )
-    found = builder.info.available_file_formats()
-    if not found & tfds.core.FileFormat.with_random_access():
-        listed = ", ".join(sorted(file_format.value for file_format in found))
-        raise UserError(
-            f"tfds:{set_name} is prepared as {listed}, which has no random access. Delete "
-            f"{builder.data_dir} (or name another data_dir) and prepare it by: {command}"
-        )
-    return builder
-
-
-def _prepare_command(set_name: str, data_dir: str | None) -> str:
-    where = "" if data_dir is None else f" --data_dir={shlex.quote(str(data_dir))}"
-    if re.split("[/:]", set_name)[0] == "mnist":
-        return f"python -m distill_jax.data.prepare_tfds{where}"
-    return f"pip install tensorflow && tfds build {set_name}{where} --file_format=array_record"
-
-
-def _read_tfds_split(prepared: Prepared, split: str, side: int, first_id: int) -> Examples:
-    source_name, builder = prepared.name, prepared.builder
-    size = builder.info.splits[split].num_examples
-    images: np.ndarray | None = None
-    labels = np.empty(size, np.int32)
-    shown = time.monotonic()
-    for row, example in enumerate(_tfds_examples(builder, source_name, split)):
-        image = resize(example["image"], side) if side else example["image"]
-        if images is None:
-            images = _allocate((size, *image.shape), f"{source_name}, {split}")
-        # Checked one by one, before a set of many large images fills the memory.
-        if image.shape != images.shape[1:]:
-            raise UserError(
-                f"{source_name}, {split}: all images must have one size, the first is "
-                f"{list(images.shape[1:])}, the one with id {first_id + row} is "
-                f"{list(image.shape)}; data.side is the size to which they can be resized"
+    train_images, train_labels = _checked(*train, f"{name}, train")
+    test_images, test_labels = _checked(*test, f"{name}, test")
+    _check_alike(train_images, test_images, name)
+    num_classes = len(class_names)
+    if not class_names:
+        values = np.unique(train_labels)
+        num_classes = len(values)
+        unknown = np.setdiff1d(test_labels, values)
+        if values[0] < 0 or len(unknown):
+            listed = (
+                "labels below 0" if values[0] < 0 else f"no example of class {unknown[0]}, test has"
             )
-        images[row], labels[row] = image, example["label"]
-        if time.monotonic() - shown > _PROGRESS_SECONDS:
-            shown = time.monotonic()
-            print(f"{source_name}, {split}: {row + 1} of {size} images read", flush=True)
-    if images is None:
-        raise UserError(f"{source_name}, {split}: no examples")
-    examples = _examples(images, labels, first_id)
-    validate(examples, prepared.num_classes, f"{source_name}, {split}")
-    return examples
+            raise UserError(f"{name}: train has {listed}")
+        if values[-1] != num_classes - 1:
+            class_names = tuple(map(str, values.tolist()))
+            train_labels = np.searchsorted(values, train_labels)
+            test_labels = np.searchsorted(values, test_labels)
+            say_once(
+                f"{name}: the {num_classes} labels {class_names[0]} to {class_names[-1]} are numbered "
+                f"0..{num_classes - 1} in their order"
+            )
+    check_classes(num_classes, name)
+    parts = list[Examples]()
+    for split, images, labels in (
+        ("train", train_images, train_labels),
+        ("test", test_images, test_labels),
+    ):
+        examples = with_ids(images, labels, first_id=len(train_images) if parts else 0)
+        # Labels as they were: those of 64 bits may look right in 32.
+        validate({**examples, "label": labels}, num_classes, f"{name}, {split}")
+        parts.append(examples)
+    return Source(name, num_classes, parts[0], parts[1], class_names)
 
 
-def _allocate(shape: tuple[int, ...], what: str) -> np.ndarray:
-    """One array for all images: a list that is stacked at the end would need twice the memory."""
-    try:
-        return np.empty(shape, np.uint8)
-    except MemoryError as error:
+def _split_name(name: str, data_dir: str | None, side: int, test_share: float) -> tuple[str, str]:
+    """The kind of a source, and which one; what has no meaning for that kind is a UserError."""
+    kind, _, where = name.partition(":")
+    is_path = kind in ("npz", "idx", "images") and where != ""
+    known = is_path or (kind == "tfds" and tfds_sets.is_name(where))
+    if name != "embedded" and not known:
+        raise UserError(f"unknown data source {name!r}: expected {_NAMES}")
+    if side < 0 or (side and kind == "embedded"):
         raise UserError(
-            f"{what}: images {list(shape)} don't fit the memory; data.side is the size to which they "
-            "can be resized"
-        ) from error
+            "data.side must be 0 or, for all but the embedded set, pixels to resize images to, not "
+            f"{side} for {name}"
+        )
+    if data_dir is not None and kind not in ("embedded", "tfds"):
+        raise UserError(f"data.data_dir is {data_dir!r}, but {name} says itself where it is")
+    if test_share and kind != "images":
+        raise UserError(f"data.test_share is {test_share}, but {name} has a test set")
+    return kind, where
 
 
-def resize(image: np.ndarray, side: int) -> np.ndarray:
-    """Resizes the central square: uint8 `[H, W, channels]` -> uint8 `[side, side, channels]`."""
-    image = np.atleast_3d(image)
-    height, width, channels = image.shape
-    size = min(height, width)
-    top, left = (height - size) // 2, (width - size) // 2
-    square = image[top : top + size, left : left + size]
-    planes = [Image.fromarray(square[..., channel]) for channel in range(channels)]
-    resized = [plane.resize((side, side), Image.Resampling.BILINEAR) for plane in planes]
-    return np.stack([np.asarray(plane) for plane in resized], axis=-1)
+def _embedded_dir(data_dir: str | None) -> Path:
+    return EMBEDDED_DIR if data_dir is None else files.local_path(data_dir)
 
 
-def _tfds_examples(builder: Any, source_name: str, split: str) -> Iterator[dict[str, Any]]:
-    """The decoded examples of a split, in the order on disk."""
-    source = builder.as_data_source(split)
-    for start in range(0, len(source), _TFDS_CHUNK):
-        try:
-            chunk = source.__getitems__(range(start, min(start + _TFDS_CHUNK, len(source))))
-        # A missing or damaged file: RuntimeError of array_record, OSError of pillow.
-        except (RuntimeError, OSError) as error:
+def _checked(images: np.ndarray, labels: np.ndarray, what: str) -> Pair:
+    """Images as uint8 and labels as integers `[N]`."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    floating = np.issubdtype(images.dtype, np.floating)
+    is_image = images.ndim == 3 or (images.ndim == 4 and 1 <= images.shape[3] <= 4)
+    if not (images.dtype == np.uint8 or floating) or not is_image or 0 in images.shape[1:]:
+        raise UserError(
+            f"{what}: images are {shapes.describe(images)}; expected uint8, or floating point in 0..1, "
+            "(N, height, width) or (N, height, width, 1 to 4 channels)"
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        raise UserError(
+            f"{what}: labels are {shapes.describe(labels)}; expected whole numbers (N,) or (N, 1)"
+        )
+    if len(labels) != len(images) or not len(images):
+        raise UserError(f"{what}: {len(images)} images and {len(labels)} labels")
+    if floating:
+        low, high = images.min(), images.max()
+        if not (low >= 0 and high <= 1):
             raise UserError(
-                f"{source_name}, {split}: the files in {builder.data_dir} cannot be read "
-                f"({error}). Delete that folder and prepare the set again"
-            ) from error
-        yield from chunk
+                f"{what}: images are {images.dtype} from {low} to {high}; floating point must be in "
+                "0..1 (or uint8 in 0..255)"
+            )
+        images = np.rint(255 * images).astype(np.uint8)
+    return images, labels
+
+
+def _check_alike(train: np.ndarray, test: np.ndarray, name: str) -> None:
+    if train.shape[1:] != test.shape[1:]:
+        raise UserError(
+            f"{name}: images of train are {list(train.shape[1:])}, those of test {list(test.shape[1:])}"
+        )
+
+
+def _resized(source: Source, side: int) -> Source:
+    def part(examples: Examples) -> Examples:
+        small = np.stack([resize(image, side) for image in examples["inputs"]])
+        return {**examples, "inputs": small[..., 0] if small.shape[-1] == 1 else small}
+
+    return source._replace(train=part(source.train), test=part(source.test))

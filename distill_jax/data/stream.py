@@ -1,4 +1,4 @@
-"""Image classification sets that don't fit in memory, read by number from ArrayRecord files.
+"""Training on sets that don't fit in memory, whose examples are read by number (`records.Records`).
 
 The order of the examples in an epoch is a function of the seed and the epoch only, and is computed place
 by place. Batch b of an epoch has the places b B..(b+1) B-1, of which each process reads its own rows. A
@@ -10,43 +10,21 @@ with any number of processes, and sees the same examples as one that was never s
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from os import PathLike, fspath
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpy.typing import ArrayLike
 
-from distill_jax.data import images
-from distill_jax.data.images import Examples
+from distill_jax.data.records import Records
 from distill_jax.epochs import Epoch, count_examples, make_steps, steps_per_epoch, take_rows
 from distill_jax.errors import UserError
 from distill_jax.loop import Advance
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
-_CHUNK = 100  # records that are read at a time: photographs are about 1 MB each
-
 Block = dict[str, np.ndarray]
 """The fields of S batches of training, on the host; the same shapes and dtypes for every block."""
-
-Parse = Callable[[bytes], Mapping[str, ArrayLike]]
-"""The fields of a record: "inputs" uint8 or floating point, "label" an integer, and any others; with the
-same shapes and dtypes for all records."""
-
-
-class Records(NamedTuple):
-    """N examples that are read by number.
-
-    size: N. read: numbers int `[n]` -> their examples, validated (`images.validate`): "id" int32
-    `[n]`, "inputs" `[n, ...]`, "label" int32 `[n]`, and any other fields `[n, ...]`. Called by several
-    threads at once.
-    """
-
-    size: int
-    read: Callable[[np.ndarray], Examples]
 
 
 class Cut(NamedTuple):
@@ -54,68 +32,6 @@ class Cut(NamedTuple):
 
     steps: int
     blocks: int
-
-
-def from_tfds(prepared: images.Prepared, side: int = 0, split: str = "train") -> Records:
-    """The records of a TFDS set. The ids are those of `images.load`: the order on disk.
-
-    Args:
-        prepared: from `images.open_prepared`.
-        side: as for `images.load`.
-        split: of the set.
-
-    Raises:
-        UserError: here or while reading, for a missing or damaged file, which the message names; for
-            images of different sizes; as `images.validate`.
-    """
-    from tensorflow_datasets import decode
-
-    info = prepared.builder.info
-    source = prepared.builder.as_data_source(
-        split, deserialize_method=decode.DeserializeMethod.RAW_BYTES
-    )
-    shards = [(file.filename, file.take) for file in info.splits[split].file_instructions]
-
-    def parse(record: bytes) -> dict[str, ArrayLike]:
-        example = info.features.deserialize_example_np(record)
-        image = images.resize(example["image"], side) if side else example["image"]
-        # A trailing axis of 1 is dropped, as in `images.Examples`.
-        image = image[..., 0] if image.shape[2:] == (1,) else image
-        return {"inputs": image, "label": np.int32(example["label"])}
-
-    return _records(source, shards, parse, f"{prepared.name}, {split}", prepared.num_classes)
-
-
-def from_files(
-    paths: Sequence[str | PathLike[str]], parse: Parse, num_classes: int, name: str = "records"
-) -> Records:
-    """The records of ArrayRecord files, numbered from 0 in the order of the files.
-
-    Write the files with `group_size:1`; otherwise each read decompresses a whole group of records.
-
-    Args:
-        paths: the files; ids depend on their order.
-        parse: maps the bytes of a record to its fields; called by several threads at once.
-        num_classes: C; labels must be in 0..C-1.
-        name: of the set, for messages.
-
-    Raises:
-        UserError: as `from_tfds`; for a record for which `parse` raises any exception.
-    """
-    import grain
-
-    with ThreadPoolExecutor() as pool:
-        sizes = list(pool.map(_count, paths))
-    shards = [(fspath(path), size) for path, size in zip(paths, sizes, strict=True)]
-    if not sum(sizes):
-        raise UserError(f"{name}: no records in {len(shards)} files")
-    source = grain.sources.ArrayRecordDataSource([f"{path}[0:{size}]" for path, size in shards])
-    return _records(source, shards, parse, name, num_classes)
-
-
-def select(records: Records, numbers: np.ndarray) -> Records:
-    """The records with these numbers; they keep their ids."""
-    return Records(len(numbers), lambda places: records.read(numbers[places]))
 
 
 def cut(size: int, batch_size: int, block_examples: int) -> Cut:
@@ -279,76 +195,3 @@ def make_advance(
         return run_block(state, put(block))
 
     return advance
-
-
-def _count(path: str | PathLike[str]) -> int:
-    import grain
-
-    try:
-        return len(grain.sources.ArrayRecordDataSource([fspath(path)]))
-    except RuntimeError as error:
-        raise UserError(f"{fspath(path)} is no readable ArrayRecord file ({error})") from error
-
-
-def _records(
-    source: Any, shards: Sequence[tuple[str, int]], parse: Parse, name: str, num_classes: int
-) -> Records:
-    """Records of a source that maps numbers to bytes; shards are (path, number of records)."""
-    ends = np.cumsum([size for _, size in shards])
-    size = int(ends[-1])
-    if size > np.iinfo(np.int32).max:
-        raise UserError(
-            f"{name}: {size} records are more than ids of 32 bits can name: {2**31 - 1}"
-        )
-
-    def where(number: int) -> str:
-        path, _ = shards[int(np.searchsorted(ends, number, side="right"))]
-        return f"{name}: record {number}, in {path},"
-
-    def fetch(numbers: list[int]) -> Sequence[bytes]:
-        try:
-            return source.__getitems__(numbers)
-        except (RuntimeError, OSError) as error:
-            if len(numbers) == 1:
-                raise UserError(f"{where(numbers[0])} can't be read ({error})") from error
-            return [fetch([number])[0] for number in numbers]  # finds the damaged one
-
-    def example(number: int, record: bytes) -> Examples:
-        try:
-            fields = {name: np.asarray(value) for name, value in parse(record).items()}
-            return {**fields, "id": np.array(number, np.int32)}
-        except Exception as error:  # a parser may raise anything
-            raise UserError(f"{where(number)} is damaged ({error})") from error
-
-    first = example(0, fetch([0])[0])
-    kinds = _kinds(first)
-
-    def read(numbers: np.ndarray) -> Examples:
-        arrays = {
-            field: np.empty((len(numbers), *value.shape), value.dtype)
-            for field, value in first.items()
-        }
-        for start in range(0, len(numbers), _CHUNK):
-            chunk = numbers[start : start + _CHUNK].tolist()
-            for row, (number, record) in enumerate(zip(chunk, fetch(chunk), strict=True), start):
-                one = example(number, record)
-                if _kinds(one) != kinds:
-                    raise UserError(
-                        f"{where(number)} has {_listed(one)}, but record 0 has {_listed(first)}; all "
-                        "must be the same, and images of a TFDS set can be resized to one side"
-                    )
-                for field, value in one.items():
-                    arrays[field][row] = value
-        if len(numbers):
-            images.validate(arrays, num_classes, name)
-        return arrays
-
-    return Records(size, read)
-
-
-def _kinds(example: Examples) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    return {name: (field.dtype, field.shape) for name, field in example.items()}
-
-
-def _listed(example: Examples) -> str:
-    return ", ".join(f"{name} {field.dtype} {list(field.shape)}" for name, field in example.items())

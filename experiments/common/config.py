@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from distill_jax import ranges
 from distill_jax.errors import UserError
-from distill_jax.ranges import Allowed, above, count, either, one_of, several
+from distill_jax.ranges import Allowed, above, below, count, either, one_of, several
 
 Overrides = dict[str, Any]
 """Dotted config keys and their values: one point of a sweep."""
@@ -65,6 +65,11 @@ SEEDS = several(SEED, distinct=True)
 WEIGHTS = several(above(0), distinct=True)
 """Numbers above 0, each of another net: temperatures, percentages."""
 
+IMAGE_SETS = ("npz:", "idx:", "images:", "tfds:")
+"""What the names of image sets begin with that people bring: those of `distill_jax.data.images`."""
+STREAMED = ("images:", "tfds:")
+"""Of these the ones that can be left on disk."""
+
 _MESH = either(one_of(-1), count())
 
 COMMON: dict[str, Allowed] = {
@@ -77,6 +82,8 @@ COMMON: dict[str, Allowed] = {
     "mesh.model": _MESH,
     "data.source": ranges.text(),
     "data.data_dir": ranges.text(may_be_empty=True),
+    "data.side": count(0),
+    "data.test_share": below(1),
     # Of every section of a net, beside what is in `ranges.TABLE`.
     "hidden": several(count()),
     "dtype": one_of("float32", "bfloat16"),
@@ -146,6 +153,21 @@ def ramp_conflicts(config: ConfigDict, section: str) -> Iterator[str]:
             yield (
                 f"{section}.{name}_ramp is {ramp}; allowed: (), or (from, to, steps) with numbers "
                 f"{allowed.words}, and steps a whole number above 0"
+            )
+
+
+def source_conflicts(config: ConfigDict) -> Iterator[str]:
+    """What is said of an image set, but has no meaning for the one that is named."""
+    data = config.data
+    for name, of in (
+        ("side", IMAGE_SETS),
+        ("test_share", ("images:",)),
+        ("block_examples", STREAMED),
+    ):
+        if data.get(name) and not data.source.startswith(of):
+            yield (
+                f"data.{name} is {data[name]}; allowed: 0 for {data.source}, as it is of "
+                f"{', '.join(of)} sources alone"
             )
 
 

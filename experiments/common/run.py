@@ -25,7 +25,7 @@ from experiments.common.study import (
 )
 
 DATA = "data.json"
-"""What a working directory holds beside its config: what names the content of the data's folder."""
+"""What a working directory holds beside its config: what names the content of its data."""
 
 POINTS = "points.json"
 """What a sweep's folder holds: the names of its points, whose working directories lie beside it."""
@@ -35,13 +35,13 @@ class Study(NamedTuple):
     """What is the study's own.
 
     stages: in an order in which each stands behind those it needs. write_report: of a working directory.
-    check_source: gives the folder of the config's data, if those may change; raises a UserError if they
-    aren't there.
+    check_source: names the content of the config's data (None if those can't change); raises a UserError
+    if they aren't there.
     """
 
     stages: Sequence[Stage]
     write_report: Callable[[Path], None]
-    check_source: Callable[[ConfigDict], Path | None]
+    check_source: Callable[[ConfigDict], str | None]
 
 
 class _Plan(NamedTuple):
@@ -128,7 +128,7 @@ def _plan(
     changed = extension.changed_stages(config, workdir, stages) if extend else {}
     if not changed:
         check_same(workdir, config)
-    data = _content_of(study.check_source(config))
+    data = study.check_source(config)
     _check_data(workdir, data)
     others = _with_data(data, working_directories(reuse))
     keys = stage_keys(config, stages)
@@ -145,10 +145,6 @@ def _plan(
     if not only or "report" in only:
         lines.append("report: will be drawn")
     return _Plan(lines, data, others)
-
-
-def _content_of(folder: Path | None) -> str | None:
-    return None if folder is None else files.content_of(folder)
 
 
 def _data_of(workdir: Path) -> str | None:

@@ -23,6 +23,7 @@ from experiments.common.config import (
     product,
     ramp_conflicts,
     report_conflicts,
+    source_conflicts,
 )
 
 PRESETS = ("smoke", "default", "paper")
@@ -41,17 +42,21 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.selection = "last"  # epoch; or "validation": the checkpoint with fewest errors there
     config.mesh = {"member": 1, "data": -1, "model": 1}
     config.data = {
-        "source": "embedded",  # or tfds:NAME
-        "data_dir": "",
-        # 0: the training set is resident. Else, of a tfds: source, the stages teacher, soft_targets,
-        # baseline, distilled and alternatives read it from disk, in blocks of at most so many
-        # examples. Their order is another one, so the numbers aren't those of a resident run.
+        "source": "embedded",  # or npz:FILE, idx:FOLDER, images:FOLDER, tfds:NAME
+        "data_dir": "",  # of TFDS, or of other files like the embedded ones
+        "side": 0,  # pixels; above 0: images are resized; not of the embedded ones
+        "test_share": 0.0,  # of each class, for images:FOLDER without a test set
+        # 0: the training set is resident. Else, of an images: or tfds: source, the stages teacher,
+        # soft_targets, baseline, distilled and alternatives read it from disk, in blocks of at most
+        # so many examples. Their order is another one, so the numbers aren't those of a resident run.
         # The other stages cut the set up, and hold it in memory.
         "block_examples": 0,
         "train_examples": 0,  # 0: all
         "test_examples": 0,
         "validation": 0,  # examples held out of training; the paper trains on all 60,000
-        "seed": 0,  # of the held-out examples, of partial transfer sets and of a stream's order
+        # Of the examples held out for validation and test, of partial transfer sets and of a stream's
+        # order.
+        "seed": 0,
     }
     config.teacher = net_section(
         hidden=(1200, 1200),
@@ -138,11 +143,9 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
     data = config.data
     if config.selection == "validation" and not data.validation:
         yield "selection is 'validation', but data.validation is 0: hold some examples out"
-    if data.block_examples and not data.source.startswith("tfds:"):
-        yield (
-            f"data.block_examples is {data.block_examples}, but only tfds: sources are streamed: set it "
-            f"to 0 for {data.source}"
-        )
+    yield from source_conflicts(config)
+    if data.data_dir and not data.source.startswith(("embedded", "tfds:")):
+        yield f"data.data_dir is {data.data_dir!r}; allowed: '' for {data.source}"
     for net in _NETS[:3]:
         if 0 < data.block_examples < config[net].batch_size:
             yield f"{net}.batch_size is {config[net].batch_size}, more than data.block_examples"

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from distill_jax import sharding, soft_targets, train_step
-from distill_jax.data import images, stream, transfer
+from distill_jax.data import images, records, stream, transfer
 from distill_jax.data.images import Examples
-from distill_jax.data.stream import Block, Records
+from distill_jax.data.records import Records
+from distill_jax.data.stream import Block
 from distill_jax.errors import UserError
 from distill_jax.trainer import Stream
 from experiments.common.study import Context
@@ -31,9 +31,12 @@ class Data(NamedTuple):
     streamed: Records | None = None
 
 
-def check_source(config: ConfigDict) -> Path | None:
-    """The folder of the config's data, if those may change; a UserError if they aren't there."""
-    return images.check_source(config.data.source, config.data.data_dir or None)
+def check_source(config: ConfigDict) -> str | None:
+    """Names the content of the config's data, if it may change; a UserError if they aren't there."""
+    data = config.data
+    return images.check_source(
+        data.source, data.data_dir or None, test_share=data.test_share, seed=data.seed
+    )
 
 
 def load_data(config: ConfigDict) -> Data:
@@ -50,7 +53,7 @@ def open_data(config: ConfigDict) -> Data:
 
 @functools.cache
 def _load(data: FrozenConfigDict) -> Data:
-    source = images.load(data.source, data.data_dir or None)
+    source = images.load(data.source, **_how(data))
     first = _first(source.train, data.train_examples, "data.train_examples")
     kept, held_out = transfer.hold_out(first, data.validation, data.seed)
     tested = _first(source.test, data.test_examples, "data.test_examples")
@@ -59,13 +62,23 @@ def _load(data: FrozenConfigDict) -> Data:
 
 @functools.cache
 def _open(data: FrozenConfigDict) -> Data:
-    prepared = images.open_prepared(data.source, data.data_dir or None)
-    source = stream.from_tfds(prepared)
-    first = _first({"id": np.arange(source.size)}, data.train_examples, "data.train_examples")
+    source = images.open_set(data.source, **_how(data))
+    numbers = {"id": np.arange(source.train.size)}
+    first = _first(numbers, data.train_examples, "data.train_examples")
     kept, held_out = transfer.hold_out(first, data.validation, data.seed)
-    tested = _first(images.read_test(prepared), data.test_examples, "data.test_examples")
-    streamed = stream.select(source, kept["id"])
-    return Data({}, source.read(held_out["id"]), tested, prepared.num_classes, streamed)
+    tested = _first(records.read_all(source.test), data.test_examples, "data.test_examples")
+    streamed = records.select(source.train, kept["id"])
+    return Data({}, source.train.read(held_out["id"]), tested, source.num_classes, streamed)
+
+
+def _how(data: FrozenConfigDict) -> dict[str, Any]:
+    """What `images.load` takes beside the source's name."""
+    return {
+        "data_dir": data.data_dir or None,
+        "side": data.side,
+        "test_share": data.test_share,
+        "seed": data.seed,
+    }
 
 
 def _first(examples: Examples, count: int, key: str) -> Examples:
@@ -73,7 +86,17 @@ def _first(examples: Examples, count: int, key: str) -> Examples:
     size = len(examples["id"])
     if not 0 <= count <= size:
         raise UserError(f"{key} is {count}, but there are {size} examples")
-    return transfer.select(examples, np.arange(count or size))
+    first = transfer.select(examples, np.arange(count or size))
+    if "label" in first and 0 < count < size:
+        labels = examples["label"]
+        classes = len(np.unique(labels))
+        grouped = np.count_nonzero(np.diff(labels)) == classes - 1
+        if grouped and len(np.unique(first["label"])) < classes:
+            raise UserError(
+                f"{key} is {count}, but the set is ordered by class, and its first {count} examples are "
+                f"not of all {classes}: set it to 0 (all), or write the set in a mixed order"
+            )
+    return first
 
 
 def training_set(config: ConfigDict, net: ConfigDict) -> Sequence[Examples] | Stream:

@@ -143,6 +143,8 @@ def _telling_digits(examples: Examples, logits: np.ndarray) -> list[dict[str, An
     right = logits.argmax(axis=-1) == labels
     rows = []
     for label, other in ((2, 3), (2, 7), (4, 9), (8, 5)):
+        if max(label, other) >= logits.shape[1]:  # a set of fewer classes than digits
+            continue
         candidates = np.flatnonzero(right & (labels == label))
         if len(candidates):
             rows.append(int(candidates[logits[candidates, other].argmax()]))

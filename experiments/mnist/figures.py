@@ -192,7 +192,7 @@ def digits(digits: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Digits, each above its soft targets as bars, a row of panels for each temperature.
 
     Args:
-        digits: `{"inputs": 28x28 of 0..255, "label": int, "soft_targets": {temperature: [10]}}`.
+        digits: `{"inputs": 28x28 of 0..255, "label": int, "soft_targets": {temperature: [C]}}`.
     """
     if not digits:
         return None
@@ -214,10 +214,11 @@ def digits(digits: Sequence[Mapping[str, Any]]) -> Figure | None:
     for panels, name in zip(grid[1:], temperatures, strict=True):
         targets = np.array([digit["soft_targets"][name] for digit in digits], float)
         for axes, probabilities, digit in zip(panels, targets, digits, strict=True):
-            colors = [OTHER if i == digit["label"] else OURS for i in range(10)]
-            axes.bar(range(10), probabilities, 0.8, color=colors)
+            classes = range(len(probabilities))
+            colors = [OTHER if i == digit["label"] else OURS for i in classes]
+            axes.bar(classes, probabilities, 0.8, color=colors)
             tidy(axes, "", "", "")
-            axes.set_xticks(range(10))
+            axes.set_xticks(classes[:: math.ceil(len(classes) / 10)])
             axes.tick_params(axis="x", length=0, labelsize=7)
             if float(name) == 1.0:
                 axes.set_yscale("log")

@@ -52,12 +52,16 @@ ONLY_7_8 = Omission(
 
 def without_3(context: Context) -> list[Row]:
     """Distilled without any 3, then with the bias of 3 raised."""
+    if not _has_classes(context, WITHOUT_3):
+        return []
     nets = _train_on_some(context, WITHOUT_3, transfer.without_classes, context.config.omissions)
     return _omission_rows(context, WITHOUT_3, nets)
 
 
 def only_7_8(context: Context) -> list[Row]:
     """Distilled from 7s and 8s alone, then with both biases lowered."""
+    if not _has_classes(context, ONLY_7_8):
+        return []
     net = context.config.omissions
     net = changed(net, epochs=net.only_7_8_epochs)
     nets = _train_on_some(context, ONLY_7_8, transfer.only_classes, net)
@@ -133,6 +137,21 @@ def unlabelled(context: Context) -> list[Row]:
         row = f"distilled, other half, {known}"
         rows.append(error_row(context, "mnist_unlabelled", row, nets))
     return rows
+
+
+def _has_classes(context: Context, what: Omission) -> bool:
+    """Whether the set has the classes and at least one other; if not, the stage has no rows."""
+    data = load_data(context.config)
+    there = set(np.unique(data.train["label"]).tolist())
+    has = there >= set(what.classes) and len(there - set(what.classes)) > 0
+    if not has:
+        listed = " and ".join(map(str, what.classes))
+        print(
+            f"{what.row}: left out, as {context.config.data.source} has {data.num_classes} classes, and "
+            f"{listed} with others are needed",
+            flush=True,
+        )
+    return has
 
 
 def _train_on_some(

@@ -21,6 +21,7 @@ from experiments.common.config import (
     net_section,
     product,
     report_conflicts,
+    source_conflicts,
     zipped,
 )
 
@@ -40,13 +41,16 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.selection = "last"  # epoch; or "validation": the checkpoint with fewest errors there
     config.mesh = {"member": 1, "data": -1, "model": 1}
     config.data = {
-        "source": "embedded",  # or a folder made by experiments.specialists.prepare, or tfds:NAME
+        # Or a folder made by experiments.specialists.prepare, or npz:FILE, idx:FOLDER, images:FOLDER,
+        # tfds:NAME.
+        "source": "embedded",
         "data_dir": "",  # of TFDS
-        "side": 0,  # pixels; above 0: images of a TFDS set are resized
+        "side": 0,  # pixels; above 0: images are resized; not glyphs
+        "test_share": 0.0,  # of each class, for images:FOLDER without a test set
         "classes": 0,  # the first so many; 0: all
         "views": 6,  # distorted views of each training example
         "difficulty": 1.7,  # of the distortion; 0 (with one view): none
-        "validation": 0.1,  # of a TFDS set's training examples; glyphs have typefaces for it
+        "validation": 0.1,  # of an image set's training examples; glyphs have typefaces for it
         "seed": 0,
     }
     config.generalist = {
@@ -109,7 +113,6 @@ def get_config(preset: str = "default") -> ConfigDict:
 
 _KIND = one_of(*_HEADS)
 ALLOWED = {
-    "data.side": count(0),
     "data.classes": count(0),
     "data.views": count(),
     "data.difficulty": at_least(0),
@@ -155,10 +158,9 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
     yield from member_conflicts(config, "soft.count", config.soft.count)
     yield from layer_conflicts(config, "generalist.hidden", config.generalist.hidden)
     net, data, clusters = config.generalist, config.data, config.clusters
-    if not data.source.startswith("tfds:"):
-        for name in ("data_dir", "side"):
-            if data[name]:
-                yield f"data.{name} is {data[name]!r}, but it is of tfds: sources alone"
+    yield from source_conflicts(config)
+    if data.data_dir and not data.source.startswith("tfds:"):
+        yield f"data.data_dir is {data.data_dir!r}; allowed: '' for all but tfds: sources"
     if data.difficulty == 0 and data.views > 1:
         yield f"data.views is {data.views}; allowed: 1, as at data.difficulty 0 all are the same"
     if len(net.channels) != len(net.strides):

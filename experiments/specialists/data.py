@@ -1,17 +1,18 @@
-"""The examples of the specialist study: distorted glyphs, or any image set that TFDS prepared."""
+"""The examples of the specialist study: distorted glyphs, or any image set."""
 
 import functools
 import hashlib
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
+from distill_jax import files
 from distill_jax.data import augment, images, transfer
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 from experiments.common import prepared
+from experiments.common.config import IMAGE_SETS
 from experiments.specialists import glyphs
 
 BYTE = (40.0, 64.0)
@@ -41,44 +42,34 @@ class Data(NamedTuple):
         return {name: examples for name, examples in named.items() if len(examples["id"])}
 
 
-def check_source(config: ConfigDict) -> Path | None:
-    """The folder of the config's data, if those may change; a UserError if they aren't there."""
+def check_source(config: ConfigDict) -> str | None:
+    """Names the content of the config's data; a UserError if they aren't there."""
     data = config.data
-    if data.source.startswith("tfds:"):
-        return images.check_source(data.source, data.data_dir or None)
-    return prepared.find_set(glyphs.KIND, data.source)
+    if data.source.startswith(IMAGE_SETS):
+        return images.check_source(
+            data.source, data.data_dir or None, test_share=data.test_share, seed=data.seed
+        )
+    return files.content_of(prepared.find_set(glyphs.KIND, data.source))
 
 
 def load_data(config: ConfigDict) -> Data:
     """The config's data, made once per process."""
     data = config.data
-    names = ("source", "data_dir", "side", "classes", "views", "difficulty", "validation", "seed")
-    return _load(**{name: data[name] for name in names})
+    return _load(FrozenConfigDict(data))
 
 
 @functools.cache
-def _load(
-    *,
-    source: str,
-    data_dir: str,
-    side: int,
-    classes: int,
-    views: int,
-    difficulty: float,
-    validation: float,
-    seed: int,
-) -> Data:
-    if source.startswith("tfds:"):
-        num_classes, splits = _tfds(source, data_dir, side, validation, seed)
-        names = tuple(str(label) for label in range(num_classes))
+def _load(data: FrozenConfigDict) -> Data:
+    views, difficulty, seed = data.views, data.difficulty, data.seed
+    if data.source.startswith(IMAGE_SETS):
+        names, splits = _image_set(data)
         typical = splits["train"]
     else:
-        found = glyphs.load(source)
-        num_classes, splits = len(found.characters), dict(found.splits)
-        names = found.characters
+        found = glyphs.load(data.source)
+        names, splits = found.characters, dict(found.splits)
         typical = _usual_typeface(splits["train"])
-    num_classes, splits = _first_classes(num_classes, splits, classes)
-    digest = hashlib.sha256(repr((source, num_classes, views, difficulty, seed)).encode())
+    num_classes, splits = _first_classes(len(names), splits, data.classes)
+    digest = hashlib.sha256(repr((data.source, num_classes, views, difficulty, seed)).encode())
     for name, examples in splits.items():
         digest.update(name.encode() + examples["id"].tobytes() + examples["inputs"].tobytes())
     # Held-out typefaces are few: two views of them make the accuracies steadier.
@@ -96,20 +87,21 @@ def _load(
     )
 
 
-def _tfds(
-    source: str, data_dir: str, side: int, validation: float, seed: int
-) -> tuple[int, dict[str, Examples]]:
-    found = images.load(source, data_dir or None, side)
+def _image_set(data: FrozenConfigDict) -> tuple[tuple[str, ...], dict[str, Examples]]:
+    """The names of the classes, and the splits."""
+    found = images.load(
+        data.source, data.data_dir or None, data.side, test_share=data.test_share, seed=data.seed
+    )
     size = len(found.train["id"])
-    count = round(validation * size)
+    count = round(data.validation * size)
     if not 0 < count < size:
         raise UserError(
-            f"data.validation is {validation}, which holds out {count} of {size} training examples; "
-            "some must be held out, and some left"
+            f"data.validation is {data.validation}, which holds out {count} of {size} training "
+            "examples; some must be held out, and some left"
         )
-    train, held_out = transfer.hold_out(found.train, count, seed)
+    train, held_out = transfer.hold_out(found.train, count, data.seed)
     nothing = transfer.select(found.test, np.zeros(0, np.int64))
-    return found.num_classes, {
+    return found.class_names or tuple(map(str, range(found.num_classes))), {
         "train": train,
         "seen": nothing,
         "validation": held_out,

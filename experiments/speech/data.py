@@ -3,12 +3,12 @@
 import functools
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from distill_jax import files
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 from experiments.common import prepared
@@ -44,9 +44,9 @@ class Data(NamedTuple):
         return float(zero), float(unit)
 
 
-def check_source(config: ConfigDict) -> Path:
-    """The folder of the config's data; a UserError if they aren't there."""
-    return prepared.find_set(speech_frames.KIND, config.data.source)
+def check_source(config: ConfigDict) -> str:
+    """Names the content of the config's data; a UserError if they aren't there."""
+    return files.content_of(prepared.find_set(speech_frames.KIND, config.data.source))
 
 
 def load_data(config: ConfigDict) -> Data:

@@ -8,7 +8,7 @@ import pytest
 from distill_jax.data import images
 from distill_jax.errors import UserError
 
-FILES = sorted(images._MNIST_SHA256)
+FILES = sorted(images.MNIST_SHA256)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ class TestDamagedFiles:
             images.load("embedded", str(tmp_path))
         message = str(caught.value)
         assert message.startswith(f"{tmp_path / name}: expected ")
-        assert images._MNIST_SHA256[name] in message
+        assert images.MNIST_SHA256[name] in message
         return message.split("found ")[1]
 
     @pytest.mark.parametrize("name", FILES)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tfds_sets import grey, prepare_tiny
 
 from distill_jax import models, optimizers, sharding, step_losses, train_step
-from distill_jax.data import images, stream
-from distill_jax.data.stream import Records
+from distill_jax.data import images, records, stream
+from distill_jax.data.records import Records
 from distill_jax.errors import UserError
 
 SIZE, BATCH, BLOCK, SEED = 100, 8, 40, 3
@@ -49,7 +49,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(paths):
-    return stream.from_files(paths, parse, tiny.CLASSES)
+    return records.from_files(paths, parse, tiny.CLASSES)
 
 
 def test_reading_by_number(files):
@@ -67,7 +67,7 @@ def test_reading_by_number(files):
 
 
 def test_a_part_keeps_its_ids(files):
-    part = stream.select(files, np.array([7, 90, 3]))
+    part = records.select(files, np.array([7, 90, 3]))
     assert part.size == 3 and part.read(np.array([2, 0])).pop("id").tolist() == [3, 7]
 
 
@@ -272,7 +272,7 @@ class TestDamage:
     def test_a_damaged_record(self, tmp_path):
         paths = write_files(tmp_path)
         self.damage(paths[2], 50)
-        source = stream.from_files(paths, parse, tiny.CLASSES, "digits")
+        source = records.from_files(paths, parse, tiny.CLASSES, "digits")
         expected = f"digits: record 50, in {paths[2]}, can't be read (Corrupted"
         assert self.message(source).startswith(expected)
         source.read(np.delete(places(SIZE), 50))  # all others can be read
@@ -283,25 +283,25 @@ class TestDamage:
         paths = write_files(tmp_path)
         self.damage(paths[0], 0)
         with pytest.raises(UserError, match=f"record 0, in {paths[0]}, can't be read"):
-            stream.from_files(paths, parse, tiny.CLASSES)
+            records.from_files(paths, parse, tiny.CLASSES)
 
     def test_a_missing_file(self, tmp_path):
         paths = write_files(tmp_path)
         paths[2].unlink()
         with pytest.raises(UserError, match=f"{paths[2]} is no readable .*No such file"):
-            stream.from_files(paths, parse, tiny.CLASSES)
+            records.from_files(paths, parse, tiny.CLASSES)
 
     @pytest.mark.parametrize("content", [b"", b"text\n" * 20_000])
     def test_another_file(self, tmp_path, content):
         paths = write_files(tmp_path)
         paths[3].write_bytes(content)
         with pytest.raises(UserError, match=f"{paths[3]} is no readable ArrayRecord file"):
-            stream.from_files(paths, parse, tiny.CLASSES)
+            records.from_files(paths, parse, tiny.CLASSES)
 
     @pytest.mark.parametrize("sizes", [(), (0,)])
     def test_no_records(self, tmp_path, sizes):
         with pytest.raises(UserError, match=f"digits: no records in {len(sizes)} files"):
-            stream.from_files(write_files(tmp_path, sizes), parse, tiny.CLASSES, "digits")
+            records.from_files(write_files(tmp_path, sizes), parse, tiny.CLASSES, "digits")
 
     def test_a_parser_that_fails(self, paths):
         def fails(record):
@@ -309,7 +309,7 @@ class TestDamage:
                 raise KeyError("no such key")
             return parse(record)
 
-        source = stream.from_files(paths, fails, tiny.CLASSES, "digits")
+        source = records.from_files(paths, fails, tiny.CLASSES, "digits")
         assert self.message(source) == (
             f"digits: record 41, in {paths[2]}, is damaged ('no such key')"
         )
@@ -319,14 +319,14 @@ class TestDamage:
             wide = record[:16] == SET["inputs"][99].tobytes()
             return {"inputs": np.zeros((4, 4 + wide), np.uint8), "label": np.int32(0)}
 
-        message = self.message(stream.from_files(paths, grows, tiny.CLASSES, "digits"))
+        message = self.message(records.from_files(paths, grows, tiny.CLASSES, "digits"))
         assert message.startswith(
             f"digits: record 99, in {paths[3]}, has inputs uint8 [4, 5], label int32 [], id int32 [], "
             "but record 0 has inputs uint8 [4, 4], "
         )
 
     def test_labels_outside(self, paths):
-        source = stream.from_files(paths, parse, 2, "digits")
+        source = records.from_files(paths, parse, 2, "digits")
         first = int(np.argmax(SET["label"] == 2))
         assert f"labels are outside 0..1, the first is 2 at id {first}" in self.message(source)
 
@@ -342,47 +342,49 @@ class TestTfds:
     def test_the_records_are_those_of_the_resident_set(self, tmp_path, side):
         self.prepare(tmp_path)
         whole = images.load("tfds:tiny", str(tmp_path), side)
-        prepared = images.open_prepared("tfds:tiny", str(tmp_path))
-        source = stream.from_tfds(prepared, side)
-        assert (source.size, prepared.num_classes) == (60, whole.num_classes)
+        opened = images.open_set("tfds:tiny", str(tmp_path), side)
+        source = opened.train
+        assert (source.size, opened.num_classes) == (60, whole.num_classes)
         numbers = np.random.default_rng(0).permutation(60)
         found = source.read(numbers)
         assert found["inputs"].dtype == np.uint8 and found["id"].dtype == np.int32
         tiny.assert_equal(found, {name: field[numbers] for name, field in whole.train.items()})
-        tiny.assert_equal(images.read_test(prepared, side), whole.test)
+        tiny.assert_equal(records.read_all(opened.test), whole.test)
 
     def test_colour_images_of_many_sizes(self, tmp_path):
         pictures = [np.full((side, 2 * side, 3), side, np.uint8) for side in (4, 7, 12)]
         data = (pictures, [0, 1, 2])
         feature = tfds.features.Image(shape=(None, None, 3))
         prepare_tiny(tmp_path, {"train": data, "test": data}, image_feature=feature)
-        prepared = images.open_prepared("tfds:tiny", str(tmp_path))
-        found = stream.from_tfds(prepared, side=5).read(places(3))
+        found = images.open_set("tfds:tiny", str(tmp_path), 5).train.read(places(3))
         assert found["inputs"].shape == (3, 5, 5, 3)
         assert found["inputs"][:, 2, 2, 1].tolist() == np.array([4, 7, 12])[found["label"]].tolist()
-        with pytest.raises(UserError, match=r"tiny, train: record \d, in .*one side"):
-            stream.from_tfds(prepared).read(places(3))
+        with pytest.raises(UserError, match=r"tiny, train: record \d, in .*data\.side"):
+            images.open_set("tfds:tiny", str(tmp_path)).train.read(places(3))
 
     def test_damaged_truncated_and_missing_files(self, tmp_path):
         folder = self.prepare(tmp_path)
-        prepared = images.open_prepared("tfds:tiny", str(tmp_path))
+
+        def opened():
+            return images.open_set("tfds:tiny", str(tmp_path)).train
+
         (path,) = folder.glob("*train*")
         content = path.read_bytes()
         damaged = bytearray(content)
         damaged[3000] ^= 0xFF
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=rf"train: record \d+, in {path}, can't be read"):
-            stream.from_tfds(prepared).read(places(60))
+            opened().read(places(60))
         path.write_bytes(content[: len(content) // 2])
         with pytest.raises(UserError, match=rf"train: record 0, in {path}, is damaged"):
-            stream.from_tfds(prepared)
+            opened()
         path.unlink()
         with pytest.raises(UserError, match=rf"train: record 0, in {path}, can't be read"):
-            stream.from_tfds(prepared)
+            opened()
 
     def test_unlabelled_examples(self, tmp_path):
         data = ([grey(4)] * 2, [1, -1])
         prepare_tiny(tmp_path, {"train": data, "test": data})
-        source = stream.from_tfds(images.open_prepared("tfds:tiny", str(tmp_path)))
+        source = images.open_set("tfds:tiny", str(tmp_path)).train
         with pytest.raises(UserError, match=r"tiny, train: 1 of 2 labels are outside 0\.\.2"):
             source.read(places(2))

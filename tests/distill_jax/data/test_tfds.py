@@ -15,7 +15,7 @@ from tensorflow_datasets.core import hashing
 from tfds_sets import grey, prepare_tiny
 
 import distill_jax
-from distill_jax.data import images
+from distill_jax.data import images, records
 from distill_jax.errors import UserError
 
 ROOT = Path(distill_jax.__file__).parents[1]
@@ -166,7 +166,7 @@ class TestTfdsSets:
         data = ([grey(4), grey(4), grey(6)], [0, 1, 2])
         prepare_tiny(tmp_path, {"train": ([grey(4)], [0]), "test": data})
         with pytest.raises(
-            UserError, match=r"test: all images must have one size, .*\[6, 6, 1\]"
+            UserError, match=r"test: record \d, in .*\[\d, \d\], .* all must be the same"
         ) as caught:
             images.load("tfds:tiny", str(tmp_path))
         assert "data.side" in str(caught.value)
@@ -215,10 +215,10 @@ class TestTfdsSets:
         content = bytearray(records.read_bytes())
         content[300] ^= 0xFF
         records.write_bytes(content)
-        with pytest.raises(UserError, match=f"train: the files in {folder} cannot be read"):
+        with pytest.raises(UserError, match=rf"train: record \d+, in {records}, can't be read"):
             images.load("tfds:tiny", str(tmp_path))
         records.unlink()
-        with pytest.raises(UserError, match=f"train: the files in {folder} cannot be read"):
+        with pytest.raises(UserError, match=rf"train: record \d+, in {records}, can't be read"):
             images.load("tfds:tiny", str(tmp_path))
 
 
@@ -279,14 +279,14 @@ def test_progress_of_a_long_read(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     images.load("tfds:tiny", str(tmp_path))
     assert "images read" not in capsys.readouterr().out
-    monkeypatch.setattr(images, "_PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(records, "_PROGRESS_SECONDS", 0)
     images.load("tfds:tiny", str(tmp_path))
-    assert "tfds:tiny, test: 3 of 3 images read\n" in capsys.readouterr().out
+    assert "tfds:tiny, test: images read: 3 of 3\n" in capsys.readouterr().out
 
 
 def test_images_that_do_not_fit_the_memory():
     with pytest.raises(UserError, match=r"x, train: images \[1099511627776, .*data\.side"):
-        images._allocate((2**40, 2**10, 2**10, 3), "x, train")
+        records._allocate({"inputs": np.zeros((2**10, 2**10, 3), np.uint8)}, 2**40, "x, train")
 
 
 class TestAbsentTfdsSets:

@@ -113,7 +113,7 @@ CONFLICTS = [
         {"distilled.hard_weight_ramp": (0.0, 0.5)},
         "distilled.hard_weight_ramp is (0.0, 0.5); allowed: (), or (from, to, steps) with",
     ),
-    ("mnist", {"data.block_examples": 500}, "only tfds: sources are streamed"),
+    ("mnist", {"data.block_examples": 500}, "it is of images:, tfds: sources alone"),
     ("mnist", {"data.validation": 4000}, "data.validation is 4000 of 4000"),
     (
         "mnist",
@@ -159,7 +159,11 @@ CONFLICTS = [
     ("speech", {"mesh.member": 2}, "ensemble.members: 3 nets, trained 3 at a time, don't"),
     ("speech", {"soft_targets.encoding": "sampled", "soft_targets.k": 2**16}, "up to 32768 draws"),
     ("specialists", {"mesh.member": 2}, "seeds: 2 nets, trained 1 at a time, don't"),
-    ("specialists", {"data.side": 32}, "it is of tfds: sources alone"),
+    ("specialists", {"data.side": 32}, "it is of npz:, idx:, images:, tfds: sources alone"),
+    ("specialists", {"data.data_dir": "x"}, "allowed: '' for all but tfds:"),
+    ("mnist", {"data.side": 14}, "data.side is 14; allowed: 0 for embedded"),
+    ("mnist", {"data.source": "npz:x", "data.test_share": 0.1}, "of images: sources alone"),
+    ("mnist", {"data.source": "idx:x", "data.data_dir": "y"}, "data.data_dir is 'y'; allowed: ''"),
 ]
 
 

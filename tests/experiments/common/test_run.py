@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from distill_jax import files
 from distill_jax.errors import UserError
 from experiments.common.run import POINTS, Study, check_mesh, plan, run_study
 from experiments.common.study import Stage, stage_key
@@ -116,7 +117,7 @@ def test_data_that_were_made_again_are_noticed(tmp_path, capsys):
 
     def run(workdir, **more):
         stages = (Stage("a", lambda context: [], (), ("data",)),)
-        made = Study(stages, print, lambda _: data)
+        made = Study(stages, print, lambda _: files.content_of(data))
         run_study(config, tmp_path / workdir, made, only=["a"], **more)
         return capsys.readouterr().out
 
