@@ -7,11 +7,12 @@ one for each example, as `train_step.make_train_step` takes them (`train_step.Lo
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import later_losses, losses, multi_label, soft_targets
+from distill_jax import later_losses, losses, multi_label, shapes, soft_targets
 from distill_jax.train_step import (
     Batch,
     Constants,
@@ -174,6 +175,36 @@ def correlation_loss(
     return loss(logits, batch, hyper, constants)
 
 
+def hint_loss(student: str, teacher: str) -> Loss:
+    """Half the squared distance of the student's activations from the teacher's (FitNets, Eq. 3).
+
+    Romero et al., arXiv 1412.6550. Where their widths differ, the student's are multiplied by
+    `constants["hint_projection"]` `[student's width, teacher's width]`, which is fixed; in the paper it
+    is trained. Add it to another loss, times a weight of your own:
+
+        loss = lambda *given: distillation_loss(*given) + 0.1 * hint_loss("conv", "conv")(*given)
+
+    Args:
+        student: the name of activations `[B, ..., width]` that `Model.activations` of the student gives.
+        teacher: the same of the teacher; `train_step.online_teacher(model.activations)` adds them.
+    """
+
+    def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
+        x = _activations(batch, "student_activations", student, "give the model activations")
+        how = "add online_teacher(model.activations) to the step's transforms"
+        hint = _activations(batch, "teacher_activations", teacher, how)
+        if x.shape[-1] != hint.shape[-1]:
+            how = f"they are {x.shape[-1]} and {hint.shape[-1]} wide: hand it to the step"
+            (matrix,) = take(constants, ("hint_projection",), "the constants have", how)
+            shapes.check(hint_projection=(matrix, f"float {x.shape[-1]} {hint.shape[-1]}"))
+            x = jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+        shapes.check(teacher=(hint, "float ... width"), student=(x, "float ... width"))
+        difference = x.astype(jnp.float32) - jax.lax.stop_gradient(hint.astype(jnp.float32))
+        return jnp.sum(jnp.square(difference), axis=range(1, x.ndim)) / 2
+
+    return loss
+
+
 def multi_label_loss(
     logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
 ) -> Array:
@@ -196,6 +227,11 @@ def multi_label_distillation_loss(
         temperature,
         number(hyper, "hard_weight"),
     )
+
+
+def _activations(batch: Batch, field: str, name: str, how: str) -> Array:
+    (named,) = take(batch, (field,), "the batch has", f"{how}, and don't fuse the loss")
+    return take(named, (name,), f"{field} have", "name one of these")[0]
 
 
 def _many_labels(batch: Batch) -> Array:

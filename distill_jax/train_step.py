@@ -29,6 +29,9 @@ or "teacher_ids" uint [B, k], "teacher_probabilities" [B, k] (or [B, 1] for all 
 float32 [B]; or "teacher_hidden" [B, M, D]. Soft targets need no labels. Labels and soft targets of
 sequences are [B, T] and [B, T, C].
 
+A model with `activations` has the step add "student_activations", arrays [B, ...] by name, for the
+loss, where it isn't fused; `online_teacher` adds "teacher_activations".
+
 "weight" [B], or [B, T] of sequences, at least 0: the step's mean is sum(weight * loss) / sum(weight),
 and its metrics count each example as its weight. Where it is 0, as for padding, labels and soft targets
 may be anything; inputs must be finite, and count only in what a model computes of a whole batch."""
@@ -280,12 +283,15 @@ def _mean(model: Model, loss: Loss | Fused) -> Any:
 
 def _dense_mean(model: Model, loss: Loss) -> Any:
     loss = _weighted(loss)
+    output = "activations" if model.activations else "apply"
 
     def mean_loss(
         params: Params, model_state: Any, batch: Batch, key: Array | None, shared: _Shared
     ):
         variables = models.join(params, model_state)
-        logits, model_state = models.run(model, variables, _inputs(batch), key)
+        outputs, model_state = models.run(model, variables, _inputs(batch), key, output)
+        logits, activations = outputs if model.activations else (outputs, {})
+        batch = {**batch, **({"student_activations": activations} if model.activations else {})}
         values = loss(logits, batch, shared.hyper, shared.constants)
         sums = _sums(values, jnp.argmax(logits, axis=-1), batch)
         weight = batches.weights(batch)
@@ -392,19 +398,22 @@ def known_labels(batch: Batch) -> Array | None:
     return jnp.where(known, labels.astype(jnp.int32), -1)
 
 
-def online_teacher(apply: Callable[[Params, Array], Array]) -> Transform:
+def online_teacher(apply: Callable[[Params, Array], Any]) -> Transform:
     """A transform that adds a frozen teacher's logits, for inputs that are augmented in the step.
 
     What it is applied to, `Net.params`, is `constants["teacher"]`.
 
     Args:
-        apply: `(variables, inputs [B, ...]) -> logits [B, C]`, in evaluation mode: `model.apply`.
+        apply: `(variables, inputs [B, ...]) -> logits [B, C]`, in evaluation mode: `model.apply`. Or
+            `model.activations`, which adds "teacher_activations" too.
     """
 
     def add_logits(batch: Batch, key: Array, constants: Constants) -> Batch:
         (params,) = take(constants, ("teacher",), "the constants have", "hand it to the step")
-        logits = jax.lax.stop_gradient(apply(params, batch["inputs"]))
-        return {**batch, "teacher_logits": logits}
+        found = jax.lax.stop_gradient(apply(params, batch["inputs"]))
+        logits, named = found if isinstance(found, tuple) else (found, None)
+        more = {} if named is None else {"teacher_activations": named}
+        return {**batch, "teacher_logits": logits, **more}
 
     return add_logits
 

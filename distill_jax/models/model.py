@@ -47,9 +47,11 @@ class Model(NamedTuple):
         it (`fused_loss`). None where there is no such layer.
     description: JSON from which `build` makes the same model again; "" for a model of your own.
     train: `(variables, inputs, dropout_key, output="apply") -> (logits, new state)`, in training mode.
-        With output="hidden" it gives what `hidden` does; a model without `hidden` needs no such
-        argument. The new state is like the old one, or () if there is none. None: a model without
+        With output="hidden" or "activations" it gives what these do; a model without them needs no
+        such argument. The new state is like the old one, or () if there is none. None: a model without
         state, whose training mode is `apply` with a key.
+    activations: the same arguments as `apply` -> (logits, {name: array `[B, ...]`}), for losses that
+        read the student's or the teacher's (`step_losses.hint_loss`). None if there are none.
     """
 
     init: Callable[[Array, Array], Params | Variables]
@@ -57,6 +59,7 @@ class Model(NamedTuple):
     hidden: Callable[..., Array] | None = None
     description: str = ""
     train: Callable[..., tuple[Any, Any]] | None = None
+    activations: Callable[..., tuple[Array, dict[str, Array]]] | None = None
 
 
 def run(
@@ -73,7 +76,7 @@ def run(
         variables: what it is applied to.
         inputs: `[B, ...]`.
         dropout_key: for training mode; None for evaluation mode.
-        output: "apply" for the logits, or "hidden".
+        output: "apply" for the logits, "hidden" or "activations".
 
     Raises:
         UserError: for a new state that has other arrays than the old one.

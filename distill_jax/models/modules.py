@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from distill_jax import ranges
+from distill_jax import ranges, shapes
 from distill_jax.errors import UserError
 
 Activation = Callable[[Array], Array]
@@ -37,6 +37,7 @@ class MLP(nn.Module):
     @nn.compact
     def hidden_activations(self, inputs: Array) -> Array:
         """What the output layer is applied to: `[B, D]`."""
+        shapes.check(inputs=(inputs, "any B *"))
         x = from_bytes(inputs.reshape(inputs.shape[0], -1), self.dtype, self.scaling)
         x = self._drop(x, self.input_dropout)
         for i, units in enumerate(self.hidden):
@@ -67,6 +68,7 @@ class Trunk(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> Array:
         """Features `[B, D]`."""
+        shapes.check(inputs=(images, "any B H W *"))
         x = from_bytes(images, self.dtype, self.scaling)
         x = x if x.ndim == 4 else x[..., None]
         for i, (channels, stride) in enumerate(zip(self.channels, self.strides, strict=True)):

@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.errors import ScopeParamShapeError
-from jax import Array
 
-from distill_jax import ranges, shapes
+from distill_jax import ranges
 from distill_jax.errors import UserError
-from distill_jax.models.model import Model, Params, chain
+from distill_jax.models.linen import from_linen
+from distill_jax.models.model import Model, chain
 from distill_jax.models.modules import MLP, Activation, Trunk
 
 ACTIVATIONS: Mapping[str, Activation] = types.MappingProxyType(
@@ -141,29 +140,13 @@ def build(description: str) -> Model:
 
 
 @functools.cache
-def _as_model(net: "MLP | Trunk") -> Model:
-    """The functions of a module: the same ones for equal modules, so that they are compiled once."""
+def _as_model(net: MLP | Trunk) -> Model:
+    """The functions of a module: the same ones for equal modules, so that they are compiled once.
 
-    kind = "any B H W *" if isinstance(net, Trunk) else "any B *"
-
-    def init(key: Array, inputs: Array) -> Params:
-        shapes.check(inputs=(inputs, kind))
-        return net.init(key, inputs)["params"]
-
-    def run(method: Any, params: Params, inputs: Array, dropout_key: Array | None = None) -> Array:
-        shapes.check(inputs=(inputs, kind))
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        try:
-            outputs = net.apply({"params": params}, inputs, rngs=rngs, method=method)
-        except ScopeParamShapeError as error:
-            raise UserError(
-                f"inputs are {shapes.describe(inputs)}, which these parameters are not for: {error}"
-            ) from error
-        assert isinstance(outputs, jax.Array)
-        return outputs
-
-    hidden = functools.partial(run, net.hidden_activations) if isinstance(net, MLP) else None
-    return Model(init, functools.partial(run, None), hidden, _describe(net))
+    They have no state: their training mode is `apply` with a key.
+    """
+    hidden = "hidden_activations" if isinstance(net, MLP) else None
+    return from_linen(net, hidden=hidden)._replace(train=None, description=_describe(net))
 
 
 def _pair(scaling: tuple[float, float]) -> tuple[float, float]:
@@ -173,7 +156,7 @@ def _pair(scaling: tuple[float, float]) -> tuple[float, float]:
     return float(zero), float(unit)
 
 
-def _describe(net: "MLP | Trunk") -> str:
+def _describe(net: MLP | Trunk) -> str:
     """JSON of a module's fields; "" if its activation has no name."""
     names = [name for name, function in ACTIVATIONS.items() if function is net.activation]
     if not names:
