@@ -305,9 +305,11 @@ def correlation(
     )
     inter = 1.0 - _pearson(p, q, kept, axis=1)
     weights = kept if weight is None else kept * weight.astype(jnp.float32).reshape(-1, 1)
-    there = jnp.any(weights > 0, axis=0).astype(jnp.float32)
-    of_classes = jnp.sum(there * (1.0 - _pearson(p, q, weights, axis=0)))
-    intra = of_classes / jnp.maximum(jnp.sum(there), 1.0)
+    # What weighs nothing, as padding, may hold anything.
+    p, q = (jnp.where(weights > 0, x, 0.0) for x in (p, q))
+    of_classes = 1.0 - _pearson(p, q, weights, axis=0)
+    present = jnp.any(weights > 0, axis=0).astype(jnp.float32)
+    intra = jnp.sum(present * of_classes) / jnp.maximum(jnp.sum(present), 1.0)
     values = inter_weight * inter + intra_weight * intra
     return jnp.square(temperature) * values.reshape(shape)
 

@@ -65,7 +65,9 @@ def prediction_counts(
     }
 
 
-def multi_label_counts(logits: Array, labels: Array) -> dict[str, Array]:
+def multi_label_counts(
+    logits: Array, labels: Array, weight: Array | None = None
+) -> dict[str, Array]:
     """Counts the yes-or-no decisions of examples with several classes, and those that are wrong.
 
     A class is predicted where its probability, `sigmoid(z)`, is above a half.
@@ -73,10 +75,12 @@ def multi_label_counts(logits: Array, labels: Array) -> dict[str, Array]:
     Args:
         logits: `[..., C]`.
         labels: int `[..., C]`, 0 or 1; one below 0 is unknown, and not counted.
+        weight: float32 `[B]` or `[B, T]`: each example counts as its weight (`batches.weights`).
 
     Returns:
-        int32 scalars: "errors" of the decisions, and "count", the known labels; "inexact", of the
-        examples those with an error, and "examples", those with a known label.
+        int32 scalars, float32 sums of weights if there are any: "errors" of the decisions, and "count",
+        the known labels; "inexact", of the examples those with an error, and "examples", those with a
+        known label.
 
     Raises:
         UserError: for labels of another shape.
@@ -94,7 +98,9 @@ def multi_label_counts(logits: Array, labels: Array) -> dict[str, Array]:
     wrong = ((logits > 0) != (labels > 0)) & known
 
     def count(flags: Array) -> Array:
-        return jnp.sum(flags, dtype=jnp.int32)
+        if weight is None:
+            return jnp.sum(flags, dtype=jnp.int32)
+        return jnp.sum(jnp.where(flags, batches.spread(weight, flags), 0.0))
 
     return {
         "errors": count(wrong),

@@ -8,7 +8,7 @@ import jax
 import optax
 from jax import Array
 
-from distill_jax import epochs, metrics, optimizers, ranges, train_step
+from distill_jax import batches, epochs, metrics, optimizers, ranges, train_step
 from distill_jax.data.stream import Block
 from distill_jax.models import Model, Params, Variables
 from distill_jax.train_step import Batch, Transform
@@ -84,7 +84,7 @@ PLAIN = Reader(
 
 MULTI_LABEL = PLAIN._replace(
     count_errors=lambda model, params, examples: metrics.multi_label_counts(
-        model.apply(params, examples["inputs"]), examples["labels"]
+        model.apply(params, examples["inputs"]), examples["labels"], batches.weights(examples)
     )["errors"]
 )
 """Examples with several classes at once, "labels" `[N, C]`; errors are wrong yes or no."""

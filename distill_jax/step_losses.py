@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import later_losses, losses, multi_label, shapes, soft_targets
+from distill_jax import batches, later_losses, losses, multi_label, shapes, soft_targets
 from distill_jax.train_step import (
     Batch,
     Constants,
@@ -118,7 +118,7 @@ def of_teacher_logits(objective: Callable[..., Array], *names: str) -> Loss:
     """A step's loss of one of `later_losses`, weighted with the labels by `hyper["hard_weight"]`.
 
     It is `losses.with_labels` of `objective(logits, teacher_logits, temperature, **numbers)`, with the
-    batch's "teacher_logits" and `hyper["temperature"]`.
+    batch's "teacher_logits" and `hyper["temperature"]`, which is the teacher's too.
 
     Args:
         objective: a function of `later_losses`, or of the same arguments.
@@ -170,7 +170,10 @@ def correlation_loss(
     The batch's "weight" `[B]`, if it has one, says how much an example counts in the second term. That
     is of all examples handed over: a micro-batch, or a device's part under `pmap`, has its own.
     """
-    objective = functools.partial(later_losses.correlation, weight=batch.get("weight"))
+    weight = batches.weights(batch)
+    if weight is not None:
+        weight = batches.spread(weight, logits[..., 0])
+    objective = functools.partial(later_losses.correlation, weight=weight)
     loss = of_teacher_logits(objective, "inter_weight", "intra_weight")
     return loss(logits, batch, hyper, constants)
 

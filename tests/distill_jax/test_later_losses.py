@@ -185,7 +185,7 @@ def test_decoupled_parts_make_up_the_divergence_and_unknown_labels_leave_it():
 
 def test_correlation_counts_no_padding():
     z, v = map(jnp.asarray, draw(5))
-    padded = [jnp.concatenate([x, jnp.full((2, 6), 7.0)]) for x in (z, v)]
+    padded = [jnp.concatenate([x, jnp.full((2, 6), jnp.nan)]) for x in (z, v)]
     weight = jnp.asarray([1.0] * 5 + [0.0] * 2)
     found = later_losses.correlation(*padded, 2.0, weight=weight)
     np.testing.assert_allclose(found[:5], later_losses.correlation(z, v, 2.0), rtol=1e-5)

@@ -115,5 +115,9 @@ def test_a_training_of_several_labels(tmp_path):
     counts = metrics.multi_label_counts(found, jnp.asarray(labels))
     assert nets.history[-1]["wrong"] == [counts["errors"]] and counts["count"] == 192
     assert counts["errors"] < 20
+    doubled = metrics.multi_label_counts(found, jnp.asarray(labels), 2 * jnp.ones(64))
+    assert {name: int(each) for name, each in doubled.items()} == {
+        name: 2 * int(each) for name, each in counts.items()
+    }
     with pytest.raises(UserError, match="the batch has no labels"):
         step_losses.multi_label_loss(found, {"label": labels}, {})
