@@ -94,6 +94,21 @@ def hidden_teacher_loss(mean: soft_targets.Mean = "arithmetic") -> Loss:
     return loss
 
 
+def shared_classes_loss(
+    logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
+) -> Array:
+    """`distillation_loss` whose soft term is of the classes that the teacher has.
+
+    A class that the teacher lacks, its logit is -inf (`soft_targets.map_classes`), has no part in the
+    student's softmax of this term: its value and gradients are those of a student without the class.
+    The labels' term is of all classes. (`distillation_loss` takes it for a class of probability 0.)
+    """
+    teacher, temperature = _teacher_logits(batch), number(hyper, "temperature")
+    targets = losses.softmax(teacher, _teacher_temperature(hyper))
+    soft = losses.soft_cross_entropy(_shared(logits, teacher), targets, temperature)
+    return losses.with_labels(soft, logits, known_labels(batch), number(hyper, "hard_weight"))
+
+
 def label_modified_loss(
     logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None
 ) -> Array:
@@ -118,7 +133,8 @@ def of_teacher_logits(objective: Callable[..., Array], *names: str) -> Loss:
     """A step's loss of one of `later_losses`, weighted with the labels by `hyper["hard_weight"]`.
 
     It is `losses.with_labels` of `objective(logits, teacher_logits, temperature, **numbers)`, with the
-    batch's "teacher_logits" and `hyper["temperature"]`, which is the teacher's too.
+    batch's "teacher_logits" and `hyper["temperature"]`, which is the teacher's too. Classes that the
+    teacher lacks, where its logit is -inf, are left out of the objective.
 
     Args:
         objective: a function of `later_losses`, or of the same arguments.
@@ -136,7 +152,8 @@ def of_teacher_logits(objective: Callable[..., Array], *names: str) -> Loss:
     def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
         numbers = {name: number(hyper, name) for name in names}
         temperature = number(hyper, "temperature")
-        soft = objective(logits, _teacher_logits(batch), temperature, **numbers)
+        teacher = _teacher_logits(batch)
+        soft = objective(_shared(logits, teacher), teacher, temperature, **numbers)
         return losses.with_labels(soft, logits, known_labels(batch), number(hyper, "hard_weight"))
 
     return loss
@@ -150,10 +167,10 @@ transformed_teacher_loss = of_teacher_logits(later_losses.transformed_teacher)
 
 def decoupled_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
     """`later_losses.decoupled` at `hyper["target_weight"]`, ["other_weight"], and the labels' part."""
-    labels = labels_of(batch)
+    labels, teacher = labels_of(batch), _teacher_logits(batch)
     soft = later_losses.decoupled(
-        logits,
-        _teacher_logits(batch),
+        _shared(logits, teacher),
+        teacher,
         labels,
         number(hyper, "temperature"),
         target_weight=number(hyper, "target_weight"),
@@ -254,6 +271,12 @@ def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> 
 def _teacher_temperature(hyper: Hyper) -> Array:
     own = "teacher_temperature" in hyper
     return number(hyper, "teacher_temperature" if own else "temperature")
+
+
+def _shared(logits: Array, teacher_logits: Array) -> Array:
+    """The logits of the classes that the teacher has, -inf for the others."""
+    shapes.check(logits=(logits, "number ... C"), teacher_logits=(teacher_logits, "number ... C"))
+    return jnp.where(jnp.isneginf(teacher_logits), -jnp.inf, logits)
 
 
 def _teacher_logits(batch: Batch) -> Array:

@@ -9,6 +9,7 @@
 """
 
 from distill_jax.soft_targets import compare as compare
+from distill_jax.soft_targets.class_maps import map_classes as map_classes
 from distill_jax.soft_targets.encodings import TOP_K_FIELDS as TOP_K_FIELDS
 from distill_jax.soft_targets.encodings import Encoding as Encoding
 from distill_jax.soft_targets.encodings import Kept as Kept
@@ -26,11 +27,11 @@ from distill_jax.soft_targets.ensemble import mean_probs as mean_probs
 from distill_jax.soft_targets.ensemble import mean_probs_of_hidden as mean_probs_of_hidden
 from distill_jax.soft_targets.identity import digests as digests
 from distill_jax.soft_targets.identity import fingerprint as fingerprint
+from distill_jax.soft_targets.shard_writer import finish as finish
 from distill_jax.soft_targets.store import Store as Store
 from distill_jax.soft_targets.store import attach as attach
 from distill_jax.soft_targets.store import bytes_per_example as bytes_per_example
 from distill_jax.soft_targets.store import check as check
 from distill_jax.soft_targets.store import load as load
 from distill_jax.soft_targets.store import rows as rows
-from distill_jax.soft_targets.writer import finish as finish
 from distill_jax.soft_targets.writer import write as write

@@ -85,6 +85,26 @@ def as_digests(values: ArrayLike) -> np.ndarray:
     return found
 
 
+def own_ids(ids: ArrayLike | None, size: int) -> np.ndarray | None:
+    """Ids int64 `[N]`; None if they are the rows, which need not be stored.
+
+    Raises:
+        UserError: if they are anything but N distinct whole numbers.
+
+    Examples:
+        >>> print(own_ids([0, 1], 2), own_ids([4, 1], 2))
+        None [4 1]
+    """
+    if ids is None:
+        return None
+    ids = as_ids(ids)
+    if ids.shape != (size,):
+        raise UserError(f"ids are {ids.shape} for {size} digests; expected ({size},)")
+    if len(np.unique(ids)) != size:
+        raise UserError("soft targets need examples with distinct ids")
+    return None if np.array_equal(ids, np.arange(size)) else ids
+
+
 def fingerprint(params: Params, config: Mapping[str, Any]) -> str:
     """16 hex digits that name a teacher: a hash of its parameters and its JSON-able config.
 

@@ -1,7 +1,6 @@
 """A teacher's predictions, asked for batch by batch and reduced to what a store keeps of them."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,14 +11,19 @@ from jax.typing import ArrayLike
 
 from distill_jax.errors import UserError
 from distill_jax.soft_targets import encodings
+from distill_jax.soft_targets.class_maps import map_classes
 from distill_jax.soft_targets.encodings import FIELDS, MAX_DRAWS, Encoding
-from distill_jax.soft_targets.ensemble import Mean, check_mean, ensemble_logits, mean_probs
+from distill_jax.soft_targets.ensemble import (
+    Mean,
+    check_mean,
+    ensemble_logits,
+    mean_probs,
+    weighted_mean,
+)
+from distill_jax.soft_targets.sources import Source
 
 Meta = dict[str, Any]
 """How a store is made: the arguments of `store.write`, and "num_examples"."""
-
-Teacher = Callable[[np.ndarray], ArrayLike]
-"""Rows int64 `[B]` -> logits (or probabilities) `[B, C]`, or logits of M members `[M, B, C]`."""
 
 
 def check(meta: Meta) -> None:
@@ -39,6 +43,14 @@ def check(meta: Meta) -> None:
         raise UserError(f"k must be 1 to {MAX_DRAWS} draws, not {k}")
     if meta["mean"] is not None:
         check_mean(meta["mean"])
+    plain = encoding == "dense" and meta["mean"] is None and not meta["probabilities"]
+    if meta["views"] is not None and not (plain and meta["class_map"] is None):
+        raise UserError(
+            "soft targets of views are kept as the dense logits of one teacher: give no other encoding, "
+            "no mean, no class_map and no probabilities"
+        )
+    if meta["class_map"] is not None and meta["probabilities"]:
+        raise UserError("class_map is for logits: give no probabilities, or map those yourself")
     _check_temperatures(meta)
 
 
@@ -68,12 +80,12 @@ def array_name(field: str, temperature: float | None) -> str:
 
 
 def encode(
-    teacher: Teacher, rows: range, ids: np.ndarray | None, *, batch_size: int, meta: Meta
+    source: Source, rows: range, ids: np.ndarray | None, *, batch_size: int, meta: Meta
 ) -> dict[str, np.ndarray]:
     """The arrays of some rows as they are stored, and the sums of their soft targets ("sum", float64).
 
     Args:
-        teacher: called with `batch_size` rows; the last ones may be repeated.
+        source: its teacher is called with `batch_size` rows; the last ones may be repeated.
         rows: of the examples.
         ids: int64 `[N]` of all examples; None: their rows.
         batch_size: B.
@@ -90,9 +102,11 @@ def encode(
     for first in range(rows.start, rows.stop, batch_size):
         count = min(batch_size, rows.stop - first)
         wanted = first + np.minimum(np.arange(batch_size), count - 1)
-        output = _ask(teacher, wanted, meta)
+        output, weights = _ask(source, wanted, meta), source.weights
+        if weights is not None and weights.ndim == 2:
+            weights = weights[wanted]
         own = wanted if ids is None else ids[wanted]
-        reduced = _reduce(output, own, count, meta)
+        reduced = _reduce(output, own, count, meta, weights=weights, class_map=source.class_map)
         if running is not None:
             batches.append(_fetch(*running))  # the device is by now at the next batch
         running = *reduced, own[:count], meta
@@ -104,34 +118,50 @@ def encode(
     }
 
 
-def _ask(teacher: Teacher, rows: np.ndarray, meta: Meta) -> Array:
-    output = jnp.asarray(teacher(rows))
-    shape, ensemble = (len(rows), meta["num_classes"]), meta["mean"] is not None
-    if output.shape[-2:] != shape or output.ndim != 2 + ensemble:
-        expected = f"(members, {shape[0]}, {shape[1]})" if ensemble else shape
+def _ask(source: Source, rows: np.ndarray, meta: Meta) -> Array:
+    output, shape = jnp.asarray(source.ask(rows)), (len(rows), source.num_classes)
+    expected: tuple[Any, ...] = shape
+    if meta["views"] is not None:
+        expected = (shape[0], meta["views"]["count"], shape[1])
+    elif meta["mean"] is not None:
+        expected = ("members" if source.weights is None else source.weights.shape[-1], *shape)
+    if len(expected) != output.ndim or any(
+        size not in ("members", found) for size, found in zip(expected, output.shape, strict=True)
+    ):
         raise UserError(
             f"the teacher returned an array {output.shape} for {shape[0]} rows of {shape[1]} classes, "
-            f"with mean {meta['mean']!r}; expected {expected}"
+            f"with mean {meta['mean']!r}; expected ({', '.join(map(str, expected))})"
         )
     return output
 
 
 def _reduce(
-    output: Array, ids: np.ndarray, count: int, meta: Meta
+    output: Array,
+    ids: np.ndarray,
+    count: int,
+    meta: Meta,
+    *,
+    weights: np.ndarray | None,
+    class_map: np.ndarray | None,
 ) -> tuple[dict[str, Array], Array]:
     """What is kept of a batch at each temperature; and which of its examples are sound, bool `[B]`."""
     mean, probabilities, encoding = (meta[x] for x in ("mean", "probabilities", "encoding"))
     draws_of = jnp.asarray(ids.astype(np.uint32))
     how = {name: meta[name] for name in ("encoding", "k", "seed")}
-    good = _are_distributions(output) if probabilities else _are_finite(output)
+    good = _are_distributions(output) if probabilities else _are_finite(output, mean is not None)
+    if class_map is not None:
+        output = map_classes(output, class_map)
     kept: dict[str, Array] = {}
     for temperature in meta["temperatures"] or [None]:
         if encoding == "dense":
             at = 1.0 if temperature is None else temperature  # any, if they serve every one
-            found = {"logits": _logits(output, at, mean=mean, probabilities=probabilities)}
+            how_mean = {"mean": mean, "probabilities": probabilities}
+            found = {"logits": _logits(output, at, weights, **how_mean)}
         else:
             members = output if mean else output[None]
-            p = output if probabilities else _mean_probs(members, temperature, mean or "arithmetic")
+            p = output
+            if not probabilities:
+                p = _mean_probs(members, temperature, mean or "arithmetic", weights)
             found = _cut(p, draws_of, jnp.asarray(count), **how)
         kept |= {array_name(field, temperature): array for field, array in found.items()}
     return kept, good
@@ -146,16 +176,21 @@ def _are_distributions(rows: Array) -> Array:
     return one & jnp.all(rows >= 0, axis=-1)
 
 
-@jax.jit
-def _are_finite(logits: Array) -> Array:
-    """Of all members of an ensemble."""
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return jnp.all(finite, axis=0) if finite.ndim == 2 else finite
+@functools.partial(jax.jit, static_argnums=1)
+def _are_finite(logits: Array, of_members: bool) -> Array:
+    """Which examples have finite logits, of all members or views; bool `[B]`."""
+    finite = jnp.isfinite(logits if not of_members else jnp.moveaxis(logits, 0, 1))
+    return jnp.all(finite.reshape(len(finite), -1), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("mean", "probabilities"))
 def _logits(
-    output: Array, temperature: ArrayLike, *, mean: Mean | None, probabilities: bool
+    output: Array,
+    temperature: ArrayLike,
+    weights: Array | None,
+    *,
+    mean: Mean | None,
+    probabilities: bool,
 ) -> Array:
     """Logits v float32 `[B, C]` such that `softmax(v / T)` are the soft targets."""
     output = output.astype(jnp.float32)
@@ -165,8 +200,8 @@ def _logits(
     if mean is None:
         return output
     if mean == "geometric":  # the softmax of the mean logits, at every temperature
-        return jnp.mean(output, axis=0)
-    return ensemble_logits(output, temperature, mean)
+        return weighted_mean(output, weights)
+    return ensemble_logits(output, temperature, mean, weights)
 
 
 @functools.partial(jax.jit, static_argnames=("encoding", "k", "seed"))

@@ -25,6 +25,7 @@ WITH_EXAMPLES = [
     "distill_jax.metrics",
     "distill_jax.multi_label",
     "distill_jax.optimizers",
+    "distill_jax.soft_targets.class_maps",
     "distill_jax.soft_targets.compare",
     "distill_jax.soft_targets.encodings",
     "distill_jax.soft_targets.identity",

@@ -23,7 +23,7 @@ from distill_jax import (
     train_step,
 )
 from distill_jax.data import augment, images, transfer
-from distill_jax.soft_targets import compare, encodings, ensemble
+from distill_jax.soft_targets import class_maps, compare, encodings, ensemble
 from distill_jax.specialists import clustering, coverage, enrichment, eq5, heads, inference
 
 B, C, D, K, S = 4, 6, 3, 2, 2
@@ -240,7 +240,7 @@ def calls() -> dict[str, Call]:
         "offsets": Call(lambda ids: encodings.offsets(0, ids), {"ids": LABELS}),
         "mean_log_probs": Call(
             lambda **a: ensemble.mean_log_probs(**a, temperature=2.0, mean="geometric"),
-            {"member_logits": _floats(K, B, C)},
+            {"member_logits": _floats(K, B, C), "weights": _floats(B, K)},
         ),
         "mean_probs": Call(
             lambda **a: ensemble.mean_probs(**a, temperature=2.0, mean="arithmetic"),
@@ -257,6 +257,15 @@ def calls() -> dict[str, Call]:
                 "layer": {"kernel": _floats(K, D, C), "bias": _floats(K, C)},
             },
         ),
+        "map_classes": Call(
+            lambda logits: soft_targets.map_classes(logits, [3, -1, 0]), {"logits": LOGITS}
+        ),
+        "check_class_map": Call(
+            lambda class_map: class_maps.check_class_map(class_map, C),
+            {"class_map": np.array([3, -1, 0])},
+            traced=False,
+        ),
+        "shared_classes_loss": Call(loss(step_losses.shared_classes_loss), batch),
         "against_dense": Call(
             lambda kept, **a: compare.against_dense(
                 **a, kept=[tuple(kept.values())], temperature=2.0, tail_weights=None

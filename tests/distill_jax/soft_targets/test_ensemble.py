@@ -130,3 +130,65 @@ def test_fingerprint_names_parameters_and_config(key):
         soft_targets.fingerprint(params, {"hidden": [1], "seed": 1}),
     ]
     assert len({name, *others}) == 4
+
+
+def weighted64(logits, temperature, mean, weights):
+    log_probs = log_probs64(logits, temperature)
+    shares = np.moveaxis(np.broadcast_to(weights, (4, 3)), -1, 0)[..., None]
+    shares = shares / shares.sum(0)
+    if mean == "arithmetic":
+        return np.log((shares * np.exp(log_probs)).sum(0))
+    return log_probs64((shares * log_probs).sum(0), 1.0)
+
+
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
+@pytest.mark.parametrize("weights", [[2, 0, 1], np.random.default_rng(1).random((4, 3))])
+def test_weighted_members(mean, weights):
+    logits = tiny.teacher_logits(3 * 4, 5).reshape(3, 4, 3)
+    expected, given = (
+        weighted64(logits, 2.0, mean, np.asarray(weights, float)),
+        jnp.asarray(weights),
+    )
+    args = jnp.asarray(logits), 2.0, mean, given
+    np.testing.assert_allclose(soft_targets.mean_log_probs(*args), expected, rtol=1e-5, atol=1e-6)
+    found = jax.jit(soft_targets.mean_probs, static_argnums=2)(*args)
+    np.testing.assert_allclose(found, np.exp(expected), rtol=1e-5)
+    merged = losses.log_softmax(soft_targets.ensemble_logits(*args), 2.0)
+    np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6)
+    layer = {"kernel": jnp.tile(jnp.eye(3), (3, 1, 1))}
+    hidden = jnp.moveaxis(jnp.asarray(logits), 0, 1)
+    found = soft_targets.mean_probs_of_hidden(hidden, layer, 2.0, mean, given)
+    np.testing.assert_allclose(found, np.exp(expected), rtol=1e-5)
+
+
+def test_a_member_of_no_weight_has_no_part_and_equal_weights_change_nothing():
+    logits = jnp.asarray(tiny.teacher_logits(3 * 4, 5).reshape(3, 4, 3))
+    absent = logits.at[1].set(jnp.array([-jnp.inf, 0.0, 1e4]))
+    for mean in ("arithmetic", "geometric"):
+        found = soft_targets.mean_probs(absent, 2.0, mean, [1.0, 0.0, 3.0])
+        expected = soft_targets.mean_probs(logits[::2], 2.0, mean, [0.25, 0.75])
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        found = soft_targets.mean_log_probs(logits, 2.0, mean, [7, 7, 7])
+        expected = soft_targets.mean_log_probs(logits, 2.0, mean)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, 2.0], r"weights are float32 \(2,\); expected numbers \[3\].* or \[4, 3\]"),
+        ([1.0, -2.0, 1.0], r"a member's weight is -2\.0; allowed: 0 or more"),
+        ([0, 0, 0], r"the sum of an example's weights is 0\.0; allowed: above 0"),
+        ("equal", "weights are 'equal'; expected numbers"),
+    ],
+)
+def test_weights_that_are_none(weights, message):
+    logits = jnp.zeros((3, 4, 3))
+    for run in (soft_targets.mean_log_probs, soft_targets.mean_probs):
+        with pytest.raises(UserError, match=message):
+            run(logits, 1.0, "arithmetic", weights)
+
+
+def test_traced_weights_that_are_none_are_loud():
+    probs = jax.jit(lambda w: soft_targets.mean_probs(jnp.zeros((2, 3)), 1.0, "arithmetic", w))
+    assert np.isnan(probs(jnp.array([1.0, -1.0]))).all() and np.isnan(probs(jnp.zeros(2))).all()
