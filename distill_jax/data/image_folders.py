@@ -53,9 +53,13 @@ def find(folder: Path, test_share: float = 0.0, seed: int = 0) -> Folder:
     if not folder.is_dir():
         raise UserError(f"{name}: there is no such folder")
     parts, others = _parts(folder), list[Path]()
-    if "test" in parts and "train" not in parts:
-        raise UserError(f"{name} has the folder {parts['test'].name}, but no train beside it")
     root = parts.get("train", folder)
+    named = {path.name.lower() for path in _folders(folder)}
+    if root == folder and all(named & set(names) for names in _SPLITS.values()):
+        raise UserError(
+            f"{name}: the folder of training images has no folders in it; each class has a folder with "
+            "its images"
+        )
     classes = _classes(root, others)
     names = tuple(sorted(classes))
     check_classes(len(names), name)
@@ -158,8 +162,8 @@ def _hold_out(
         held_out[rows[: min(round(share * len(rows)), len(rows) - 1)]] = True
     if not held_out.any():
         raise UserError(
-            f"{name} has no folder of test images ({', '.join(TEST_SPLITS)}), and data.test_share, the "
-            f"share of each class to hold out, is {share}: set it, to 0.2 for example"
+            f"{name} has no test set (classes in a folder {' or '.join(TEST_SPLITS)}), and "
+            f"data.test_share, the share of each class to hold out, is {share}: set it, such as to 0.2"
         )
     say_once(
         f"{name}: the test set is {held_out.sum()} of {len(files)} images, {100 * share:g} % of each "

@@ -76,6 +76,8 @@ def _load(data: FrozenConfigDict) -> Data:
     counts = {"train": views, "seen": min(views, 2), "validation": min(views, 2), "test": 1}
     made = {
         name: augment.views(examples, counts[name], difficulty, seed)
+        if len(examples["id"])  # an image set has none that are seen
+        else examples
         for name, examples in splits.items()
     }
     return Data(
@@ -100,13 +102,24 @@ def _image_set(data: FrozenConfigDict) -> tuple[tuple[str, ...], dict[str, Examp
             "examples; some must be held out, and some left"
         )
     train, held_out = transfer.hold_out(found.train, count, data.seed)
+    gone = np.setdiff1d(held_out["label"], train["label"])
+    if len(gone):
+        raise UserError(
+            f"data.validation is {data.validation}, which holds out all examples of class "
+            f"{_names(found)[gone[0]]} ({len(gone)} such classes): bring more, leave the class out, or "
+            "set data.seed to another number"
+        )
     nothing = transfer.select(found.test, np.zeros(0, np.int64))
-    return found.class_names or tuple(map(str, range(found.num_classes))), {
+    return _names(found), {
         "train": train,
         "seen": nothing,
         "validation": held_out,
         "test": found.test,
     }
+
+
+def _names(source: images.Source) -> tuple[str, ...]:
+    return source.class_names or tuple(map(str, range(source.num_classes)))
 
 
 def _first_classes(

@@ -357,13 +357,17 @@ def test_folders_that_can_not_be_read(tmp_path):
     (tmp_path / "test/cat").rename(tmp_path / "test/fox")
     assert message() == f"{tmp_path / 'test/fox'}: train has no class 'fox'"
     shutil.rmtree(tmp_path / "test")
-    assert f"{source} has no folder of test images" in message() and "data.test_share" in message()
+    assert f"{source} has no test set" in message() and "data.test_share" in message()
+    (tmp_path / "test").mkdir()  # images whose classes a table says, perhaps
+    (tmp_path / "test/0.png").touch()
+    assert f"{source} has no test set" in message()
     for name in NAMES[1:]:
         shutil.rmtree(tmp_path / "train" / name)
     assert message() == f"{source}: there is 1 class; a net tells two or more apart"
     shutil.rmtree(tmp_path / "train/cat")
-    assert message().startswith(f"{tmp_path / 'train'}: a class without images")
+    assert message().startswith(f"{source}: the folder of training images has no folders in it")
     (tmp_path / "train").rmdir()
+    shutil.rmtree(tmp_path / "test")
     assert message() == f"{tmp_path}: no folders in it; each class has a folder with its images"
     tmp_path.rmdir()
     assert message() == f"{source}: there is no such folder"

@@ -10,6 +10,7 @@ import tiny
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sets import write_folders
 from tfds_sets import grey, prepare_tiny
 
 from distill_jax import models, optimizers, sharding, step_losses, train_step
@@ -253,6 +254,19 @@ def test_a_block_trains_as_its_batches_do(files, trained):
 
 def test_meshes_train_alike(files, trained):
     tiny.assert_close(train(files, 1, 8), trained)
+
+
+def test_the_blocks_of_a_folder_of_images(tmp_path):
+    """Read by several processes, and by one that was stopped, they are those of the set in memory."""
+    source = write_folders(tmp_path, (SET["inputs"], SET["label"]), (SET["inputs"], SET["label"]))
+    whole, folder = images.load(source).train, images.open_set(source).train
+    blocks = read(folder, end=4)
+    for block in blocks:
+        tiny.assert_equal(block, {name: field[block["id"]] for name, field in whole.items()})
+    tiny.assert_equal(read(folder, 2, 4), blocks[2:])
+    halves = [read(folder, 3, 4, rows)[0] for rows in np.split(np.arange(BATCH), 2)]
+    joined = {name: np.concatenate([half[name] for half in halves], axis=1) for name in whole}
+    tiny.assert_equal(joined, blocks[3])
 
 
 class TestDamage:

@@ -1,5 +1,6 @@
 """The specialist study's examples: splits, views, pictures of classes, fingerprints."""
 
+import image_sets
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -142,6 +143,22 @@ def test_a_part_of_a_tfds_set_is_held_out(tiny):
     other = of_tiny(tiny, seed=1)
     assert set(other.validation["id"].tolist()) != set(data.validation["id"].tolist())
     assert other.fingerprint != data.fingerprint
+
+
+def test_views_of_an_image_set_and_the_names_of_its_classes(tmp_path):
+    train, test = image_sets.arrays()
+    source = image_sets.write_folders(tmp_path / "f", train, test)
+    more = {"source": source, "classes": 0, "validation": 0.25}
+    data = load_data(config_of(**more, views=2, difficulty=1.0))
+    assert data.class_names == image_sets.NAMES
+    assert {name: len(getattr(data, name)["id"]) for name in SPLITS} == {
+        "train": 18, "seen": 0, "validation": 6, "test": 6,
+    }  # fmt: skip
+    for name in (f"{number}.png" for number in range(3, 12, 3)):
+        (tmp_path / "f/train/cat" / name).unlink()  # one cat is left
+    message = r"data\.validation is 0\.9, which holds out all examples of class cat "
+    with pytest.raises(UserError, match=message):
+        load_data(config_of(**{**more, "validation": 0.9, "seed": 5}))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 1.0])
