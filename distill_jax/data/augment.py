@@ -1,4 +1,8 @@
-"""Augmentation of images: `jitter` inside the step, and distorted views of a whole set.
+"""Augmentation of images: `jitter` inside the step, distorted views of a whole set, numbered views.
+
+A scheme of numbered views (`shifts`, `distortions`) says what view v of an example is, always the same.
+So the teacher's logits of every view can be kept (`soft_targets.write_views`), and the student sees a
+view with the logits of that same view (`random_view`).
 
 `distort` makes random variants of an image, for sets with few examples per class. An image is rotated,
 sheared, scaled, stretched and shifted (one affine map, bilinear); then it is blurred, its contrast is
@@ -18,7 +22,8 @@ At d = 0 an image is not changed at all. For characters of 32 x 32 pixels, 1 is 
 1.4 a hard one. Pixels from outside the image are black.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +35,24 @@ from distill_jax import ranges, shapes
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 from distill_jax.train_step import Batch, Constants, Transform
+
+
+class Views(NamedTuple):
+    """A scheme of numbered views of images.
+
+    name: says all that decides what a view is. num_views: V of an example. make: `(images
+    [B, H, W, ...], ids int [B], numbers int32 [B]) -> images`, of each example the view of its number,
+    0 to V - 1.
+    """
+
+    name: str
+    num_views: int
+    make: Callable[[Array, Array, Array], Array]
+
+    @property
+    def field(self) -> str:
+        """The field of a batch that has the teacher's logits of all views `[B, V, C]`."""
+        return f"teacher_logits of {self.name}"
 
 
 class _Amounts(NamedTuple):
@@ -57,24 +80,122 @@ def jitter(pixels: int) -> Transform:
     ranges.check_value("the pixels of jitter", pixels, ranges.count(0))
 
     def move(batch: Batch, key: Array, constants: Constants = None) -> Batch:
-        if {"teacher_logits", "teacher_ids"} & set(batch):
+        if _cached(batch):
             raise UserError(
                 "cached soft targets can't be joined to jittered images: set jitter to 0, or compute "
-                "them in the step (train_step.online_teacher after the jitter)"
+                "them in the step (train_step.online_teacher after the jitter), or keep those of all "
+                "shifts (soft_targets.write_views)"
             )
         shapes.check_fields(batch, "the batch", inputs="number B H W *")
         images = batch["inputs"]
-        margins = [(0, 0), (pixels, pixels), (pixels, pixels)] + [(0, 0)] * (images.ndim - 3)
         corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * pixels + 1)
-
-        # On a CPU dynamic_slice of padded uint8 was the fastest of eleven ways, 10x faster than roll.
-        def crop(padded: Array, corner: Array) -> Array:
-            start = [corner[0], corner[1]] + [jnp.int32(0)] * (padded.ndim - 2)
-            return jax.lax.dynamic_slice(padded, start, images.shape[1:])
-
-        return {**batch, "inputs": jax.vmap(crop)(jnp.pad(images, margins), corners)}
+        return {**batch, "inputs": _shift(images, corners, pixels)}
 
     return move
+
+
+def shifts(pixels: int) -> Views:
+    """The views that `jitter` draws from: the image moved by up to `pixels` in any direction.
+
+    View v is the image moved down by `pixels - v // side` and to the right by `pixels - v % side`, with
+    `side = 2 * pixels + 1`; the one in the middle is the image as it is.
+
+    Raises:
+        UserError: for pixels that are no whole number, 0 or more.
+
+    Examples:
+        >>> views = shifts(1)
+        >>> image = jnp.arange(1, 10).reshape(1, 3, 3)
+        >>> print(views.name, views.num_views)
+        shifts(1) 9
+        >>> print(views.make(image, jnp.array([7]), jnp.array([8]))[0])
+        [[5 6 0]
+         [8 9 0]
+         [0 0 0]]
+    """
+    ranges.check_value("the pixels of shifts", pixels, ranges.count(0))
+    side = 2 * pixels + 1
+
+    def make(images: Array, ids: Array, numbers: Array) -> Array:
+        corners = jnp.stack(jnp.divmod(numbers, jnp.int32(side)), axis=-1)
+        return _shift(images, corners, pixels)
+
+    return Views(f"shifts({pixels})", side**2, make)
+
+
+def distortions(count: int, difficulty: float, seed: int) -> Views:
+    """Random distortions as numbered views: view v of an example is the one that `views` makes.
+
+    Args:
+        count: V.
+        difficulty: 0 or more; see the module.
+        seed: of all randomness; a view is a function of it, the example's id and v.
+
+    Raises:
+        UserError: for numbers that aren't allowed.
+    """
+    ranges.check_value("the count of distortions", count, ranges.count())
+    ranges.check_value("the difficulty of distortions", difficulty, ranges.at_least(0))
+    key = jax.random.key(seed)
+
+    def make(images: Array, ids: Array, numbers: Array) -> Array:
+        keys = jax.vmap(lambda v, i: jax.random.fold_in(jax.random.fold_in(key, v), i))(
+            numbers, ids
+        )
+        return distort(images, keys, difficulty)
+
+    return Views(f"distortions(difficulty={difficulty:g}, seed={seed})", count, make)
+
+
+def random_view(views: Views) -> Transform:
+    """Shows each example in one of its views, with the teacher's logits of the same view.
+
+    The view is drawn anew in each step. Of the batch's `views.field` `[B, V, C]`, which
+    `soft_targets.attach(..., views=views)` joined, the row of that view becomes "teacher_logits"
+    `[B, C]`. Without that field, in the training of a teacher, the images alone are changed.
+
+    Raises:
+        UserError: at trace time, if the batch has soft targets of other views or of the original images;
+            if it lacks "id" or "inputs".
+    """
+
+    def show(batch: Batch, key: Array, constants: Constants = None) -> Batch:
+        others = [name for name in _cached(batch) if name != views.field]
+        if others:
+            raise UserError(
+                f"the batch has {', '.join(others)}, which are not of the views {views.name}: join "
+                "those (soft_targets.attach with views), or compute them in the step afterwards"
+            )
+        shapes.check_fields(batch, "the batch", inputs="number B H W *", id="int B")
+        numbers = jax.random.randint(key, batch["id"].shape, 0, views.num_views)
+        shown = {name: field for name, field in batch.items() if name != views.field}
+        shown["inputs"] = views.make(batch["inputs"], batch["id"], numbers)
+        if views.field in batch:
+            logits = batch[views.field]
+            size = batch["id"].shape[0]
+            shapes.check(**{views.field: (logits, f"float {size} {views.num_views} C")})
+            chosen = jnp.take_along_axis(logits, numbers[:, None, None], axis=1)
+            shown["teacher_logits"] = chosen[:, 0]
+        return shown
+
+    return show
+
+
+def _shift(images: Array, corners: Array, pixels: int) -> Array:
+    """Images cut at corners `[B, 2]`, 0 to 2 * pixels, of themselves with margins of zeros."""
+    margins = [(0, 0), (pixels, pixels), (pixels, pixels)] + [(0, 0)] * (images.ndim - 3)
+
+    # On a CPU dynamic_slice of padded uint8 was the fastest of eleven ways, 10x faster than roll.
+    def crop(padded: Array, corner: Array) -> Array:
+        start = [corner[0], corner[1]] + [jnp.int32(0)] * (padded.ndim - 2)
+        return jax.lax.dynamic_slice(padded, start, images.shape[1:])
+
+    return jax.vmap(crop)(jnp.pad(images, margins), corners)
+
+
+def _cached(fields: Any) -> list[str]:
+    """The fields that are a teacher's, of the inputs as they are."""
+    return [name for name in fields if name.startswith("teacher_")]
 
 
 def distort(images: Array, keys: Array, difficulty: ArrayLike) -> Array:
@@ -134,7 +255,7 @@ def views(
         raise UserError(f"the difficulty of a distortion must be 0 or more, not {difficulty}")
     if difficulty == 0:
         return examples
-    if {"teacher_logits", "teacher_ids"} & set(examples):
+    if _cached(examples):
         raise UserError(
             "cached soft targets can't be joined to distorted images: make the views first, "
             "then their soft targets"

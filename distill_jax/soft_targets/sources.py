@@ -33,13 +33,21 @@ class Source(NamedTuple):
 
 
 class Views(Protocol):
-    """A scheme of augmented views, such as `data.augment.shifts` makes: its name, and their number."""
+    """A scheme of augmented views (`data.augment.Views`): its name, their number, and their field."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
 
     @property
-    def count(self) -> int: ...  # noqa: D102
+    def num_views(self) -> int: ...  # noqa: D102
+
+    @property
+    def field(self) -> str: ...  # noqa: D102
+
+
+def describe_views(views: Views | None) -> dict[str, Any] | None:
+    """What a store's meta says of its views."""
+    return None if views is None else {"name": views.name, "count": views.num_views}
 
 
 def read(
@@ -61,7 +69,7 @@ def read(
         raise UserError(f"logits are of {', '.join(sorted(kinds))}; expected real numbers")
     shapes = {member.shape for member in members}
     shape = next(iter(shapes), ())
-    rows = (size,) if views is None else (size, views.count)
+    rows = (size,) if views is None else (size, views.num_views)
     if len(shapes) != 1 or len(shape) != len(rows) + 1 or shape[:-1] != rows:
         raise UserError(
             f"logits are {', '.join(map(str, sorted(shapes))) or 'none'} for {size} digests; "

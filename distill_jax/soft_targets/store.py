@@ -15,9 +15,10 @@ from numpy.typing import ArrayLike
 
 from distill_jax import files
 from distill_jax.errors import UserError
-from distill_jax.soft_targets import encodings, identity, shard_files
+from distill_jax.soft_targets import encodings, identity, shard_files, sources
 from distill_jax.soft_targets.encodings import FIELDS, TOP_K_FIELDS
 from distill_jax.soft_targets.reduction import Meta, array_name
+from distill_jax.soft_targets.sources import Views
 
 
 class Store(NamedTuple):
@@ -81,21 +82,25 @@ def load(
     return Store(meta, arrays, by_id, weights)
 
 
-def rows(store: Store, ids: ArrayLike, temperature: float | None = None) -> dict[str, np.ndarray]:
+def rows(
+    store: Store, ids: ArrayLike, temperature: float | None = None, *, views: Views | None = None
+) -> dict[str, np.ndarray]:
     """The soft targets of some examples, in any order.
 
     Args:
         store: from `load`.
         ids: integer `[n]`.
         temperature: one of the store's; None for one that serves every temperature.
+        views: the scheme whose views the targets must be of; None: of the inputs as they are.
 
     Returns:
-        of a "dense" store "teacher_logits" float32 `[n, C]`; else `TOP_K_FIELDS`: "teacher_ids"
-        `[n, k]`, "teacher_probabilities" bfloat16 `[n, k]` and "teacher_tail" `[n]`. Of a "sampled"
-        store the probabilities are float32 `[n, 1]`, 1 / k, and the tail 0: the same loss serves both.
+        of a "dense" store "teacher_logits" float32 `[n, C]`, or `views.field` `[n, V, C]`; else
+        `TOP_K_FIELDS`: "teacher_ids" `[n, k]`, "teacher_probabilities" bfloat16 `[n, k]` and
+        "teacher_tail" `[n]`. Of a "sampled" store the probabilities are float32 `[n, 1]`, 1 / k, and the
+        tail 0: the same loss serves both.
 
     Raises:
-        UserError: for an id that the store doesn't have, or another temperature.
+        UserError: for an id that the store doesn't have, another temperature, or other views.
 
     Examples:
         >>> import tempfile
@@ -106,11 +111,12 @@ def rows(store: Store, ids: ArrayLike, temperature: float | None = None) -> dict
         [[3. 4.]
          [1. 2.]]
     """
+    _check_views(store, views)
     made_at, places = _made_at(store, temperature), _places(store, ids)
     encoding, k, num_classes = (store.meta[name] for name in ("encoding", "k", "num_classes"))
     kept = [_take(store, array_name(field, made_at), places) for field in FIELDS[encoding]]
     if encoding == "dense":
-        return {"teacher_logits": kept[0]}
+        return {"teacher_logits" if views is None else views.field: kept[0]}
     if encoding == "sampled":
         kept = [*encodings.as_targets(encodings.unpack(kept[0], k, num_classes))]
     return dict(zip(TOP_K_FIELDS, kept, strict=True))
@@ -121,6 +127,8 @@ def attach(
     store: Store,
     temperature: float | None = None,
     digests: ArrayLike | None = None,
+    *,
+    views: Views | None = None,
 ) -> dict[str, Any]:
     """Joins soft targets to examples by id: the examples' fields, and those of `rows`.
 
@@ -135,10 +143,12 @@ def attach(
         store: from `load`.
         temperature: that training will use; None for a store that serves every temperature.
         digests: uint64 `[n]`, of these examples' inputs; None: `soft_targets.digests` of "inputs".
+        views: the scheme of a store of views (`write_views`), which `augment.random_view` will show. The
+            inputs stay as they are, and are checked so.
 
     Raises:
         UserError: for examples without "id" or "inputs", an id without targets, other inputs under an
-            id, or another temperature.
+            id, another temperature, or other views.
 
     Examples:
         >>> import tempfile
@@ -162,7 +172,7 @@ def attach(
             )
     found = identity.digests(examples["inputs"]) if digests is None else digests
     check(store, examples["id"], found, temperature)
-    return {**examples, **rows(store, examples["id"], temperature)}
+    return {**examples, **rows(store, examples["id"], temperature, views=views)}
 
 
 def check(
@@ -220,6 +230,19 @@ def _map(shard: Path, meta: Meta) -> dict[str, np.ndarray]:
         if path.stem.startswith("probabilities_"):  # stored as bits
             arrays[path.stem] = arrays[path.stem].view(jnp.bfloat16)
     return arrays
+
+
+def _check_views(store: Store, views: Views | None) -> None:
+    """Raises a UserError if the targets are of other views, or of none."""
+    there = store.meta.get("views")  # stores of before have none
+    if there == sources.describe_views(views):
+        return
+    found = "the inputs as they are" if there is None else "{count} views {name}".format(**there)
+    wanted = "the inputs as they are" if views is None else f"{views.num_views} views {views.name}"
+    raise UserError(
+        f"the soft targets of teacher {store.meta['teacher']} are of {found}, and can't be joined to "
+        f"{wanted}: hand their scheme to attach as `views`, and show them by augment.random_view"
+    )
 
 
 def _made_at(store: Store, temperature: float | None) -> float | None:

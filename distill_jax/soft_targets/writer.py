@@ -124,7 +124,7 @@ def write(
         "mean": mean,
         "weights": sources.noted(made_of.weights),
         "class_map": sources.noted(made_of.class_map),
-        "views": None if views is None else {"name": views.name, "count": views.count},
+        "views": sources.describe_views(views),
         "probabilities": probabilities,
     }
     meta = shard_writer.make_meta(

@@ -60,6 +60,7 @@ EXAMPLES = {
     "inputs": np.zeros((B, 8, 8), np.uint8),
     "label": LABELS,
 }
+VIEWS = augment.shifts(1)
 HYPER = {name: jnp.float32(value) for name, value in (("temperature", 2.0), ("hard_weight", 0.5))}
 MODEL = models.mlp((5,), C)
 OPTIMIZER = optimizers.sgd(lambda step: 1.0)
@@ -92,6 +93,15 @@ def _store(encoding: str = "dense") -> soft_targets.Store:
 def _write(**arguments: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         soft_targets.write(Path(folder) / "store", teacher="t", **arguments)
+
+
+def _write_views(**arguments: Any) -> None:
+    def apply(params: Any, images: Any) -> Any:
+        return images.reshape(len(images), -1)[:, :C].astype(jnp.float32)
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        soft_targets.write_views(store, apply, None, views=VIEWS, teacher="t", **arguments)
 
 
 def calls() -> dict[str, Call]:
@@ -279,6 +289,13 @@ def calls() -> dict[str, Call]:
         "jitter": Call(
             lambda inputs: augment.jitter(2)({"inputs": inputs}, jax.random.key(0)),
             {"inputs": EXAMPLES["inputs"]},
+        ),
+        "random_view": Call(
+            lambda batch: augment.random_view(VIEWS)(batch, jax.random.key(0)),
+            {"batch": {**EXAMPLES, VIEWS.field: _floats(B, 9, C)}},
+        ),
+        "write_views": Call(
+            _write_views, {"inputs": EXAMPLES["inputs"], "ids": EXAMPLES["id"]}, traced=False
         ),
         "distort": Call(
             lambda images: augment.distort(images, jax.random.split(jax.random.key(0), B), 1.0),
