@@ -184,7 +184,9 @@ def _opened(path: Path) -> np.lib.npyio.NpzFile:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no npz file of arrays ({error})") from error
+        # What is none at all NumPy takes for pickled objects, and advises to read them.
+        reason = "" if isinstance(error, ValueError) else f" ({error})"
+        raise UserError(f"{path} is no npz file of arrays{reason}") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise UserError(f"{path} has one array; expected an npz file, as np.savez writes it")
     return archive

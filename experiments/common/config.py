@@ -70,6 +70,13 @@ IMAGE_SETS = ("npz:", "idx:", "images:", "tfds:")
 STREAMED = ("images:", "tfds:")
 """Of these the ones that can be left on disk."""
 
+
+def is_brought(source: str) -> bool:
+    """Whether a set is one that a person brings, so that published numbers are not of it."""
+    is_mnist = re.split("[/:]", source)[:2] == ["tfds", "mnist"]
+    return source.startswith(IMAGE_SETS) and not is_mnist
+
+
 _MESH = either(one_of(-1), count())
 
 COMMON: dict[str, Allowed] = {

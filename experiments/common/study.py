@@ -28,7 +28,7 @@ from distill_jax import files, processes
 from distill_jax.errors import UserError
 from distill_jax.files import read_json
 from experiments.common import report
-from experiments.common.config import flat
+from experiments.common.config import flat, is_brought
 
 Row = dict[str, Any]
 """One line of a table: table, row, metric, paper, value, std, seeds, selection, preset, source,
@@ -111,10 +111,11 @@ def draw_report(
     captions: Mapping[str, str],
     reference: Path,
 ) -> None:
-    """`report.write` with the time of all finished stages, and the published rows if there are any."""
+    """`report.write` with the time of all finished stages, and the published rows of the same set."""
     found = [read_stage(path.parent) for path in workdir.glob("stages/*/stage.json")]
     seconds = sum(stage["seconds"] for stage in found if stage)
-    published = report.load_rows(reference) if reference.exists() else []
+    comparable = reference.exists() and not any(is_brought(row["source"]) for row in rows)
+    published = report.load_rows(reference) if comparable else []
     report.write(
         workdir,
         title,

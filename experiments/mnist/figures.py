@@ -110,8 +110,8 @@ def temperature(rows: Sequence[Row]) -> Figure | None:
 def bias_shift(rows: Sequence[Row]) -> Figure | None:
     """Errors with and without bias shifts beside the paper's numbers, as bars."""
     wanted = [
-        ("mnist_without_3", "test_errors", "without 3s: test errors (of 10,000)"),
-        ("mnist_without_3", "errors_on_3", "without 3s: errors on 3s (of 1,010)"),
+        ("mnist_without_3", "test_errors", "without 3s: test errors"),
+        ("mnist_without_3", "errors_on_3", "without 3s: errors on 3s"),
         ("mnist_only_7_8", "test_error_percent", "only 7s and 8s: test error (%)"),
     ]
     drawn = [

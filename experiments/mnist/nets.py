@@ -11,6 +11,7 @@ from distill_jax.data.images import Examples
 from distill_jax.nets import Net
 from distill_jax.trainer import Stream
 from experiments.common import training
+from experiments.common.config import is_brought
 from experiments.common.study import Context, Row, make_row
 from experiments.mnist.data import open_data
 
@@ -70,10 +71,14 @@ def shown(number: float | Mapping[str, float]) -> str:
 
 def error_row(context: Context, table: str, row: str, nets: Net, paper: float | None = None) -> Row:
     """The test errors after the last epoch of one kind of net, over its seeds."""
-    errors = nets.history[-1]["test_errors"]
-    return make_row(
-        context.config, table, row, "test_errors", errors, seconds=nets.seconds, paper=paper
-    )
+    errors, config = nets.history[-1]["test_errors"], context.config
+    paper = of_mnist(config, paper)
+    return make_row(config, table, row, "test_errors", errors, seconds=nets.seconds, paper=paper)
+
+
+def of_mnist(config: ConfigDict, paper: float | None) -> float | None:
+    """The paper's value, where the data are MNIST."""
+    return None if is_brought(config.data.source) else paper
 
 
 def errors_by_variant(nets: Net, variants: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from experiments.mnist.data import check_source
 TITLE = "Distilling the Knowledge in a Neural Network, section 3: MNIST"
 CAPTIONS = {
     "mnist": "A large regularised net, a small one without regularisation, and the small one "
-    "distilled from the large one at T = 20 without jitter. Errors on the 10,000 test examples.",
+    "distilled from the large one at T = 20 without jitter. Errors on the test set (paper: 10,000).",
     "mnist_temperature": "With 300 or more units in each hidden layer all temperatures above 8 gave "
     "fairly similar results; with 30 units, 2.5 to 4 worked significantly better.",
     "mnist_without_3": "Distilled without any example of a 3. Most errors come from its bias, which "

@@ -13,7 +13,7 @@ from distill_jax.nets import Net
 from experiments.common.study import Context, Row, make_row
 from experiments.mnist import bias
 from experiments.mnist.data import load_data, with_soft_targets
-from experiments.mnist.nets import changed, error_row, errors_by_variant, train
+from experiments.mnist.nets import changed, error_row, errors_by_variant, of_mnist, train
 
 
 class Omission(NamedTuple):
@@ -221,7 +221,7 @@ def _omission_rows(context: Context, what: Omission, nets: Net) -> list[Row]:
                     metric,
                     values,
                     seconds=nets.seconds,
-                    paper=value,
+                    paper=of_mnist(config, value),
                     selection=selection,
                 )
             )

@@ -278,7 +278,7 @@ def bad_npz(folder, kind):
     [
         ("missing", "a.npz: no such file"),
         ("cut", "a.npz is no npz file of arrays"),
-        ("text", "a.npz is no npz file of arrays"),
+        ("text", "a.npz is no npz file of arrays$"),
         ("npy", "a.npz has one array; expected an npz file"),
         ("pickled", "array y_train holds pickled Python objects, which are not read"),
         ("damaged", "array x_train can't be read .*CRC"),

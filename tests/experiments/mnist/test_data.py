@@ -1,15 +1,19 @@
 """The MNIST study on sets that people bring: which classes there are, in which order, and on disk."""
 
+from pathlib import Path
+
 import image_sets
 import numpy as np
 import pytest
 import tiny
 
 from distill_jax.errors import UserError
-from experiments.common.study import Context
-from experiments.mnist import distillation, figures, transfer_sets
+from experiments.common import report
+from experiments.common.study import Context, draw_report
+from experiments.mnist import distillation, figures, study, transfer_sets
 from experiments.mnist.config import get_config
 from experiments.mnist.data import check_source, load_data, open_data
+from experiments.mnist.nets import of_mnist
 
 
 def config_of(source, **fields):
@@ -53,6 +57,20 @@ def test_stages_of_classes_that_a_set_lacks_have_no_rows(tmp_path, capsys):
         f"{what}: left out, as {source} has 3 classes, and {classes} with others are needed"
         for what, classes in (("without 3s", "3"), ("only 7s and 8s", "7 and 8"))
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "is_mnist"),
+    [("embedded", 1), ("tfds:mnist:3.0.1", 1), ("tfds:mnist_corrupted", 0), ("images:mnist", 0)],
+)
+def test_published_numbers_stand_beside_mnist_alone(source, is_mnist, tmp_path, monkeypatch):
+    assert of_mnist(config_of(source), 67) == (67 if is_mnist else None)
+    shown = {}
+    monkeypatch.setattr(report, "write", lambda *_, **more: shown.update(more))
+    rows = [{"source": source, "table": "mnist"}]
+    reference = Path(study.__file__).with_name("reference.json")
+    draw_report(tmp_path, rows, [], title="", captions={}, reference=reference)
+    assert bool(shown["reference_rows"]) == bool(is_mnist)
 
 
 @pytest.mark.parametrize(("classes", "drawn"), [(3, 0), (4, 1), (10, 4), (100, 4)])
