@@ -89,10 +89,9 @@ def make_epoch(
     def one_pass(
         state: TrainState, examples: Batch, key: Array, hyper: Hyper, constants: Constants
     ) -> tuple[TrainState, dict[str, Array]]:
-        steps = steps_per_epoch(size(examples), batch_size)
         order_key, step_key = jax.random.split(key)
-        epoch_key = jax.random.fold_in(order_key, state.step // jnp.int32(steps))
-        rows = draw(examples, epoch_key, steps, batch_size)
+        steps = steps_per_epoch(size(examples), batch_size)
+        rows = draw(examples, _epoch_key(order_key, state, steps), steps, batch_size)
         return run_steps(state, (examples, rows), step_key, hyper, constants)
 
     def run_epoch(
@@ -104,6 +103,37 @@ def make_epoch(
         return state, jax.tree.map(jnp.ravel, metrics)
 
     return run_epoch
+
+
+def make_one_step(
+    step: TrainStep,
+    batch_size: int,
+    *,
+    shard_batch: ShardBatch = lambda batch: batch,
+    gather: Gather = take_rows,
+    draw: Draw = shuffle,
+    size: Callable[[Batch], int] = count_examples,
+) -> Epoch:
+    """Builds one step of the epoch that `make_epoch` scans: the one that `state.step` is at.
+
+    Its metrics are `[1]`. For steps that are slow inside a loop, as convolutions are on a CPU.
+    """
+
+    def run_step(
+        state: TrainState, examples: Batch, key: Array, hyper: Hyper, constants: Constants = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        order_key, step_key = jax.random.split(key)
+        steps = steps_per_epoch(size(examples), batch_size)
+        rows = draw(examples, _epoch_key(order_key, state, steps), steps, batch_size)
+        batch = gather(examples, rows[state.step % jnp.int32(steps)])
+        state, metrics = step(state, shard_batch(batch), step_key, hyper, constants)
+        return state, jax.tree.map(lambda x: x[None], metrics)
+
+    return run_step
+
+
+def _epoch_key(key: Array, state: TrainState, steps: int) -> Array:
+    return jax.random.fold_in(key, state.step // jnp.int32(steps))
 
 
 def make_steps(step: TrainStep, shard_batch: ShardBatch, gather: Gather) -> Any:

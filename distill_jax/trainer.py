@@ -166,7 +166,10 @@ def train(
     init_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     states = _start(model, optimizer, mesh, init_keys if start is None else start, sample)
     shared = (train_keys, numbers, _stack(constants))
-    advance_of = functools.partial(_advance, mesh=mesh, examples=sets, shared=shared)
+    scanned = not _is_slow_in_loops(model, sample)
+    advance_of = functools.partial(
+        _advance, mesh=mesh, examples=sets, scanned=scanned, shared=shared
+    )
     best = BEST if BEST in evaluation else None
     if selection == "validation" and best is None:
         raise UserError("selection is 'validation', but no validation set is held out")
@@ -265,6 +268,14 @@ def _num_classes(model: Model, sample: Any) -> int:
     ]
 
 
+def _is_slow_in_loops(model: Model, sample: Any) -> bool:
+    """Whether a model has convolutions, of which XLA runs the gradient slowly in a CPU's loops."""
+    if jax.default_backend() != "cpu":
+        return False
+    variables = jax.eval_shape(model.init, jax.random.key(0), sample)
+    return "conv_general_dilated" in str(jax.make_jaxpr(model.apply)(variables, sample))
+
+
 def _fuse(
     recipe: Recipe, model: Model, loss: Loss, classes: int, mesh: Any
 ) -> Loss | train_step.Fused:
@@ -320,9 +331,13 @@ def _advance(
     mesh: Any,
     examples: Sequence[Examples] | Stream,
     reader: Reader,
+    scanned: bool,
     shared: tuple[Array, dict[str, Any], tuple[dict[str, Any], dict[str, bool]]],
 ) -> loop.Advance:
-    """What trains one unit: epochs of the resident examples, or a block of the stream."""
+    """What trains one unit: epochs of the resident examples, or a block of the stream.
+
+    Epochs are one program, unless `scanned` is false: then each of their steps is.
+    """
     keys, hyper, (constants, own_constants) = shared
     constants = sharding.put_examples(constants, mesh, own_constants)
     shard = sharding.shard_batch(mesh, recipe.batch_size)
@@ -335,18 +350,28 @@ def _advance(
             lambda block: examples.put(block, mesh),
         )
     fields, per_member = _stack(examples)
-    run = epochs.make_epoch(
-        step,
-        recipe.batch_size,
-        passes=recipe.report_every,
-        shard_batch=shard,
-        gather=reader.gather,
-        draw=reader.draw,
-        size=reader.size,
-    )
+    how = {"shard_batch": shard, **reader._asdict()}
+    del how["count_errors"]
+    if scanned:
+        run, calls = (
+            epochs.make_epoch(step, recipe.batch_size, passes=recipe.report_every, **how),
+            1,
+        )
+    else:
+        run = epochs.make_one_step(step, recipe.batch_size, **how)
+        steps = epochs.steps_per_epoch(reader.size(examples[0]), recipe.batch_size)
+        calls = recipe.report_every * steps
     compiled = sharding.compile_epoch(run, mesh, per_member, own_constants)
     resident = sharding.put_examples(fields, mesh, per_member)
-    return lambda states, unit: compiled(states, resident, keys, hyper, constants)
+
+    def advance(states: train_step.TrainState, unit: int) -> Any:
+        found = []
+        for _ in range(calls):
+            states, sums = compiled(states, resident, keys, hyper, constants)
+            found.append(processes.serialize_on_cpu(sums))
+        return states, jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *found)
+
+    return advance
 
 
 def _stack(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, bool]]:

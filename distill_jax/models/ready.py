@@ -15,6 +15,7 @@ from distill_jax.errors import UserError
 from distill_jax.models.linen import from_linen
 from distill_jax.models.model import Model, chain
 from distill_jax.models.modules import MLP, Activation, Trunk
+from distill_jax.models.resnet import STAGES, ResNet, block_names
 
 ACTIVATIONS: Mapping[str, Activation] = types.MappingProxyType(
     {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
@@ -118,6 +119,50 @@ def conv_trunk(
     )
 
 
+def resnet(
+    depth: int,
+    num_classes: int,
+    *,
+    width: int = 16,
+    dtype: Any = jnp.float32,
+    scaling: tuple[float, float] = (0.0, 255.0),
+) -> Model:
+    """A residual network with BatchNorm for small images (He et al. 2015, section 4.2).
+
+    Three stages of `width`, twice and four times as many channels; shortcuts without parameters. Its
+    activations are those after each stage: "block_0_N", "block_1_N", "block_2_N" of the last block N.
+
+    Args:
+        depth: weighted layers, 6n + 2: 8, 14, 20 (0.27 million parameters at width 16), 32, 44, 56, 110.
+        num_classes: C.
+        width: channels of the first stage.
+        dtype: of the arithmetic; parameters, statistics and logits stay float32.
+        scaling: as for `mlp`.
+
+    Returns:
+        A model with state, of images `[B, H, W]` or `[B, H, W, colours]`; "hidden" are the means over
+        all places, `[B, 4 * width]`.
+
+    Raises:
+        UserError: for another depth or sizes that are none; when applied, as `mlp`.
+
+    Examples:
+        >>> from distill_jax import models
+        >>> images = jnp.zeros((1, 8, 8, 3), jnp.uint8)
+        >>> shapes = jax.eval_shape(models.resnet(20, 10).init, jax.random.key(0), images)
+        >>> models.parameter_count(shapes.params)
+        269722
+    """
+    words = "6n + 2 for a whole number n above 0, such as 8, 14 or 20"
+    depths = ranges.Allowed(words, lambda x: ranges.count(8).accepts(x) and x % 6 == 2)
+    ranges.check_value("depth", depth, depths)
+    ranges.check_value("width", width, ranges.count())
+    ranges.check(num_classes=num_classes)
+    return _as_model(
+        ResNet(int(depth), int(num_classes), int(width), jnp.dtype(dtype), _pair(scaling))
+    )
+
+
 def build(description: str) -> Model:
     """The model of a description; the same object for the same one.
 
@@ -128,25 +173,29 @@ def build(description: str) -> Model:
     kind = fields.pop("kind")
     if kind == "chain":
         return chain(*(build(json.dumps(part)) for part in fields["parts"]))
-    if kind not in _KINDS or fields["activation"] not in ACTIVATIONS:
+    if kind not in _KINDS or fields.get("activation", "relu") not in ACTIVATIONS:
         raise UserError(
             f"no model of kind {kind!r} with activation {fields.get('activation')!r} is known, only "
             f"{', '.join(_KINDS)} and chain, with {', '.join(ACTIVATIONS)}"
         )
-    fields["activation"] = ACTIVATIONS[fields["activation"]]
+    if "activation" in fields:
+        fields["activation"] = ACTIVATIONS[fields["activation"]]
     fields["dtype"] = jnp.dtype(fields["dtype"])
     fixed = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
     return _as_model(_KINDS[kind](**fixed))
 
 
 @functools.cache
-def _as_model(net: MLP | Trunk) -> Model:
-    """The functions of a module: the same ones for equal modules, so that they are compiled once.
-
-    They have no state: their training mode is `apply` with a key.
-    """
-    hidden = "hidden_activations" if isinstance(net, MLP) else None
-    return from_linen(net, hidden=hidden)._replace(train=None, description=_describe(net))
+def _as_model(net: MLP | Trunk | ResNet) -> Model:
+    """The functions of a module: the same ones for equal modules, so that they are compiled once."""
+    if isinstance(net, ResNet):
+        names = block_names(net.depth)
+        last = names[len(names) // STAGES - 1 :: len(names) // STAGES]
+        model = from_linen(net, hidden="hidden_activations", activations=last)
+    else:  # without state, so that training mode is `apply` with a key
+        hidden = "hidden_activations" if isinstance(net, MLP) else None
+        model = from_linen(net, hidden=hidden)._replace(train=None)
+    return model._replace(description=_describe(net))
 
 
 def _pair(scaling: tuple[float, float]) -> tuple[float, float]:
@@ -156,15 +205,19 @@ def _pair(scaling: tuple[float, float]) -> tuple[float, float]:
     return float(zero), float(unit)
 
 
-def _describe(net: MLP | Trunk) -> str:
+def _describe(net: MLP | Trunk | ResNet) -> str:
     """JSON of a module's fields; "" if its activation has no name."""
-    names = [name for name, function in ACTIVATIONS.items() if function is net.activation]
-    if not names:
-        return ""
     kind = next(kind for kind, module in _KINDS.items() if isinstance(net, module))
     own = {field.name for field in dataclasses.fields(net)} - {"parent", "name"}
     fields = {name: getattr(net, name) for name in sorted(own)}
-    return json.dumps({"kind": kind, **fields, "activation": names[0], "dtype": net.dtype.name})
+    if "activation" in fields:
+        names = [name for name, known in ACTIVATIONS.items() if known is fields["activation"]]
+        if not names:
+            return ""
+        fields["activation"] = names[0]
+    return json.dumps({"kind": kind, **fields, "dtype": net.dtype.name})
 
 
-_KINDS: Mapping[str, Any] = types.MappingProxyType({"mlp": MLP, "conv_trunk": Trunk})
+_KINDS: Mapping[str, Any] = types.MappingProxyType(
+    {"mlp": MLP, "conv_trunk": Trunk, "resnet": ResNet}
+)

@@ -11,7 +11,7 @@ import tiny
 from jax.sharding import Mesh
 
 from distill_jax import models, optimizers, sharding, step_losses, train_step
-from distill_jax.epochs import make_epoch
+from distill_jax.epochs import make_epoch, make_one_step
 from distill_jax.errors import UserError
 from distill_jax.specialists import enrichment, heads
 from distill_jax.train_step import TrainState
@@ -83,6 +83,20 @@ def look(key, member, first_step=0, passes=1):
     state = TrainState(jnp.int32(first_step), {}, ())
     state, seen = SEEN[passes](state, of_member(member), key, {})
     return state, {name: np.asarray(field).reshape(-1, BATCH) for name, field in seen.items()}
+
+
+def test_single_steps_are_those_of_the_epoch(key):
+    """Two epochs step by step see the rows of two epochs as one program."""
+    step = jax.jit(
+        make_one_step(seen_step, BATCH, gather=gather, draw=enrichment.draw_enriched, size=size)
+    )
+    state, found = TrainState(jnp.int32(0), {}, ()), []
+    after, expected = SEEN[2](state, of_member(1), key, {})
+    for _ in range(int(after.step)):
+        state, seen = step(state, of_member(1), key, {})
+        found.append(seen["row"])
+    np.testing.assert_array_equal(np.ravel(found), expected["row"])
+    assert state.step == after.step
 
 
 def test_an_epoch_is_as_long_as_its_size_says(key):

@@ -1,0 +1,89 @@
+"""The Flax module of residual networks for small images (He et al. 2015, section 4.2)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from distill_jax import shapes
+from distill_jax.models.modules import from_bytes
+
+STAGES = 3  # of equal depth; each halves the sides of the one before and doubles its channels
+
+
+class ResNet(nn.Module):
+    """`models.resnet`."""
+
+    depth: int
+    num_classes: int
+    width: int
+    dtype: Any
+    scaling: tuple[float, float]
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool) -> Array:
+        """Logits `[B, C]`."""
+        output = nn.Dense(self.num_classes, dtype=self.dtype, name="output")
+        return output(self.hidden_activations(images, train)).astype(jnp.float32)
+
+    @nn.compact
+    def hidden_activations(self, images: Array, train: bool) -> Array:
+        """What the output layer is applied to, means over all places: `[B, 4 * width]`."""
+        shapes.check(inputs=(images, "any B H W *"))
+        x = from_bytes(images, self.dtype, self.scaling)
+        x = x if x.ndim == 4 else x[..., None]
+        x = _conv(self.width, 1, self.dtype, "first_conv")(x)
+        x = jax.nn.relu(_norm(train, self.dtype, "first_norm")(x))
+        for name in block_names(self.depth):
+            _, stage, block = name.split("_")
+            stride = 2 if int(stage) and not int(block) else 1
+            x = Block(self.width * 2 ** int(stage), stride, self.dtype, name=name)(x, train)
+        return jnp.mean(x, axis=(1, 2))
+
+
+class Block(nn.Module):
+    """Two convolutions, beside a shortcut without parameters (option A)."""
+
+    channels: int
+    stride: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """`[B, H, W, channels]` -> `[B, H / stride, W / stride, channels]`, rounded up."""
+        norm = functools.partial(_norm, train, self.dtype)
+        y = _conv(self.channels, self.stride, self.dtype, "conv_0")(x)
+        y = _conv(self.channels, 1, self.dtype, "conv_1")(jax.nn.relu(norm("norm_0")(y)))
+        x = x[:, :: self.stride, :: self.stride]
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.channels - x.shape[-1])))
+        return jax.nn.relu(x + norm("norm_1")(y))
+
+
+def block_names(depth: int) -> list[str]:
+    """The blocks in their order, such as "block_0_1": the second of the first stage.
+
+    Examples:
+        >>> block_names(14)
+        ['block_0_0', 'block_0_1', 'block_1_0', 'block_1_1', 'block_2_0', 'block_2_1']
+    """
+    return [f"block_{stage}_{i}" for stage in range(STAGES) for i in range((depth - 2) // 6)]
+
+
+def _conv(channels: int, stride: int, dtype: Any, name: str) -> nn.Conv:
+    return nn.Conv(
+        channels,
+        (3, 3),
+        strides=stride,
+        padding=1,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=nn.initializers.he_normal(),
+        name=name,
+    )
+
+
+def _norm(train: bool, dtype: Any, name: str) -> nn.BatchNorm:
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype, name=name)
