@@ -34,5 +34,6 @@ from distill_jax.soft_targets.store import bytes_per_example as bytes_per_exampl
 from distill_jax.soft_targets.store import check as check
 from distill_jax.soft_targets.store import load as load
 from distill_jax.soft_targets.store import rows as rows
+from distill_jax.soft_targets.top_k_writer import write_top_k as write_top_k
 from distill_jax.soft_targets.views import write_views as write_views
 from distill_jax.soft_targets.writer import write as write

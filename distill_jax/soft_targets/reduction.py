@@ -74,6 +74,11 @@ def _check_temperatures(meta: Meta) -> None:
         raise UserError(f"{given}; expected each once")
 
 
+def has_tail_weights(meta: Meta) -> bool:
+    """Whether a store has its targets' mean distribution, by which the rest of each is shared."""
+    return meta["encoding"] != "dense" and meta.get("tail") is None
+
+
 def array_name(field: str, temperature: float | None) -> str:
     """The name of a stored array; None: of one that serves every temperature."""
     return field if temperature is None else f"{field}_T{temperature}"

@@ -19,7 +19,7 @@ import numpy as np
 
 from distill_jax import files
 from distill_jax.errors import UserError
-from distill_jax.soft_targets.reduction import Meta, array_name
+from distill_jax.soft_targets.reduction import Meta, array_name, has_tail_weights
 
 FORMAT = ("distill_jax.soft_targets", 2)
 INDEX, NOTE = "meta.json", "shard.json"
@@ -132,7 +132,7 @@ def finish(store: Path, digests: np.ndarray) -> None:
     meta = _unfinished(store)
     _check_same(store, meta, {"num_examples": len(digests)})
     hashes: dict[str, str] = {}
-    sums = {t: np.zeros(()) for t in meta["temperatures"] or () if meta["encoding"] != "dense"}
+    sums = {t: np.zeros(()) for t in meta["temperatures"] or () if has_tail_weights(meta)}
     for number in range(count(meta)):
         shard, here = folder(store, number), rows(meta, number)
         note = _read_note(shard)

@@ -17,7 +17,7 @@ from distill_jax import files
 from distill_jax.errors import UserError
 from distill_jax.soft_targets import encodings, identity, shard_files, sources
 from distill_jax.soft_targets.encodings import FIELDS, TOP_K_FIELDS
-from distill_jax.soft_targets.reduction import Meta, array_name
+from distill_jax.soft_targets.reduction import Meta, array_name, has_tail_weights
 from distill_jax.soft_targets.sources import Views
 
 
@@ -26,13 +26,14 @@ class Store(NamedTuple):
 
     meta: the arguments of `write`, and "num_examples". shards: the memory-mapped arrays of each, by
     name. by_id: the ids int64 `[N]` in ascending order, and the row of each; None if ids are rows.
-    tail_weights: float32 `[C]` by temperature, the mean distribution; none of a "dense" store.
+    tail_weights: float32 `[C]` by temperature, the mean distribution; none of a "dense"
+    store, None of one of `write_top_k`, whose rest is shared equally.
     """
 
     meta: Meta
     shards: list[dict[str, np.ndarray]]
     by_id: tuple[np.ndarray, np.ndarray] | None
-    tail_weights: dict[float, np.ndarray]
+    tail_weights: dict[float, np.ndarray | None]
 
 
 def load(
@@ -75,10 +76,11 @@ def load(
         ids = np.concatenate([shard["ids"] for shard in arrays])
         order = np.argsort(ids)
         by_id = ids[order], order
-    weights = {}
+    weights: dict[float, np.ndarray | None] = {}
     if meta["encoding"] != "dense":
         for t in meta["temperatures"]:
-            weights[t] = np.load(shard_files.tail_weights_file(folder, t))
+            path = shard_files.tail_weights_file(folder, t)
+            weights[t] = np.load(path) if has_tail_weights(meta) else None
     return Store(meta, arrays, by_id, weights)
 
 

@@ -125,6 +125,7 @@ def write(
         "weights": sources.noted(made_of.weights),
         "class_map": sources.noted(made_of.class_map),
         "views": sources.describe_views(views),
+        "tail": None,
         "probabilities": probabilities,
     }
     meta = shard_writer.make_meta(

@@ -30,6 +30,7 @@ WITH_EXAMPLES = [
     "distill_jax.soft_targets.encodings",
     "distill_jax.soft_targets.identity",
     "distill_jax.soft_targets.store",
+    "distill_jax.soft_targets.top_k_writer",
     "distill_jax.soft_targets.views",
     "distill_jax.soft_targets.writer",
     "distill_jax.specialists.clustering",

@@ -95,6 +95,12 @@ def _write(**arguments: Any) -> None:
         soft_targets.write(Path(folder) / "store", teacher="t", **arguments)
 
 
+def _write_top_k(**arguments: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        how = {"teacher": "t", "num_classes": C}
+        soft_targets.write_top_k(Path(folder) / "store", **arguments, **how)
+
+
 def _write_views(**arguments: Any) -> None:
     def apply(params: Any, images: Any) -> Any:
         return images.reshape(len(images), -1)[:, :C].astype(jnp.float32)
@@ -293,6 +299,16 @@ def calls() -> dict[str, Call]:
         "random_view": Call(
             lambda batch: augment.random_view(VIEWS)(batch, jax.random.key(0)),
             {"batch": {**EXAMPLES, VIEWS.field: _floats(B, 9, C)}},
+        ),
+        "write_top_k": Call(
+            _write_top_k,
+            {
+                "classes": np.tile(np.arange(K), (B, 1)),
+                "log_probabilities": np.full((B, K), -1.0, np.float32),
+                "digests": soft_targets.digests(BATCH["inputs"]),
+                "ids": np.arange(B),
+            },
+            traced=False,
         ),
         "write_views": Call(
             _write_views, {"inputs": EXAMPLES["inputs"], "ids": EXAMPLES["id"]}, traced=False
