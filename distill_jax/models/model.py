@@ -154,18 +154,19 @@ def _states(trunk: Any, head: Any) -> Any:
     return {"trunk": trunk, "head": head} if jax.tree.leaves((trunk, head)) else ()
 
 
-def head_params(params: Params) -> Params:
-    """The layers of a chained model that come after its trunk, a `conv_trunk`.
+def head_params(variables: Params | Variables) -> Params | Variables:
+    """The layers of a chained model that come after its trunk, a `conv_trunk`; with their state.
 
     Raises:
         UserError: if the trunk is another model: its layers' names say nothing of which are the head's.
     """
+    params, state = split(variables)
     head = {name: layer for name, layer in params.items() if not name.startswith("conv_")}
     if len(head) == len(params):
         raise UserError(f"no layer is named conv_0, conv_1, ..., only {', '.join(sorted(params))}")
-    return head
+    return join(head, state["head"] if state else ())
 
 
 def parameter_count(params: Params) -> int:
-    """How many numbers a tree of parameters holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    """How many numbers a tree of parameters holds; of `Variables`, without the state."""
+    return sum(leaf.size for leaf in jax.tree.leaves(split(params).params))

@@ -1,6 +1,7 @@
 """Any Flax NNX module as a model."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,13 +88,10 @@ def _as_model(
         batches.count_rows(inputs)
         params, state = split(variables)
         structure, own_params, random, sown, own_state = empty()
-        module = nnx.merge(
-            structure,
-            _filled(own_params, params),
-            _drawn(random, jax.random.key(0) if key is None else key),
-            sown,
-            _filled(own_state, state or {}),
-        )
+        keys = _drawn(random, jax.random.key(0) if key is None else key)
+        before = _filled(own_state, state or {})
+        given = _arrays(keys, before)
+        module = nnx.merge(structure, _filled(own_params, params), keys, sown, before)
         name = type(module).__qualname__
         call = getattr(module, hidden if output == "hidden" and hidden else "__call__")
         flags = _set_mode(module, call, key is not None, modes[0 if key is not None else 1])
@@ -110,7 +108,14 @@ def _as_model(
             calls.check_logits(outputs, name)
         if output == "activations":
             outputs = outputs, calls.named(nnx.to_pure_dict(found), activations)
-        changed = nnx.split(module, *_PARTS)[-1]
+        parts: Any = nnx.split(module, *_PARTS)
+        _, _, drawn, _, changed = parts
+        after = _arrays(drawn, changed)
+        if key is None and not all(map(operator.is_, given, after)):
+            raise UserError(
+                f"{name} draws random numbers or changes its state in evaluation mode: say what puts it "
+                "into that mode by from_nnx(..., evaluation={...})"
+            )
         return outputs, _nested(changed) if state else ()
 
     return calls.as_model(init, run, hidden=hidden is not None, activations=bool(activations))
@@ -158,6 +163,10 @@ def _filled(like: nnx.State, arrays: Any) -> nnx.State:
         return variable.replace(jnp.asarray(array))
 
     return nnx.from_flat_state([(path, value(path, x)) for path, x in nnx.to_flat_state(like)])
+
+
+def _arrays(*states: nnx.State) -> list[Any]:
+    return [x.get_value() for state in states for _, x in nnx.to_flat_state(state)]
 
 
 def _drawn(random: nnx.State, key: Array) -> nnx.State:

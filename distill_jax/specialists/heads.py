@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import layers, losses, shapes, step_losses, train_step
+from distill_jax import layers, losses, models, shapes, step_losses, train_step
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from distill_jax.specialists.coverage import check_class_sets
@@ -120,7 +120,8 @@ def reduce_output(params: Params, class_set: Array, num_classes: int) -> Params:
     can't be decayed.
 
     Args:
-        params: of a network with {"output": {"kernel": `[D, C]`, "bias": `[C]`}}; all else is kept.
+        params: of a network with {"output": {"kernel": `[D, C]`, "bias": `[C]`}}; all else is kept, and
+            so is the state of `models.Variables`.
         class_set: int32 `[S]`, padded with C. Without any class outside it the dustbin is -inf too.
         num_classes: C.
 
@@ -137,6 +138,7 @@ def reduce_output(params: Params, class_set: Array, num_classes: int) -> Params:
         ['2.00', '1.19']
     """
     shapes.check(class_set=(class_set, "int S"))
+    params, state = models.split(params)
     layer = params.get(layers.OUTPUT, {})
     shapes.check_fields(
         layer,
@@ -156,7 +158,7 @@ def reduce_output(params: Params, class_set: Array, num_classes: int) -> Params:
         "kernel": jnp.concatenate([special_kernel, dustbin_kernel[:, None]], axis=1),
         "bias": jnp.append(special_bias, dustbin_bias),
     }
-    return {**params, "output": output}
+    return models.join({**params, "output": output}, state)
 
 
 def collapse(logits: Array, class_set: Array) -> Array:

@@ -192,6 +192,28 @@ def test_flags_by_their_usual_names(flag, key):
     assert model.apply({}, x).sum() == 0 and model.train({}, x, key)[0].sum() == 6
 
 
+def test_a_state_that_changes_in_evaluation_mode(key):
+    class Counts(nnx.Module):
+        def __init__(self):
+            self.calls = nnx.Variable(jnp.int32(0))
+
+        def __call__(self, x, count=True):
+            if count:
+                self.calls.set_value(self.calls.get_value() + 1)
+            return x
+
+    x = jnp.ones((2, 3))
+    refused = models.from_nnx(lambda rngs: Counts())
+    variables = refused.init(key, x)
+    with pytest.raises(
+        UserError, match=r"Counts draws random .* or changes its state in evaluation"
+    ):
+        refused.apply(variables, x)
+    model = models.from_nnx(lambda rngs: Counts(), evaluation={"count": False})
+    np.testing.assert_array_equal(model.apply(variables, x), x)
+    assert model.train(variables, x, key)[1] == {"calls": 1}
+
+
 class Pair(nn.Module):
     """Of two arrays."""
 

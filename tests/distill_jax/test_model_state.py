@@ -22,6 +22,7 @@ from distill_jax import (
     trainer,
 )
 from distill_jax.errors import UserError
+from distill_jax.specialists import heads
 
 OPTIMIZER = optimizers.sgd(optax.constant_schedule(1.0))
 HYPER = {"learning_rate": 0.1, "temperature": 3.0, "hard_weight": 0.3}
@@ -171,6 +172,17 @@ def run(folder, examples, count=2, first=0, **options):
     keys = jax.random.split(jax.random.key(0), 2)[first : first + count]
     more = {"keys": keys, "hyper": HYPER, **options}
     return trainer.train(folder, CENTRED, examples, step_losses.label_loss, recipe, **more)
+
+
+def test_what_reads_params_takes_variables():
+    variables = CENTRED.init(jax.random.key(0), batch_of()["inputs"])
+    assert models.parameter_count(variables) == 16 * tiny.CLASSES
+    layer = {**variables.params["output"], "bias": jnp.zeros(tiny.CLASSES)}
+    whole = variables._replace(params={"output": layer})
+    unit = heads.reduce_output(whole, jnp.array([1]), tiny.CLASSES)
+    assert unit.params["output"]["kernel"].shape == (16, 2) and unit.state is whole.state
+    chained = models.Variables({"conv_0": {}, **whole.params}, {"trunk": (), "head": whole.state})
+    tiny.assert_equal(models.head_params(chained), whole)
 
 
 def test_training_with_a_state(tmp_path):
