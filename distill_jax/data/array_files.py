@@ -38,6 +38,8 @@ _IDX_NAME = re.compile(
 _NPZ_KEYS = (
     ("x_train", "y_train", "x_test", "y_test"),
     ("train_images", "train_labels", "test_images", "test_labels"),
+    ("x", "y"),
+    ("images", "labels"),
 )
 _NAMES_KEY = "class_names"
 
@@ -146,10 +148,10 @@ def _parse_idx(content: bytes, path: Path) -> np.ndarray:
 
 
 def npz_keys(path: Path) -> dict[str, str]:
-    """The names that a file gives to x_train, y_train, x_test, y_test and, if it is there, class_names.
+    """A file's own names of x_train, y_train and, where there are such, x_test, y_test, class_names.
 
     Raises:
-        UserError: for a file that is missing, no npz, or lacks one of the first four.
+        UserError: for a file that is missing, no npz, or lacks an array of those that belong together.
     """
     with _opened(path) as archive:
         there = {name.lower(): name for name in archive.files}
@@ -161,21 +163,22 @@ def npz_keys(path: Path) -> dict[str, str]:
             f"{path} has no array {missing[0]}; expected {spellings}, found "
             f"{', '.join(sorted(there.values())) or 'none'}"
         )
-    keys = dict(zip(_NPZ_KEYS[0], (there[key] for key in spelling), strict=True))
+    keys = dict(zip(_NPZ_KEYS[0], (there[key] for key in spelling), strict=False))
     return keys | ({_NAMES_KEY: there[_NAMES_KEY]} if _NAMES_KEY in there else {})
 
 
-def read_npz(path: Path) -> tuple[Pair, Pair, tuple[str, ...]]:
-    """The arrays of train and of test, and the class names or nothing; pickled ones are refused."""
+def read_npz(path: Path) -> tuple[Pair, Pair | None, tuple[str, ...]]:
+    """The arrays of train and of test, if there is one, and the class names or none.
+
+    Raises:
+        UserError: as `npz_keys`; for arrays that are damaged, or pickled, which are not read.
+    """
     keys = npz_keys(path)
     with _opened(path) as archive:
         arrays = {name: _read_array(archive, key, path) for name, key in keys.items()}
     names = tuple(str(name) for name in arrays.get(_NAMES_KEY, np.zeros(0)).ravel())
-    return (
-        (arrays["x_train"], arrays["y_train"]),
-        (arrays["x_test"], arrays["y_test"]),
-        names,
-    )
+    test = (arrays["x_test"], arrays["y_test"]) if "x_test" in arrays else None
+    return (arrays["x_train"], arrays["y_train"]), test, names
 
 
 def _opened(path: Path) -> np.lib.npyio.NpzFile:

@@ -94,6 +94,45 @@ def check_classes(num_classes: int, name: str) -> None:
         raise UserError(f"{name}: there is {num_classes} class; a net tells two or more apart")
 
 
+def check_share(share: float, has_test: bool, name: str) -> None:
+    """Raises a UserError unless a set has a test set, or is given the share to hold out as one."""
+    if has_test and share:
+        raise UserError(f"data.test_share is {share}, but {name} has a test set: set it to 0")
+    if not has_test and not share:
+        raise UserError(
+            f"{name} has no test set, and data.test_share is 0: set it to the share of each class to "
+            "hold out, such as 0.2"
+        )
+
+
+def draw_test(labels: np.ndarray, share: float, seed: int, name: str) -> np.ndarray:
+    """Draws a share of each class at random as the test set, and leaves one example or more of each.
+
+    Args:
+        labels: int `[N]`.
+        share: above 0, and less than 1.
+        seed: of the draw.
+        name: of the set, for the line that says what was drawn.
+
+    Returns:
+        bool `[N]`: which examples are the test set.
+
+    Raises:
+        UserError: if these would be none.
+    """
+    random, drawn = np.random.default_rng(seed), np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = random.permutation(np.flatnonzero(labels == label))
+        drawn[rows[: min(round(share * len(rows)), len(rows) - 1)]] = True
+    if not drawn.any():
+        raise UserError(f"{name}: data.test_share is {share}, which is no example of any class")
+    say_once(
+        f"{name}: the test set is {drawn.sum()} of {len(drawn)} examples, {100 * share:g} % of each "
+        f"class, drawn by seed {seed}"
+    )
+    return drawn
+
+
 def resize(image: np.ndarray, side: int) -> np.ndarray:
     """Resizes the central square: uint8 `[H, W(, channels)]` -> uint8 `[side, side, channels]`."""
     image = np.atleast_3d(image)

@@ -6,6 +6,7 @@ The examples are in the order of a hash of their names, so that the first so man
 
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from distill_jax.data import records
-from distill_jax.data.examples import TEST_SPLITS, check_classes, resize, say_once
+from distill_jax.data.examples import (
+    TEST_SPLITS,
+    check_classes,
+    check_share,
+    draw_test,
+    resize,
+    say_once,
+)
 from distill_jax.data.records import OnDisk, Records
 from distill_jax.errors import UserError
 
@@ -64,13 +72,11 @@ def find(folder: Path, test_share: float = 0.0, seed: int = 0) -> Folder:
     names = tuple(sorted(classes))
     check_classes(len(names), name)
     train = _ordered(classes, names, root)
+    check_share(test_share, "test" in parts, name)
     if "test" not in parts:
-        train, test = _hold_out(train, test_share, seed, name)
-        return Folder(name, names, train, test, others)
-    if test_share:
-        raise UserError(
-            f"data.test_share is {test_share}, but {parts['test']} is the test set: set it to 0"
-        )
+        drawn = draw_test(np.array([label for _, label in train]), test_share, seed, name)
+        kept, test = (list(itertools.compress(train, mask)) for mask in (~drawn, drawn))
+        return Folder(name, names, kept, test, others)
     classes = _classes(parts["test"], others)
     unknown = sorted(set(classes) - set(names))
     if unknown:
@@ -149,30 +155,6 @@ def _ordered(classes: dict[str, list[Path]], names: Sequence[str], root: Path) -
 
 def _hash(path: Path) -> bytes:
     return hashlib.sha256(path.as_posix().encode(errors="surrogateescape")).digest()
-
-
-def _hold_out(
-    files: list[File], share: float, seed: int, name: str
-) -> tuple[list[File], list[File]]:
-    """Splits off a share of each class, drawn at random; at least one image of each is left."""
-    labels, random = np.array([label for _, label in files]), np.random.default_rng(seed)
-    held_out = np.zeros(len(files), bool)
-    for label in range(labels.max() + 1):
-        rows = random.permutation(np.flatnonzero(labels == label))
-        held_out[rows[: min(round(share * len(rows)), len(rows) - 1)]] = True
-    if not held_out.any():
-        raise UserError(
-            f"{name} has no test set (classes in a folder {' or '.join(TEST_SPLITS)}), and "
-            f"data.test_share, the share of each class to hold out, is {share}: set it, such as to 0.2"
-        )
-    say_once(
-        f"{name}: the test set is {held_out.sum()} of {len(files)} images, {100 * share:g} % of each "
-        f"class, drawn by seed {seed}"
-    )
-    parts: tuple[list[File], list[File]] = ([], [])
-    for file, held in zip(files, held_out, strict=True):
-        parts[int(held)].append(file)
-    return parts
 
 
 def _is_colour(paths: Sequence[Path], side: int, name: str) -> bool:

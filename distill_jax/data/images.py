@@ -10,6 +10,7 @@
 makes the same of arrays. All mistakes that a user can correct are `UserError`s.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from distill_jax.data.examples import (
     Examples,
     Source,
     check_classes,
+    check_share,
+    draw_test,
     resize,
     say_once,
     validate,
@@ -52,8 +55,9 @@ def load(
 
             - "embedded": the MNIST of this package, 60,000 and 10,000 examples in file order.
             - "npz:FILE": arrays x_train, y_train, x_test and y_test (as in Keras's files), or
-              train_images, train_labels, test_images and test_labels (MedMNIST's); as for
-              `from_arrays`. "class_names", an array of texts, may be there; other arrays are not read.
+              train_images, train_labels, test_images and test_labels (MedMNIST's), or without a test
+              set x and y, or images and labels; as for `from_arrays`. "class_names", an array of texts,
+              may be there; other arrays are not read.
             - "idx:FOLDER": four files named like MNIST's, of any size, with or without .gz; the names
               may begin with anything, and FOLDER/emnist-letters names one of several sets.
             - "images:FOLDER": PNG and JPEG files in train/CLASS and test/CLASS (or validation, val),
@@ -71,8 +75,8 @@ def load(
         side: 0 leaves images unchanged; they must then all have one size. Otherwise each is resized to
             side x side pixels when it is read: the largest square at its centre, by antialiased bilinear
             interpolation. Not for "embedded".
-        test_share: for "images:" without a test set: the share of each class's images that is one.
-        seed: of the images that are held out for it.
+        test_share: for "npz:" and "images:" without a test set: the share of each class that is one.
+        seed: of the examples that are held out for it.
 
     Raises:
         UserError: unknown name; a side, data_dir or test_share where it has no meaning; what is missing,
@@ -88,12 +92,13 @@ def load(
         _check_alike(train["inputs"], test["inputs"], name)
         return Source(name, opened.num_classes, train, test, opened.class_names)
     path = files.local_path(where)
-    class_names: tuple[str, ...] = ()
     if kind == "npz":
         train_pair, test_pair, class_names = array_files.read_npz(path)
     else:
-        train_pair, test_pair = array_files.read_idx(array_files.find_idx(path))
-    source = from_arrays(train_pair, test_pair, class_names, name=name)
+        (train_pair, test_pair), class_names = array_files.read_idx(array_files.find_idx(path)), ()
+    source = from_arrays(
+        train_pair, test_pair, class_names, name=name, test_share=test_share, seed=seed
+    )
     return _resized(source, side) if side else source
 
 
@@ -144,7 +149,7 @@ def check_source(
         return files.content_of(Path(tfds_sets.find(where, data_dir).builder.data_dir))
     path = files.local_path(where)
     if kind == "npz":
-        array_files.npz_keys(path)
+        check_share(test_share, "x_test" in array_files.npz_keys(path), name)
         return files.content_of(path.parent, [path])
     if kind == "idx":
         found = array_files.find_idx(path)
@@ -155,22 +160,30 @@ def check_source(
 
 
 def from_arrays(
-    train: Pair, test: Pair, class_names: tuple[str, ...] = (), *, name: str = "arrays"
+    train: Pair,
+    test: Pair | None = None,
+    class_names: Sequence[str] = (),
+    *,
+    name: str = "arrays",
+    test_share: float = 0.0,
+    seed: int = 0,
 ) -> Source:
     """A source of arrays.
 
     Args:
         train: images, uint8 or floating point in 0..1 (which become bytes: 255 x, rounded), `[N, H, W]`
             or `[N, H, W, channels]` with 1 to 4 channels; and labels, integers `[N]` or `[N, 1]`.
-        test: the same, of M examples.
+        test: the same, of M examples; None: a share of train's is it.
         class_names: `[C]`, labels are 0..C-1. Without them the classes are the labels that occur in
             train; if these are not 0..C-1, they are numbered so in their order, which is printed, and
             the class names are the labels as they were.
         name: of the source, with which each message begins.
+        test_share, seed: as for `load`, where `test` is None.
 
     Raises:
         UserError: for another dtype or shape, lengths or sizes that differ, images outside 0..1, NaN, a
-            single class, labels in test that train doesn't have; see `validate`.
+            single class, labels in test that train doesn't have; for a test set and a share, or
+            neither; see `validate`.
 
     Examples:
         >>> import numpy as np
@@ -180,38 +193,43 @@ def from_arrays(
         >>> source.num_classes, source.train["label"].tolist(), source.test["id"].tolist()
         (3, [0, 1, 2], [3, 4])
     """
-    train_images, train_labels = _checked(*train, f"{name}, train")
-    test_images, test_labels = _checked(*test, f"{name}, test")
-    _check_alike(train_images, test_images, name)
-    num_classes = len(class_names)
-    if not class_names:
-        values = np.unique(train_labels)
-        num_classes = len(values)
-        unknown = np.setdiff1d(test_labels, values)
-        if values[0] < 0 or len(unknown):
-            listed = (
-                "labels below 0" if values[0] < 0 else f"no example of class {unknown[0]}, test has"
-            )
-            raise UserError(f"{name}: train has {listed}")
-        if values[-1] != num_classes - 1:
-            class_names = tuple(map(str, values.tolist()))
-            train_labels = np.searchsorted(values, train_labels)
-            test_labels = np.searchsorted(values, test_labels)
-            say_once(
-                f"{name}: the {num_classes} labels {class_names[0]} to {class_names[-1]} are numbered "
-                f"0..{num_classes - 1} in their order"
-            )
+    inputs, labels = _checked(*train, f"{name}, train")
+    check_share(test_share, test is not None, name)
+    if test is None:
+        drawn = draw_test(labels, test_share, seed, name)
+        test = inputs[drawn], labels[drawn]
+        inputs, labels = inputs[~drawn], labels[~drawn]
+    tested, test_labels = _checked(*test, f"{name}, test")
+    _check_alike(inputs, tested, name)
+    names, num_classes = tuple(class_names), len(class_names)
+    if not names:
+        names, num_classes, labels, test_labels = _numbered(labels, test_labels, name)
     check_classes(num_classes, name)
-    parts = list[Examples]()
-    for split, images, labels in (
-        ("train", train_images, train_labels),
-        ("test", test_images, test_labels),
-    ):
-        examples = with_ids(images, labels, first_id=len(train_images) if parts else 0)
+    parts = with_ids(inputs, labels, 0), with_ids(tested, test_labels, len(inputs))
+    for split, examples, own in zip(("train", "test"), parts, (labels, test_labels), strict=True):
         # Labels as they were: those of 64 bits may look right in 32.
-        validate({**examples, "label": labels}, num_classes, f"{name}, {split}")
-        parts.append(examples)
-    return Source(name, num_classes, parts[0], parts[1], class_names)
+        validate({**examples, "label": own}, num_classes, f"{name}, {split}")
+    return Source(name, num_classes, *parts, names)
+
+
+def _numbered(
+    train: np.ndarray, test: np.ndarray, name: str
+) -> tuple[tuple[str, ...], int, np.ndarray, np.ndarray]:
+    """Names of classes (none if they are 0..C-1 already), their number, and the labels 0..C-1."""
+    values = np.unique(train)
+    unknown = np.setdiff1d(test, values)
+    if values[0] < 0:
+        raise UserError(f"{name}: train has labels below 0")
+    if len(unknown):
+        raise UserError(f"{name}: train has no example of class {unknown[0]}, test has")
+    if values[-1] == len(values) - 1:
+        return (), len(values), train, test
+    say_once(
+        f"{name}: the {len(values)} labels {values[0]} to {values[-1]} are numbered "
+        f"0..{len(values) - 1} in their order"
+    )
+    numbered = np.searchsorted(values, train), np.searchsorted(values, test)
+    return tuple(map(str, values.tolist())), len(values), *numbered
 
 
 def _split_name(name: str, data_dir: str | None, side: int, test_share: float) -> tuple[str, str]:
@@ -228,7 +246,7 @@ def _split_name(name: str, data_dir: str | None, side: int, test_share: float) -
         )
     if data_dir is not None and kind not in ("embedded", "tfds"):
         raise UserError(f"data.data_dir is {data_dir!r}, but {name} says itself where it is")
-    if test_share and kind != "images":
+    if test_share and kind not in ("npz", "images"):
         raise UserError(f"data.test_share is {test_share}, but {name} has a test set")
     return kind, where
 

@@ -168,7 +168,7 @@ def source_conflicts(config: ConfigDict) -> Iterator[str]:
     data = config.data
     for name, of in (
         ("side", IMAGE_SETS),
-        ("test_share", ("images:",)),
+        ("test_share", ("npz:", "images:")),
         ("block_examples", STREAMED),
     ):
         if data.get(name) and not data.source.startswith(of):

@@ -45,7 +45,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "source": "embedded",  # or npz:FILE, idx:FOLDER, images:FOLDER, tfds:NAME
         "data_dir": "",  # of TFDS, or of other files like the embedded ones
         "side": 0,  # pixels; above 0: images are resized; not of the embedded ones
-        "test_share": 0.0,  # of each class, for images:FOLDER without a test set
+        "test_share": 0.0,  # of each class, where npz: or images: has no test set
         # 0: the training set is resident. Else, of an images: or tfds: source, the stages teacher,
         # soft_targets, baseline, distilled and alternatives read it from disk, in blocks of at most
         # so many examples. Their order is another one, so the numbers aren't those of a resident run.

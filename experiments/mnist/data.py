@@ -21,13 +21,15 @@ from experiments.common.study import Context
 class Data(NamedTuple):
     """The study's examples; `validation` is empty unless some are held out.
 
-    `streamed` are the training examples if they are left on disk; `train` is empty then.
+    `streamed` are the training examples if they are left on disk; `train` is empty then. class_names:
+    empty where they aren't known.
     """
 
     train: Examples
     validation: Examples
     test: Examples
     num_classes: int
+    class_names: tuple[str, ...]
     streamed: Records | None = None
 
 
@@ -57,7 +59,7 @@ def _load(data: FrozenConfigDict) -> Data:
     first = _first(source.train, data.train_examples, "data.train_examples")
     kept, held_out = transfer.hold_out(first, data.validation, data.seed)
     tested = _first(source.test, data.test_examples, "data.test_examples")
-    return Data(kept, held_out, tested, source.num_classes)
+    return Data(kept, held_out, tested, source.num_classes, source.class_names)
 
 
 @functools.cache
@@ -68,7 +70,8 @@ def _open(data: FrozenConfigDict) -> Data:
     kept, held_out = transfer.hold_out(first, data.validation, data.seed)
     tested = _first(records.read_all(source.test), data.test_examples, "data.test_examples")
     streamed = records.select(source.train, kept["id"])
-    return Data({}, source.train.read(held_out["id"]), tested, source.num_classes, streamed)
+    validation = source.train.read(held_out["id"])
+    return Data({}, validation, tested, source.num_classes, source.class_names, streamed)
 
 
 def _how(data: FrozenConfigDict) -> dict[str, Any]:

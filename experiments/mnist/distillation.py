@@ -1,6 +1,6 @@
 """The teacher, its soft targets, and nets that are trained with and without them (section 3)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from experiments.common.config import at
 from experiments.common.study import Context, Row, make_row, write_json
 from experiments.mnist.data import (
     load_data,
+    open_data,
     training_parts,
     training_set,
     training_set_with_targets,
@@ -50,7 +51,9 @@ def make_soft_targets(context: Context) -> list[Row]:
             digests.append(soft_targets.digests(examples["inputs"]))
             ids.append(examples["id"])
             if s == 0 and len(logits) == 1:
-                write_json(context.directory / "digits.json", _telling_digits(examples, logits[0]))
+                names = open_data(config).class_names
+                told = telling_digits(examples, logits[0], names)
+                write_json(context.directory / "digits.json", told)
         soft_targets.write(
             context.directory / f"seed_{seed}",
             np.concatenate(logits),
@@ -137,7 +140,9 @@ def sweep(context: Context) -> list[Row]:
     return rows
 
 
-def _telling_digits(examples: Examples, logits: np.ndarray) -> list[dict[str, Any]]:
+def telling_digits(
+    examples: Examples, logits: np.ndarray, class_names: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """The 2s that the teacher thinks most like a 3 and most like a 7 (section 1), and others' like."""
     labels = examples["label"]
     right = logits.argmax(axis=-1) == labels
@@ -152,6 +157,7 @@ def _telling_digits(examples: Examples, logits: np.ndarray) -> list[dict[str, An
         {
             "inputs": examples["inputs"][row].tolist(),
             "label": int(labels[row]),
+            "names": list(class_names),
             "soft_targets": {
                 str(t): np.asarray(losses.softmax(jax.numpy.asarray(logits[row]), t)).tolist()
                 for t in (1, 20)

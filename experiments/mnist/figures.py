@@ -192,7 +192,8 @@ def digits(digits: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Digits, each above its soft targets as bars, a row of panels for each temperature.
 
     Args:
-        digits: `{"inputs": 28x28 of 0..255, "label": int, "soft_targets": {temperature: [C]}}`.
+        digits: `{"inputs": 28x28 of 0..255, "label": int, "names": [C] or [], "soft_targets":
+            {temperature: [C]}}`.
     """
     if not digits:
         return None
@@ -208,7 +209,8 @@ def digits(digits: Sequence[Mapping[str, Any]]) -> Figure | None:
         others = np.array(digit["soft_targets"][temperatures[0]], float)
         others[digit["label"]] = -1.0
         axes.imshow(np.array(digit["inputs"]), cmap="gray", vmin=0, vmax=255)
-        title = f"a {digit['label']}, most like a {int(np.argmax(others))}"
+        names = digit.get("names") or range(len(others))
+        title = f"{names[digit['label']]}, most like {names[int(np.argmax(others))]}"
         axes.set_title(title, fontsize=SMALL)
         axes.set_axis_off()
     for panels, name in zip(grid[1:], temperatures, strict=True):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import step_losses
+from distill_jax import processes, step_losses
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net
@@ -144,7 +144,7 @@ def _has_classes(context: Context, what: Omission) -> bool:
     data = load_data(context.config)
     there = set(np.unique(data.train["label"]).tolist())
     has = there >= set(what.classes) and len(there - set(what.classes)) > 0
-    if not has:
+    if not has and processes.is_main():
         listed = " and ".join(map(str, what.classes))
         print(
             f"{what.row}: left out, as {context.config.data.source} has {data.num_classes} classes, and "

@@ -46,7 +46,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "source": "embedded",
         "data_dir": "",  # of TFDS
         "side": 0,  # pixels; above 0: images are resized; not glyphs
-        "test_share": 0.0,  # of each class, for images:FOLDER without a test set
+        "test_share": 0.0,  # of each class, where npz: or images: has no test set
         "classes": 0,  # the first so many; 0: all
         "views": 6,  # distorted views of each training example
         "difficulty": 1.7,  # of the distortion; 0 (with one view): none

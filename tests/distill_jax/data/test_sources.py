@@ -100,9 +100,22 @@ def test_a_share_of_each_class_is_held_out(tmp_path, capsys):
     both = rows(*map(np.concatenate, zip(*pairs(first), strict=True)))
     assert both == rows(*TRAIN)
     said = capsys.readouterr().out
-    assert said.count("3 of 12 images, 25 % of each class, drawn by seed 0") == 1
+    assert said.count("3 of 12 examples, 25 % of each class, drawn by seed 0") == 1
     # Each class keeps an image to learn from.
     assert len(images.load(source, test_share=0.99).train["id"]) == 3
+    with pytest.raises(UserError, match=r"data\.test_share is 0\.01, which is no example of any"):
+        images.load(source, test_share=0.01)
+
+
+@pytest.mark.parametrize("keys", [("x", "y"), ("images", "labels")])
+def test_arrays_without_a_test_set(tmp_path, keys):
+    np.savez(tmp_path / "a.npz", **dict(zip(keys, TRAIN, strict=True)))
+    source = images.load(f"npz:{tmp_path / 'a.npz'}", test_share=0.25, seed=3)
+    assert np.bincount(source.test["label"]).tolist() == [1, 1, 1]
+    assert rows(*map(np.concatenate, zip(*pairs(source), strict=True))) == rows(*TRAIN)
+    tiny.assert_equal(images.from_arrays(TRAIN, test_share=0.25, seed=3).test, source.test)
+    with pytest.raises(UserError, match=r"a\.npz has no test set, and data\.test_share is 0: set"):
+        images.check_source(source.name)
 
 
 def test_names_of_the_splits_and_files_that_are_no_images(tmp_path, capsys):
@@ -338,7 +351,7 @@ def test_folders_that_can_not_be_read(tmp_path):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert message(test_share=0.2).endswith(f"{tmp_path / 'test'} is the test set: set it to 0")
+    assert message(test_share=0.2).endswith(f"{source} has a test set: set it to 0")
     (tmp_path / "train/new").mkdir()
     assert message().startswith(f"{tmp_path / 'train/new'}: a class without images (.png, ")
     (tmp_path / "train/new").rmdir()

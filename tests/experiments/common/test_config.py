@@ -162,7 +162,7 @@ CONFLICTS = [
     ("specialists", {"data.side": 32}, "it is of npz:, idx:, images:, tfds: sources alone"),
     ("specialists", {"data.data_dir": "x"}, "allowed: '' for all but tfds:"),
     ("mnist", {"data.side": 14}, "data.side is 14; allowed: 0 for embedded"),
-    ("mnist", {"data.source": "npz:x", "data.test_share": 0.1}, "of images: sources alone"),
+    ("mnist", {"data.source": "idx:x", "data.test_share": 0.1}, "of npz:, images: sources alone"),
     ("mnist", {"data.source": "idx:x", "data.data_dir": "y"}, "data.data_dir is 'y'; allowed: ''"),
 ]
 

@@ -367,7 +367,7 @@ def test_curves_show_the_listed_nets_means_in_a_band_of_the_seeds():
 def test_digits_show_small_probabilities_on_a_logarithmic_axis():
     figure = figures.digits(make_digits(3))
     images, cold, hot = np.array(figure.axes).reshape(3, 3)
-    assert images[0].get_title() == "a 2, most like a 3"
+    assert images[0].get_title() == "2, most like 3"
     assert images[0].images[0].get_array().shape == (28, 28)
     assert cold[0].get_yscale() == "log" and hot[0].get_yscale() == "linear"
     assert cold[0].get_ylim()[0] < 1e-9

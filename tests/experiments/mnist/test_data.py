@@ -77,6 +77,11 @@ def test_published_numbers_stand_beside_mnist_alone(source, is_mnist, tmp_path, 
 def test_telling_images_of_any_number_of_classes(classes, drawn):
     labels = np.arange(12) % min(classes, 10)
     examples = {"inputs": np.zeros((12, 4, 4, 3), np.uint8), "label": labels}
-    told = distillation._telling_digits(examples, np.eye(classes, dtype=np.float32)[labels])
+    logits, names = (
+        np.eye(classes, dtype=np.float32)[labels],
+        [f"class {c}" for c in range(classes)],
+    )
+    told = distillation.telling_digits(examples, logits, names)
     assert len(told) == drawn
-    assert (figures.digits(told) is None) == (drawn == 0)
+    figure = figures.digits(told)
+    assert figure.axes[0].get_title() == "class 2, most like class 0" if drawn else figure is None
