@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax import batches, later_losses, losses, multi_label, shapes, soft_targets
+from distill_jax.errors import UserError
 from distill_jax.train_step import (
     Batch,
     Constants,
@@ -39,7 +40,7 @@ def distillation_loss(
     paper has one temperature. With `hyper["teacher_temperature"]` the soft targets are made at that one;
     the student's is "temperature", and its square the factor of the soft term.
     """
-    targets = losses.softmax(_teacher_logits(batch), _teacher_temperature(hyper))
+    targets = losses.softmax(_teacher_logits(batch), teacher_temperature(hyper))
     return _distillation(logits, targets, batch, hyper)
 
 
@@ -87,7 +88,7 @@ def hidden_teacher_loss(mean: soft_targets.Mean = "arithmetic") -> Loss:
         how = "add train_step.online_teacher_hidden to the step's transforms"
         (hidden,) = take(batch, ("teacher_hidden",), "the batch has", how)
         (layer,) = take(constants, ("teacher_layer",), "the constants have", "hand it to the step")
-        temperature = _teacher_temperature(hyper)
+        temperature = teacher_temperature(hyper)
         targets = soft_targets.mean_probs_of_hidden(hidden, layer, temperature, mean)
         return _distillation(logits, targets, batch, hyper)
 
@@ -104,7 +105,7 @@ def shared_classes_loss(
     The labels' term is of all classes. (`distillation_loss` takes it for a class of probability 0.)
     """
     teacher, temperature = _teacher_logits(batch), number(hyper, "temperature")
-    targets = losses.softmax(teacher, _teacher_temperature(hyper))
+    targets = losses.softmax(teacher, teacher_temperature(hyper))
     soft = losses.soft_cross_entropy(_shared(logits, teacher), targets, temperature)
     return losses.with_labels(soft, logits, known_labels(batch), number(hyper, "hard_weight"))
 
@@ -115,7 +116,7 @@ def label_modified_loss(
     """Cross-entropy with soft targets that the labels modified by `hyper["hard_weight"]`."""
     temperature = number(hyper, "temperature")
     targets = losses.label_modified(
-        losses.softmax(_teacher_logits(batch), temperature),
+        losses.softmax(_teacher_logits(batch), teacher_temperature(hyper)),
         labels_of(batch),
         number(hyper, "hard_weight"),
     )
@@ -151,8 +152,7 @@ def of_teacher_logits(objective: Callable[..., Array], *names: str) -> Loss:
 
     def loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:
         numbers = {name: number(hyper, name) for name in names}
-        temperature = number(hyper, "temperature")
-        teacher = _teacher_logits(batch)
+        temperature, teacher = _one_temperature(hyper), _teacher_logits(batch)
         soft = objective(_shared(logits, teacher), teacher, temperature, **numbers)
         return losses.with_labels(soft, logits, known_labels(batch), number(hyper, "hard_weight"))
 
@@ -172,7 +172,7 @@ def decoupled_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constan
         _shared(logits, teacher),
         teacher,
         labels,
-        number(hyper, "temperature"),
+        _one_temperature(hyper),
         target_weight=number(hyper, "target_weight"),
         other_weight=number(hyper, "other_weight"),
     )
@@ -186,7 +186,15 @@ def correlation_loss(
 
     The batch's "weight" `[B]`, if it has one, says how much an example counts in the second term. That
     is of all examples handed over: a micro-batch, or a device's part under `pmap`, has its own.
+
+    Raises:
+        UserError: at trace time, if it is fused with the output layer, chunk by chunk.
     """
+    # The fields of a chunk are the batch's but for its inputs; see `train_step.Fused`.
+    how = (
+        "a correlation over the batch can't be fused with the output layer (Recipe.fused_logits=0)"
+    )
+    take(batch, ("inputs",), "the batch has", how)
     weight = batches.weights(batch)
     if weight is not None:
         weight = batches.spread(weight, logits[..., 0])
@@ -239,12 +247,11 @@ def multi_label_distillation_loss(
 
     Reads the batch's "teacher_logits" `[B, C]`, those of sigmoids, and "labels" `[B, C]` if it has them.
     """
-    temperature = number(hyper, "temperature")
     return multi_label.distillation(
         logits,
-        multi_label.sigmoid(_teacher_logits(batch), temperature),
+        multi_label.sigmoid(_teacher_logits(batch), teacher_temperature(hyper)),
         batch.get("labels"),
-        temperature,
+        number(hyper, "temperature"),
         number(hyper, "hard_weight"),
     )
 
@@ -258,6 +265,21 @@ def _many_labels(batch: Batch) -> Array:
     return take(batch, ("labels",), "the batch has", "0 or 1 for each class, [B, C]")[0]
 
 
+def teacher_temperature(hyper: Hyper) -> Array:
+    """The soft targets' temperature: `hyper["teacher_temperature"]`, or else the student's."""
+    own = "teacher_temperature" in hyper
+    return number(hyper, "teacher_temperature" if own else "temperature")
+
+
+def _one_temperature(hyper: Hyper) -> Array:
+    if "teacher_temperature" in hyper:
+        raise UserError(
+            "hyper has teacher_temperature, but this loss has one temperature for teacher and student: "
+            "leave it out"
+        )
+    return number(hyper, "temperature")
+
+
 def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> Array:
     return losses.distillation(
         logits,
@@ -266,11 +288,6 @@ def _distillation(logits: Array, targets: Array, batch: Batch, hyper: Hyper) -> 
         number(hyper, "temperature"),
         number(hyper, "hard_weight"),
     )
-
-
-def _teacher_temperature(hyper: Hyper) -> Array:
-    own = "teacher_temperature" in hyper
-    return number(hyper, "teacher_temperature" if own else "temperature")
 
 
 def _shared(logits: Array, teacher_logits: Array) -> Array:

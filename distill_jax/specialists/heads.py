@@ -253,7 +253,8 @@ def full_softmax_loss(
     place = _map_labels(label, class_set, logits.shape[-1])
     special = (place >= 0) & (place != len(class_set))  # or a label that is no class, which is NaN
     hard = losses.hard_cross_entropy(logits, jnp.where(special, label, -1))
-    targets = losses.softmax(_get(batch, "teacher_logits", "batch"), temperature)
+    of_teacher = step_losses.teacher_temperature(hyper)
+    targets = losses.softmax(_get(batch, "teacher_logits", "batch"), of_teacher)
     return jnp.where(special, hard, losses.soft_cross_entropy(logits, targets, temperature))
 
 

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import later_losses, losses, sharding, step_losses
+from distill_jax import (
+    later_losses,
+    losses,
+    models,
+    optimizers,
+    sharding,
+    step_losses,
+    train_step,
+)
 from distill_jax.errors import UserError
 
 LABELS = np.array([0, 3, 1, 4, 2], np.int32)
@@ -211,6 +219,7 @@ def test_correlation_over_devices_is_that_of_the_whole_batch():
 def test_the_losses_of_a_step_weigh_the_labels_in():
     z, v = map(jnp.asarray, draw(7))
     batch = {"teacher_logits": v, "label": jnp.asarray(LABELS), "weight": jnp.asarray(WEIGHT)}
+    batch["inputs"] = z
     hyper = {"temperature": 2.0, "hard_weight": 0.25, "teacher_share": 0.3, "target_weight": 0.7}
     hyper |= {"other_weight": 3.0, "inter_weight": 0.8, "intra_weight": 0.6}
     ready = (
@@ -227,6 +236,18 @@ def test_the_losses_of_a_step_weigh_the_labels_in():
         np.testing.assert_allclose(loss(z, batch, hyper), 0.75 * soft + 0.25 * hard, rtol=1e-5)
     with pytest.raises(UserError, match="hyper has no intra_weight"):
         step_losses.correlation_loss(z, batch, {"temperature": 2.0, "inter_weight": 1.0})
+    with pytest.raises(UserError, match="one temperature for teacher and student"):
+        step_losses.reverse_kl_loss(z, batch, {**hyper, "teacher_temperature": 3.0})
+
+
+def test_a_correlation_over_the_batch_is_not_fused():
+    model, optimizer = models.mlp([4], 6), optimizers.sgd(lambda step: 1.0)
+    batch = {"inputs": jnp.ones((8, 2)), "teacher_logits": jnp.ones((8, 6))}
+    state = train_step.init_state(model, optimizer, jax.random.key(0), batch["inputs"])
+    loss = train_step.Fused(step_losses.correlation_loss, rows=4)
+    hyper = {"learning_rate": jnp.float32(1.0), "temperature": jnp.float32(1.0)}
+    with pytest.raises(UserError, match="can't be fused with the output layer"):
+        train_step.make_train_step(model, optimizer, loss)(state, batch, jax.random.key(0), hyper)
 
 
 def test_what_is_not_allowed_is_named():

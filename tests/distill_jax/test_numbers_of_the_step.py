@@ -95,3 +95,12 @@ def test_the_teacher_has_a_temperature_of_its_own():
     log_q -= np.log(np.exp(log_q).sum(-1, keepdims=True))
     hard = np.float64(losses.hard_cross_entropy(z, labels))
     np.testing.assert_allclose(found, -0.7 * 4 * (p * log_q).sum(-1) + 0.3 * hard, rtol=1e-5)
+    given = {"teacher_logits": v, "label": labels, "labels": jnp.full(z.shape, -1)}
+    modified = step_losses.label_modified_loss(z, given, hyper)
+    np.testing.assert_allclose(
+        modified, -4 * ((0.7 * p + 0.3 * np.eye(3)[labels]) * log_q).sum(-1), rtol=1e-5
+    )
+    found = step_losses.multi_label_distillation_loss(z, given, hyper)
+    q = 1 / (1 + np.exp(-np.float64(v) / 5))
+    yes, no = -np.logaddexp(0, -np.float64(z) / 2), -np.logaddexp(0, np.float64(z) / 2)
+    np.testing.assert_allclose(found, -0.7 * 4 * (q * yes + (1 - q) * no).sum(-1), rtol=1e-5)
