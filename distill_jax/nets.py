@@ -4,7 +4,7 @@ A folder holds
 
     params.npz    the parameters by their paths, such as "hidden_0/kernel", each `[M, ...]`; of a model
                   with state "params/hidden_0/kernel", and "state/..." besides; net.json has another
-                  name, if the net replaced one
+                  name, if the net replaced one. A "/" within a name is written %2F
     net.json      the model's description, the inputs' shape, history, config, fingerprint; written last
 
 and whatever training keeps beside them. NumPy has no bfloat16: such an array is stored as its bits.
@@ -248,7 +248,7 @@ def save_params(path: Path, params: Params) -> dict[str, str]:
     """Writes nested dicts of arrays as an npz file, whole; gives each array's dtype by its path.
 
     Raises:
-        UserError: for parameters that are not nested dicts with names without "/".
+        UserError: for parameters that are not nested dicts, whose keys are text.
     """
     leaves = _by_path(params)
     plain: dict[str, Any] = {name: _plain(leaf) for name, leaf in leaves.items()}
@@ -327,35 +327,41 @@ def _as_dict(variables: Params | Variables) -> Params:
     return variables._asdict() if isinstance(variables, Variables) else variables
 
 
+def check_storable(variables: Params | Variables) -> None:
+    """Raises a UserError if `save` couldn't hold a model's variables, of which shapes are enough."""
+    _paths(_as_dict(variables))
+
+
 def _paths(params: Params) -> list[tuple[str, Any]]:
-    """The leaves of nested dicts with their names, joined by slashes."""
+    """The leaves of nested dicts with their names, joined by slashes; those in a name are escaped."""
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names: list[Any] = [getattr(entry, "key", None) for entry in path]
-        if not names or not all(isinstance(name, str) and "/" not in name for name in names):
+        if not names or not all(isinstance(name, str) for name in names):
             raise UserError(
-                "parameters must be nested dicts with names without '/', but there is a leaf at "
+                "parameters must be nested dicts, whose keys are text, but there is a leaf at "
                 f"params{jax.tree_util.keystr(path)}"
             )
-        found.append(("/".join(names), leaf))
-    return found
-
-
-def _by_path(params: Params) -> dict[str, np.ndarray]:
-    leaves = _paths(params)
-    keys = [name for name, x in leaves if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)]
+        escaped = [name.replace("%", "%25").replace("/", "%2F") for name in names]
+        found.append(("/".join(escaped), leaf))
+    dtypes = {name: getattr(leaf, "dtype", np.dtype(float)) for name, leaf in found}
+    keys = [name for name, x in dtypes.items() if jnp.issubdtype(x, jax.dtypes.prng_key)]
     if keys:
         raise UserError(
             f"parameters {', '.join(keys)} are random keys, which a net's file can't hold"
         )
-    return {name: np.asarray(leaf) for name, leaf in leaves}
+    return found
+
+
+def _by_path(params: Params) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in _paths(params)}
 
 
 def _nested(leaves: Mapping[str, np.ndarray]) -> Params:
     """The inverse of `_by_path`."""
     params: Params = {}
     for path, leaf in leaves.items():
-        *outer, name = path.split("/")
+        *outer, name = [part.replace("%2F", "/").replace("%25", "%") for part in path.split("/")]
         place = params
         for key in outer:
             place = place.setdefault(key, {})

@@ -26,6 +26,7 @@ from distill_jax import (
     nets,
     processes,
     ranges,
+    shapes,
     sharding,
     train_checks,
     train_step,
@@ -165,6 +166,7 @@ def train(
     )
     init_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     states = _start(model, optimizer, mesh, init_keys if start is None else start, sample)
+    nets.check_storable(states.variables)
     shared = (train_keys, numbers, _stack(constants))
     scanned = not _is_slow_in_loops(model, sample)
     advance_of = functools.partial(
@@ -263,9 +265,8 @@ def _sample_input(examples: Sequence[Examples] | Stream, gather: epochs.Gather) 
 
 
 def _num_classes(model: Model, sample: Any) -> int:
-    return jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0), x), x), sample).shape[
-        -1
-    ]
+    logits = jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0), x), x), sample)
+    return shapes.check(**{"what the model returns": (logits, "float ... C")})["C"]
 
 
 def _is_slow_in_loops(model: Model, sample: Any) -> bool:

@@ -92,7 +92,8 @@ def run(
         name = changed[0]
         raise UserError(
             f"training changes the model's state{name} from {there.get(name, 'nothing')} to "
-            f"{now.get(name, 'nothing')}; expected other numbers alone"
+            f"{now.get(name, 'nothing')}; expected other numbers alone (what layers sow belongs "
+            "in 'intermediates')"
         )
     return outputs, jax.tree.map(lambda x, old: x.astype(old.dtype), after, before)  # no weak types
 

@@ -188,6 +188,13 @@ def test_inputs_of_another_shape(folder):
         nets.load_net(folder).logits(np.zeros((2, 5, 5), np.uint8))
 
 
+def test_names_may_have_slashes(tmp_path):
+    params = {"norm": {"Dense_0/kernel/u": np.ones(2)}, "100%2F": np.zeros(1)}
+    dtypes = nets.save_params(tmp_path / "p.npz", params)
+    assert sorted(dtypes) == ["100%252F", "norm/Dense_0%2Fkernel%2Fu"]
+    tiny.assert_equal(nets.load_params(tmp_path / "p.npz", dtypes), params)
+
+
 def test_parameters_must_be_nested_dicts(tmp_path):
     with pytest.raises(UserError, match=r"leaf at params\['a'\]\[0\]"):
         nets.save_params(tmp_path / "p.npz", {"a": [np.zeros(2)]})

@@ -99,3 +99,23 @@ def test_a_state_that_a_model_of_ones_own_loses_is_told(model, tmp_path, caplog)
     train(tmp_path, examples, model=model, epochs=2, **more)
     assert ("evaluation mode, but was" in caplog.text) == (model is NORMED)
     assert ("BatchNorm" in caplog.text) == (model is NORMED)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init": lambda key, inputs: {"layers": [jax.numpy.ones(2)]}}, r"params\['layers'\]\[0\]"),
+        (
+            {"apply": lambda params, inputs, **_: (inputs, 1)},
+            "what the model returns is of type tuple",
+        ),
+    ],
+)
+def test_models_that_no_net_can_have_are_told_before_the_training(change, message, tmp_path):
+    own = {
+        "apply": lambda params, inputs, **_: jax.numpy.ones((len(inputs), tiny.CLASSES)),
+        **change,
+    }
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, tiny.examples(N), model=PLAIN._replace(**own))
+    assert not list(tmp_path.iterdir())
