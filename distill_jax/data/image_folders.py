@@ -10,7 +10,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -116,20 +116,21 @@ def _records(
 
 def _parts(folder: Path) -> dict[str, Path]:
     """The folders "train" and "test", by whatever name, that have folders in them."""
-    inner = {path.name.lower(): path for path in _folders(folder) if _folders(path)}
+    there = {path.name.lower(): path for path in _folders(folder)}
     found = {
-        split: [inner[name] for name in names if name in inner] for split, names in _SPLITS.items()
+        split: [there[name] for name in names if name in there and _folders(there[name])]
+        for split, names in _SPLITS.items()
     }
     return {split: paths[0] for split, paths in found.items() if paths}
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    return [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
 
 
 def _classes(folder: Path, others: list[Path]) -> dict[str, list[Path]]:
     """The images of each class, also those in folders within its own; adds other files to `others`."""
-    others += [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
+    others += [Path(entry.path) for entry in _entries(folder) if entry.is_file()]
     found: dict[str, list[Path]] = {}
     for inner in _folders(folder):
         files = list(_files(inner))
@@ -142,8 +143,25 @@ def _classes(folder: Path, others: list[Path]) -> dict[str, list[Path]]:
     return found
 
 
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, in the order of names, but for what is hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
+    except OSError as error:
+        _refuse(error)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} can't be read: {error.strerror}") from error
+
+
 def _files(folder: Path) -> Iterator[Path]:
-    for at, folders, names in os.walk(folder, followlinks=True):
+    read = set[str]()
+    for at, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        if os.path.realpath(at) in read:
+            raise UserError(f"{at} links to a folder that is in {folder} already")
+        read.add(os.path.realpath(at))
         folders[:] = [name for name in folders if name[0] != "."]
         yield from (Path(at, name) for name in names if name[0] != ".")
 

@@ -392,6 +392,14 @@ def calls() -> dict[str, Call]:
             {"examples": EXAMPLES},
             traced=False,
         ),
+        "from_arrays": Call(
+            images.from_arrays,
+            {
+                "train": (EXAMPLES["inputs"], np.arange(B, dtype=np.int32)),
+                "test": (EXAMPLES["inputs"][1:], np.arange(B - 1, dtype=np.int32)),
+            },
+            traced=False,
+        ),
         "views": Call(
             lambda examples: augment.views(examples, 2, 1.0, seed=0),
             {"examples": EXAMPLES},

@@ -355,6 +355,11 @@ def test_folders_that_can_not_be_read(tmp_path):
     (tmp_path / "train/new").mkdir()
     assert message().startswith(f"{tmp_path / 'train/new'}: a class without images (.png, ")
     (tmp_path / "train/new").rmdir()
+    (tmp_path / "train/cat/loop").symlink_to(tmp_path / "train/cat")
+    assert message().endswith(
+        f"/cat/loop links to a folder that is in {tmp_path}/train/cat already"
+    )
+    (tmp_path / "train/cat/loop").unlink()
     path = tmp_path / "train/cat/0.png"
     content = path.read_bytes()
     Image.fromarray(TRAIN[0][0][:5]).save(path)
