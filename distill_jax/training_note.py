@@ -149,6 +149,8 @@ def is_same(a: Any, b: Any) -> bool:
 
 def _leaves(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
     """The numbers, texts and arrays within a value, by dotted names; lists of numbers are whole."""
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
     if isinstance(value, np.generic | jax.Array | np.ndarray):
         array = np.asarray(value)
         yield name, array.tolist() if array.size <= _WHOLE and array.dtype.isbuiltin else array

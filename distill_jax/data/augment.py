@@ -136,6 +136,7 @@ def distortions(count: int, difficulty: float, seed: int) -> Views:
     """
     ranges.check_value("the count of distortions", count, ranges.count())
     ranges.check_value("the difficulty of distortions", difficulty, ranges.at_least(0))
+
     key = jax.random.key(seed)
 
     def make(images: Array, ids: Array, numbers: Array) -> Array:
@@ -144,7 +145,7 @@ def distortions(count: int, difficulty: float, seed: int) -> Views:
         )
         return distort(images, keys, difficulty)
 
-    return Views(f"distortions(difficulty={difficulty:g}, seed={seed})", count, make)
+    return Views(f"distortions(difficulty={float(difficulty)!r}, seed={seed})", count, make)
 
 
 def random_view(views: Views) -> Transform:

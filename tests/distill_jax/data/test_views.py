@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import models, optimizers, soft_targets, step_losses, trainer
+from distill_jax import models, optimizers, soft_targets, step_losses, trainer, training_note
 from distill_jax.data import augment
 from distill_jax.errors import UserError
 
@@ -101,6 +101,13 @@ def test_a_training_on_views_has_pairs_that_belong_together(tmp_path):
     np.testing.assert_allclose(losses_of(augment.random_view(views), joined, "views"), 0, atol=1e-8)
     other = {**joined, views.field: np.roll(joined[views.field], 1, axis=1)}
     assert min(losses_of(augment.random_view(views), other, "other")) > 1e-4
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_training_notes_its_views(name):
+    found = training_note.describe({"transform": augment.random_view(SCHEMES[name])}).fields
+    assert found["transform.views.name"] == SCHEMES[name].name
+    assert found["transform.views.num_views"] == SCHEMES[name].num_views
 
 
 def test_views_are_never_joined_to_anything_else(tmp_path):
