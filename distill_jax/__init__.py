@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         soft_targets,
         specialists,
         step_losses,
+        top_k_losses,
         train_step,
         trainer,
     )
@@ -63,6 +64,7 @@ __all__ = [
     "soft_targets",
     "specialists",
     "step_losses",
+    "top_k_losses",
     "train_step",
     "trainer",
 ]

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import batches, later_losses, losses, multi_label, shapes, soft_targets
+from distill_jax import (
+    batches,
+    later_losses,
+    losses,
+    multi_label,
+    shapes,
+    soft_targets,
+    top_k_losses,
+)
 from distill_jax.errors import UserError
 from distill_jax.train_step import (
     Batch,
@@ -60,7 +68,7 @@ def top_k_distillation_loss(tail_weights: ArrayLike | None = None) -> Loss:
         ids, probabilities, tail = take(
             batch, soft_targets.TOP_K_FIELDS, "the batch has", "join them with soft_targets.attach"
         )
-        return losses.top_k_distillation(
+        return top_k_losses.distillation(
             logits,
             ids,
             probabilities,

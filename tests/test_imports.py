@@ -67,7 +67,7 @@ def test_one_file_of_the_library_names_devices():
     ]
 
 
-@pytest.mark.parametrize("name", ["losses", "later_losses", "multi_label"])
+@pytest.mark.parametrize("name", ["losses", "later_losses", "multi_label", "top_k_losses"])
 def test_losses_need_only_jax_and_optax(name):
     path = ROOT / "distill_jax" / f"{name}.py"
     own = {each.split(".")[1] for each in imports(path) if each.startswith("distill_jax.")}

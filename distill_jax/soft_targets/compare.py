@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses, shapes
+from distill_jax import losses, shapes, top_k_losses
 from distill_jax.soft_targets.encodings import Kept, densify
 
 
@@ -91,7 +91,7 @@ def _against_dense(
 
     def measure(one: Kept) -> tuple[dict[str, Array], Array]:
         found, gradient = with_gradient(
-            lambda z: losses.top_k_soft_cross_entropy(
+            lambda z: top_k_losses.soft_cross_entropy(
                 z, *one, temperature, tail_weights=tail_weights
             )
         )

@@ -2,7 +2,7 @@
 
 "top_k": the k largest probabilities and the sum of the rest. A class takes 2 bytes (4 above 65,536
 classes), a probability 2 (bfloat16), the rest 4 (float32). The loss spreads the rest over the other
-classes in proportion to the teacher's mean distribution (`losses.top_k_soft_cross_entropy`). So the
+classes in proportion to the teacher's mean distribution (`top_k_losses.soft_cross_entropy`). So the
 targets are a little biased.
 
 "sampled": classes drawn in proportion to their probabilities, with repetition, which count 1 / k each.
@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import losses, shapes
+from distill_jax import shapes, top_k_losses
 from distill_jax.errors import UserError
 
 Encoding = Literal["dense", "top_k", "sampled"]
@@ -35,7 +35,7 @@ FIELDS = {
 """The arrays that each encoding stores."""
 
 TOP_K_FIELDS = ("teacher_ids", "teacher_probabilities", "teacher_tail")
-"""The fields of a batch that `losses.top_k_soft_cross_entropy` takes: classes, probabilities, tail."""
+"""The fields of a batch that `top_k_losses.soft_cross_entropy` takes: classes, probabilities, tail."""
 
 MAX_DRAWS = 2**15
 
@@ -105,9 +105,9 @@ def densify(
         tail=(tail, "float ..."),
         tail_weights=(tail_weights, f"float? {num_classes}"),
     )
-    spread = losses.tail_distribution(classes, num_classes, tail_weights)
+    spread = top_k_losses.tail_distribution(classes, num_classes, tail_weights)
     dense = tail.astype(jnp.float32)[..., None] * spread
-    ids, named = losses.named_classes(classes, probabilities)
+    ids, named = top_k_losses.named_classes(classes, probabilities)
     add = jnp.vectorize(lambda row, k, p: row.at[k].add(p), signature="(c),(k),(k)->(c)")
     return add(dense, jnp.maximum(ids, 0), named)
 

@@ -39,9 +39,10 @@ def write_top_k(
     """Writes a store of a few log-probabilities of each example; nothing of the size C is ever made.
 
     What an example's probabilities leave of 1 is either shared equally by all other classes, as
-    `losses.tail_distribution` does without weights, or dropped, and the rest divided by its sum. The
-    store is one of "top_k": `load`, `check`, `attach` and `rows` read it, at its temperature alone, and
-    its `tail_weights` are None. Probabilities are kept as bfloat16, and to 2^-9 of them.
+    `top_k_losses.tail_distribution` does without weights, or dropped, and the probabilities divided by
+    their sum. The store is one of "top_k": `load`, `check`, `attach` and `rows` read it, at its
+    temperature alone, and its `tail_weights` are None. Probabilities are kept as bfloat16, which rounds
+    them by up to 2^-9.
 
     Args:
         folder: for the store, and nothing else.

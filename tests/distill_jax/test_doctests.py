@@ -41,6 +41,7 @@ WITH_EXAMPLES = [
     "distill_jax.specialists.heads",
     "distill_jax.specialists.inference",
     "distill_jax.specialists.store",
+    "distill_jax.top_k_losses",
 ]
 
 

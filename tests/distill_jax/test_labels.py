@@ -17,6 +17,7 @@ from distill_jax import (
     optimizers,
     soft_targets,
     step_losses,
+    top_k_losses,
     train_step,
 )
 from distill_jax.errors import UserError
@@ -41,7 +42,7 @@ UNKNOWN = {  # what is left of a loss where the label is unknown
     "hard": (losses.hard_cross_entropy, jnp.zeros(4)),
     "distillation": (lambda z, labels: losses.distillation(z, P, labels, T, WEIGHT), SOFT),
     "top_k": (
-        lambda z, labels: losses.top_k_distillation(
+        lambda z, labels: top_k_losses.distillation(
             z, *soft_targets.top_k(P, C), labels, temperature=T, hard_weight=WEIGHT
         ),
         None,
@@ -98,7 +99,7 @@ def test_labels_of_another_shape(labels):
 
 def top_k_loss(ids, probabilities, tail, z=Z[:1]):
     fields = jnp.array([ids]), jnp.array([probabilities]), jnp.array([tail])
-    return jax.value_and_grad(lambda z: losses.top_k_soft_cross_entropy(z, *fields, T)[0])(z)
+    return jax.value_and_grad(lambda z: top_k_losses.soft_cross_entropy(z, *fields, T)[0])(z)
 
 
 def test_padding_of_top_k_targets_has_no_part_and_takes_nothing_from_the_tail():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax import losses
+from distill_jax import losses, top_k_losses
 
 EPSILON = 2.0**-23  # of float32
 
@@ -371,12 +371,12 @@ def test_top_k_values_are_those_of_float64(shape_and_k, temperature, uniform, se
     )
     args = ids.astype(np.uint16), kept, tail
     spread = None if uniform else weights
-    found = value(losses.top_k_soft_cross_entropy, z, *args, temperature, tail_weights=spread)
+    found = value(top_k_losses.soft_cross_entropy, z, *args, temperature, tail_weights=spread)
     assert found.shape == shape[:-1] and found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     known = labels % 2 == 0
     found = value(
-        losses.top_k_distillation,
+        top_k_losses.distillation,
         z,
         *args,
         labels,
@@ -396,5 +396,5 @@ def test_a_tail_keeps_its_precision_where_the_named_classes_have_the_weights():
     weights[[2, 7]] = 0.5
     expected = top_k64(z, ids, kept, tail, 2.0, weights)
     args = ids, kept.astype(np.float32), tail.astype(np.float32), 2.0
-    found = value(losses.top_k_soft_cross_entropy, z, *args, tail_weights=weights)
+    found = value(top_k_losses.soft_cross_entropy, z, *args, tail_weights=weights)
     np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -20,6 +20,7 @@ from distill_jax import (
     optimizers,
     soft_targets,
     step_losses,
+    top_k_losses,
     train_step,
 )
 from distill_jax.data import augment, images, transfer
@@ -150,15 +151,15 @@ def calls() -> dict[str, Call]:
             },
         ),
         "top_k_soft_cross_entropy": Call(
-            lambda **a: losses.top_k_soft_cross_entropy(**a, temperature=2.0),
+            lambda **a: top_k_losses.soft_cross_entropy(**a, temperature=2.0),
             {**top_k, "tail_weights": _floats(C)},
         ),
         "top_k_distillation": Call(
-            lambda **a: losses.top_k_distillation(**a, temperature=2.0, hard_weight=0.5),
+            lambda **a: top_k_losses.distillation(**a, temperature=2.0, hard_weight=0.5),
             {**top_k, "labels": LABELS},
         ),
         "tail_distribution": Call(
-            lambda **a: losses.tail_distribution(**a, num_classes=C),
+            lambda **a: top_k_losses.tail_distribution(**a, num_classes=C),
             {"ids": IDS, "tail_weights": _floats(C)},
         ),
         "label_modified": Call(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import drawn, soft, student
 
-from distill_jax import losses
+from distill_jax import losses, top_k_losses
 from distill_jax.errors import UserError
 from distill_jax.soft_targets import encodings
 
@@ -62,7 +62,7 @@ def test_class_ids_above_65536_classes_are_not_cut():
         ids, kept, tail = cut(p, 2)
         assert ids.dtype == dtype and ids.tolist() == [[num_classes - 1, 3]] * 2
         z = student(p.shape)
-        found, _ = value_and_gradient(losses.top_k_soft_cross_entropy, z, ids, kept, tail, 2.0)
+        found, _ = value_and_gradient(top_k_losses.soft_cross_entropy, z, ids, kept, tail, 2.0)
         expected, _ = value_and_gradient(losses.soft_cross_entropy, z, p, 2.0)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -81,7 +81,7 @@ def test_loss_is_that_of_the_densified_targets(shape_and_k, temperature, uniform
     kept, weights = cut(p, k), None if uniform else mean_of(p)
     dense = densify(*kept, weights, shape[-1])
     found, gradient = value_and_gradient(
-        losses.top_k_soft_cross_entropy, z, *kept, temperature, tail_weights=weights
+        top_k_losses.soft_cross_entropy, z, *kept, temperature, tail_weights=weights
     )
     expected, dense_gradient = value_and_gradient(losses.soft_cross_entropy, z, dense, temperature)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -112,7 +112,7 @@ def test_all_classes_kept_are_the_dense_targets(weights):
     expected = value_and_gradient(losses.soft_cross_entropy, z, rounded, 3.0)
     for tail in (kept[2], kept[2] + 0.1):  # a tail that no class can take
         found = value_and_gradient(
-            losses.top_k_soft_cross_entropy, z, *kept[:2], tail, 3.0, tail_weights=weights
+            top_k_losses.soft_cross_entropy, z, *kept[:2], tail, 3.0, tail_weights=weights
         )
         for x, y in zip(found, expected, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -132,7 +132,7 @@ def test_extreme_and_bfloat16_and_left_out_logits():
             log_q -= np.log(np.exp(log_q).sum(-1, keepdims=True))
             terms = np.multiply(dense, log_q, where=dense > 0, out=np.zeros_like(dense))
             found, gradient = value_and_gradient(
-                losses.top_k_soft_cross_entropy, logits, *kept, 2.0, tail_weights=weights
+                top_k_losses.soft_cross_entropy, logits, *kept, 2.0, tail_weights=weights
             )
             assert found.dtype == jnp.float32 and gradient.dtype == dtype
             np.testing.assert_allclose(found, -4 * terms.sum(-1), rtol=1e-5)
@@ -146,7 +146,7 @@ def test_no_gradient_flows_into_the_targets():
 
     def loss(kept, tail, weights):
         return jnp.sum(
-            losses.top_k_soft_cross_entropy(
+            top_k_losses.soft_cross_entropy(
                 student((4, 6)), ids, kept, tail, 2.0, tail_weights=weights
             )
         )
@@ -220,7 +220,7 @@ def test_the_mean_loss_and_gradient_are_the_dense_ones():
     def mean(z):
         logits = jnp.broadcast_to(z, (UNITS, 12))
         weights = jnp.ones(12)  # of the others, who have nothing
-        values = losses.top_k_soft_cross_entropy(
+        values = top_k_losses.soft_cross_entropy(
             logits, ids, share, tail, temperature, tail_weights=weights
         )
         return jnp.mean(values)
