@@ -24,6 +24,9 @@ Gather = Callable[[Batch, Array], Batch]
 Draw = Callable[[Batch, Array, int, int], Array]
 """`(examples, key, steps, batch size) -> rows int32 [steps, B]`: which examples an epoch takes."""
 
+ROWS = "rows of the epoch"
+"""The field of the examples that `make_one_step` takes its rows from."""
+
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Whole batches in an epoch; the remainder is left out, a different one every epoch."""
@@ -84,14 +87,14 @@ def make_epoch(
         `[passes * steps]` per step.
     """
     ranges.check_value("passes", passes, ranges.count())
+    order = make_order(batch_size, draw=draw, size=size)
     run_steps = make_steps(step, shard_batch, gather)
 
     def one_pass(
         state: TrainState, examples: Batch, key: Array, hyper: Hyper, constants: Constants
     ) -> tuple[TrainState, dict[str, Array]]:
-        order_key, step_key = jax.random.split(key)
-        steps = steps_per_epoch(size(examples), batch_size)
-        rows = draw(examples, _epoch_key(order_key, state, steps), steps, batch_size)
+        state, rows = order(state, examples, key, hyper, constants)
+        _, step_key = jax.random.split(key)
         return run_steps(state, (examples, rows), step_key, hyper, constants)
 
     def run_epoch(
@@ -105,35 +108,48 @@ def make_epoch(
     return run_epoch
 
 
+def make_order(
+    batch_size: int, *, draw: Draw = shuffle, size: Callable[[Batch], int] = count_examples
+) -> Any:
+    """Builds what gives the state and an epoch's rows int32 `[steps, B]`, as `make_epoch` takes them.
+
+    Called as an epoch is, before its first step. For steps that are programs of their own.
+    """
+
+    def run_order(
+        state: TrainState, examples: Batch, key: Array, hyper: Hyper, constants: Constants = None
+    ) -> tuple[TrainState, Array]:
+        order_key, _ = jax.random.split(key)
+        steps = steps_per_epoch(size(examples), batch_size)
+        epoch_key = jax.random.fold_in(order_key, state.step // jnp.int32(steps))
+        return state, draw(examples, epoch_key, steps, batch_size)
+
+    return run_order
+
+
 def make_one_step(
     step: TrainStep,
-    batch_size: int,
     *,
     shard_batch: ShardBatch = lambda batch: batch,
     gather: Gather = take_rows,
-    draw: Draw = shuffle,
-    size: Callable[[Batch], int] = count_examples,
 ) -> Epoch:
     """Builds one step of the epoch that `make_epoch` scans: the one that `state.step` is at.
 
-    Its metrics are `[1]`. For steps that are slow inside a loop, as convolutions are on a CPU.
+    It is called with the epoch's rows (`make_order`) among the examples, as `ROWS`; its metrics are
+    `[1]`. For steps that are slow inside a loop, as convolutions are on a CPU.
     """
 
     def run_step(
         state: TrainState, examples: Batch, key: Array, hyper: Hyper, constants: Constants = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        order_key, step_key = jax.random.split(key)
-        steps = steps_per_epoch(size(examples), batch_size)
-        rows = draw(examples, _epoch_key(order_key, state, steps), steps, batch_size)
-        batch = gather(examples, rows[state.step % jnp.int32(steps)])
+        fields, rows = {**examples}, examples[ROWS]
+        del fields[ROWS]
+        _, step_key = jax.random.split(key)
+        batch = gather(fields, rows[state.step % jnp.int32(len(rows))])
         state, metrics = step(state, shard_batch(batch), step_key, hyper, constants)
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     return run_step
-
-
-def _epoch_key(key: Array, state: TrainState, steps: int) -> Array:
-    return jax.random.fold_in(key, state.step // jnp.int32(steps))
 
 
 def make_steps(step: TrainStep, shard_batch: ShardBatch, gather: Gather) -> Any:

@@ -31,8 +31,9 @@ from distill_jax import (
     train_checks,
     train_step,
     training_note,
+    units,
 )
-from distill_jax.data.stream import Block, make_advance
+from distill_jax.data.stream import Block
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params, Variables
 from distill_jax.nets import Net
@@ -167,10 +168,10 @@ def train(
     init_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     states = _start(model, optimizer, mesh, init_keys if start is None else start, sample)
     nets.check_storable(states.variables)
-    shared = (train_keys, numbers, _stack(constants))
+    shared = (train_keys, numbers, units.stack(constants))
     scanned = not _is_slow_in_loops(model, sample)
     advance_of = functools.partial(
-        _advance, mesh=mesh, examples=sets, scanned=scanned, shared=shared
+        units.advance_of, mesh=mesh, examples=sets, scanned=scanned, shared=shared
     )
     best = BEST if BEST in evaluation else None
     if selection == "validation" and best is None:
@@ -325,67 +326,6 @@ def _checked(
     return examples._replace(put=put)
 
 
-def _advance(
-    recipe: Recipe,
-    step: train_step.TrainStep,
-    *,
-    mesh: Any,
-    examples: Sequence[Examples] | Stream,
-    reader: Reader,
-    scanned: bool,
-    shared: tuple[Array, dict[str, Any], tuple[dict[str, Any], dict[str, bool]]],
-) -> loop.Advance:
-    """What trains one unit: epochs of the resident examples, or a block of the stream.
-
-    Epochs are one program, unless `scanned` is false: then each of their steps is.
-    """
-    keys, hyper, (constants, own_constants) = shared
-    constants = sharding.put_examples(constants, mesh, own_constants)
-    shard = sharding.shard_batch(mesh, recipe.batch_size)
-    if isinstance(examples, Stream):
-        run = examples.make_run(step, shard)
-        compiled = sharding.compile_epoch(run, mesh, examples.per_member, own_constants)
-        return make_advance(
-            lambda states, block: compiled(states, block, keys, hyper, constants),
-            examples.open_blocks,
-            lambda block: examples.put(block, mesh),
-        )
-    fields, per_member = _stack(examples)
-    how = {"shard_batch": shard, **reader._asdict()}
-    del how["count_errors"]
-    if scanned:
-        run, calls = (
-            epochs.make_epoch(step, recipe.batch_size, passes=recipe.report_every, **how),
-            1,
-        )
-    else:
-        run = epochs.make_one_step(step, recipe.batch_size, **how)
-        steps = epochs.steps_per_epoch(reader.size(examples[0]), recipe.batch_size)
-        calls = recipe.report_every * steps
-    compiled = sharding.compile_epoch(run, mesh, per_member, own_constants)
-    resident = sharding.put_examples(fields, mesh, per_member)
-
-    def advance(states: train_step.TrainState, unit: int) -> Any:
-        found = []
-        for _ in range(calls):
-            states, sums = compiled(states, resident, keys, hyper, constants)
-            found.append(processes.serialize_on_cpu(sums))
-        return states, jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *found)
-
-    return advance
-
-
-def _stack(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, bool]]:
-    """The members' fields: one for all where they are equal, else `[M, ...]`; and which those are."""
-    fields, per_member = {}, {}
-    for name, first in sets[0].items() if sets else ():
-        values = [one[name] for one in sets]
-        same = all(training_note.is_same(value, first) for value in values)
-        per_member[name] = not same
-        fields[name] = first if same else jax.tree.map(lambda *leaves: np.stack(leaves), *values)
-    return fields, per_member
-
-
 def _recorders(name: str, units: int, directory: Path) -> list[Callable[[loop.Record], None]]:
     if not processes.is_main():
         return []
@@ -406,7 +346,7 @@ def _evaluator(
 
     def put(examples: Examples | Sequence[Examples]) -> tuple[Batch, Batch]:
         """On the devices: the fields that each member has of its own `[M, ...]`, and those of all."""
-        fields, per_member = _stack([examples] if isinstance(examples, Mapping) else examples)
+        fields, per_member = units.stack([examples] if isinstance(examples, Mapping) else examples)
         arrays = sharding.put_examples(fields, mesh, per_member)
         own = {name: array for name, array in arrays.items() if per_member[name]}
         return own, {name: array for name, array in arrays.items() if not per_member[name]}

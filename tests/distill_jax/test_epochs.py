@@ -11,7 +11,7 @@ import tiny
 from jax.sharding import Mesh
 
 from distill_jax import models, optimizers, sharding, step_losses, train_step
-from distill_jax.epochs import make_epoch, make_one_step
+from distill_jax.epochs import ROWS, make_epoch, make_one_step, make_order
 from distill_jax.errors import UserError
 from distill_jax.specialists import enrichment, heads
 from distill_jax.train_step import TrainState
@@ -87,14 +87,15 @@ def look(key, member, first_step=0, passes=1):
 
 def test_single_steps_are_those_of_the_epoch(key):
     """Two epochs step by step see the rows of two epochs as one program."""
-    step = jax.jit(
-        make_one_step(seen_step, BATCH, gather=gather, draw=enrichment.draw_enriched, size=size)
-    )
+    order = jax.jit(make_order(BATCH, draw=enrichment.draw_enriched, size=size))
+    step = jax.jit(make_one_step(seen_step, gather=gather))
     state, found = TrainState(jnp.int32(0), {}, ()), []
     after, expected = SEEN[2](state, of_member(1), key, {})
-    for _ in range(int(after.step)):
-        state, seen = step(state, of_member(1), key, {})
-        found.append(seen["row"])
+    while state.step < after.step:
+        _, rows = order(state, of_member(1), key, {})
+        for _ in range(len(rows)):
+            state, seen = step(state, {**of_member(1), ROWS: rows}, key, {})
+            found.append(seen["row"])
     np.testing.assert_array_equal(np.ravel(found), expected["row"])
     assert state.step == after.step
 
