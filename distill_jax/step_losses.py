@@ -305,6 +305,9 @@ def _shared(logits: Array, teacher_logits: Array) -> Array:
 
 
 def _teacher_logits(batch: Batch) -> Array:
-    how = "join them with soft_targets.attach, or add train_step.online_teacher to the step's transforms"
+    how = (
+        "join them with soft_targets.attach, or add to the step's transforms train_step.online_teacher, "
+        "or augment.random_view of views that were joined"
+    )
     (logits,) = take(batch, ("teacher_logits",), "the batch has", how)
     return logits

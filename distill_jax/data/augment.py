@@ -75,7 +75,7 @@ def jitter(pixels: int) -> Transform:
     Raises:
         UserError: for pixels that are no whole number, 0 or more; at trace time, if the batch has cached
             soft targets. They belong to the original images; put `online_teacher` after the jitter
-            instead.
+            instead, or show those of all shifts by `random_view`.
     """
     ranges.check_value("the pixels of jitter", pixels, ranges.count(0))
 

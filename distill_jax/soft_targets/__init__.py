@@ -4,8 +4,10 @@
     soft_targets.write(folder, logits, soft_targets.digests(inputs), teacher="my teacher")
     examples = soft_targets.attach(examples, soft_targets.load(folder))
 
-`writer` writes stores; `store` reads and joins them; `encodings` is what they keep of an example;
-`ensemble` has the means of several teachers; `compare` measures what an encoding changes.
+`writer` writes stores, `top_k_writer` those of a few log-probabilities, `views` those of augmented
+views; `store` reads and joins them; `encodings` is what they keep of an example; `ensemble` has the
+means of several teachers, `class_maps` is for other classes than the student's; `compare` measures what
+an encoding changes.
 """
 
 from distill_jax.soft_targets import compare as compare

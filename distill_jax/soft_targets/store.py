@@ -135,8 +135,9 @@ def attach(
     """Joins soft targets to examples by id: the examples' fields, and those of `rows`.
 
     The examples may be a part of the store's, in any order. Each one's input is checked to be the one
-    that the teacher saw, so augment afterwards, or compute the soft targets in the step instead
-    (`train_step.online_teacher`). A grain data set is joined by batches, in its threads too:
+    that the teacher saw. Inputs that are augmented in the step need soft targets of all views
+    (`write_views`), or such as are computed there (`train_step.online_teacher`). A grain data set is
+    joined by batches, in its threads too:
 
         dataset.batch(256).map(lambda batch: soft_targets.attach(batch, store, 2.0))
 
