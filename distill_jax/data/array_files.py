@@ -104,6 +104,11 @@ def read_idx(files: IdxFiles) -> tuple[Pair, Pair]:
     return train, test
 
 
+def read_idx_labels(files: IdxFiles) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of train and of test alone."""
+    return _read_idx(files.train[1]), _read_idx(files.test[1])
+
+
 def _read_mnist(path: Path) -> np.ndarray:
     """The uint8 array of one of the four MNIST files, checked."""
     sha256 = MNIST_SHA256[path.name]
@@ -179,6 +184,17 @@ def read_npz(path: Path) -> tuple[Pair, Pair | None, tuple[str, ...]]:
     names = tuple(str(name) for name in arrays.get(_NAMES_KEY, np.zeros(0)).ravel())
     test = (arrays["x_test"], arrays["y_test"]) if "x_test" in arrays else None
     return (arrays["x_train"], arrays["y_train"]), test, names
+
+
+def read_npz_labels(path: Path) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """The labels of train and of test alone, and the number of class names; errors as `read_npz`."""
+    keys = npz_keys(path)
+    with _opened(path) as archive:
+        train, test, names = (
+            _read_array(archive, keys[name], path) if name in keys else None
+            for name in ("y_train", "y_test", _NAMES_KEY)
+        )
+    return np.asarray(train), test, 0 if names is None else names.size
 
 
 def _opened(path: Path) -> np.lib.npyio.NpzFile:

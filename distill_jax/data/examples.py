@@ -32,6 +32,14 @@ class Source(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
+class Counts(NamedTuple):
+    """How many classes a set has, and how many examples in train and test."""
+
+    classes: int
+    train: int
+    test: int
+
+
 def with_ids(images: np.ndarray, labels: np.ndarray, first_id: int) -> Examples:
     """Examples of images `[N, H, W]` or `[N, H, W, channels]` and labels `[N]`, numbered."""
     if images.ndim == 4 and images.shape[-1] == 1:

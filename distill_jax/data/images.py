@@ -19,6 +19,7 @@ from distill_jax import files, shapes
 from distill_jax.data import array_files, image_folders, tfds_sets
 from distill_jax.data.array_files import EMBEDDED_DIR, MNIST_SHA256, Pair
 from distill_jax.data.examples import (
+    Counts,
     Examples,
     Source,
     check_classes,
@@ -157,6 +158,33 @@ def check_source(
     folder_files = image_folders.find(path, test_share, seed)
     paths = [file for file, _ in folder_files.train + folder_files.test]
     return files.content_of(path, paths, ends=_ENDS)
+
+
+def count(
+    name: str, data_dir: str | None = None, *, test_share: float = 0.0, seed: int = 0
+) -> Counts:
+    """How large a set is, without reading its images; arguments and errors as for `check_source`."""
+    kind, where = _split_name(name, data_dir, 0, test_share)
+    if kind == "embedded":
+        return Counts(10, 60_000, 10_000)
+    if kind == "tfds":
+        found = tfds_sets.find(where, data_dir)
+        sizes = (found.builder.info.splits[s].num_examples for s in ("train", found.test_split))
+        return Counts(found.num_classes, *sizes)
+    path = files.local_path(where)
+    if kind == "images":
+        folder = image_folders.find(path, test_share, seed)
+        return Counts(len(folder.class_names), len(folder.train), len(folder.test))
+    if kind == "npz":
+        train, test, classes = array_files.read_npz_labels(path)
+    else:
+        (train, test), classes = array_files.read_idx_labels(array_files.find_idx(path)), 0
+    classes = classes or len(np.unique(train))
+    if test is not None:
+        return Counts(classes, len(train), len(test))
+    check_share(test_share, False, name)
+    drawn = draw_test(train.ravel(), test_share, seed, name)
+    return Counts(classes, int((~drawn).sum()), int(drawn.sum()))
 
 
 def from_arrays(

@@ -12,7 +12,7 @@ import functools
 import importlib
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -123,7 +123,12 @@ def check_config(config: ConfigDict, sections: Collection[str] | None = None) ->
     for name, value in fields.items():
         ranges.check_value(f"--config.{name}", value, allowed(study, name))
     shared = itertools.chain(_mesh_conflicts(config), _micro_batch_conflicts(config))
-    for conflict in itertools.chain(shared, study.conflicts(config)):
+    refuse(itertools.chain(shared, study.conflicts(config)), sections)
+
+
+def refuse(conflicts: Iterable[str], sections: Collection[str] | None = None) -> None:
+    """Raises a UserError for the first conflict that begins with a field of a section in use."""
+    for conflict in conflicts:
         if sections is None or re.split(r"\W", conflict)[0] in sections:
             raise UserError(f"--config.{conflict}")
 

@@ -2,7 +2,7 @@
 report is drawn of them.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from distill_jax import files, processes, sharding
 from distill_jax.errors import UserError
 from experiments.common import extension
-from experiments.common.config import check_config
+from experiments.common.config import check_config, refuse
 from experiments.common.study import (
     Stage,
     check_needs,
@@ -36,12 +36,14 @@ class Study(NamedTuple):
 
     stages: in an order in which each stands behind those it needs. write_report: of a working directory.
     check_source: names the content of the config's data (None if those can't change); raises a UserError
-    if they aren't there.
+    if they aren't there. data_conflicts: values of the config that don't fit the data, such as a batch
+    that is larger than the training set; they begin with the field.
     """
 
     stages: Sequence[Stage]
     write_report: Callable[[Path], None]
     check_source: Callable[[ConfigDict], str | None]
+    data_conflicts: Callable[[ConfigDict], Iterable[str]] = lambda config: ()
 
 
 class _Plan(NamedTuple):
@@ -129,6 +131,7 @@ def _plan(
     if not changed:
         check_same(workdir, config)
     data = study.check_source(config)
+    refuse(study.data_conflicts(config), fields_read(stages, only))
     _check_data(workdir, data)
     others = _with_data(data, working_directories(reuse))
     keys = stage_keys(config, stages)

@@ -150,14 +150,16 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
         if 0 < data.block_examples < config[net].batch_size:
             yield f"{net}.batch_size is {config[net].batch_size}, more than data.block_examples"
     size = data.train_examples or (60_000 if data.source == "embedded" else 0)
-    if size and size - data.validation < 2:
-        yield f"data.validation is {data.validation} of {size} training examples"
     if size:
-        yield from _batch_conflicts(config, size - data.validation)
+        yield from size_conflicts(config, size)
 
 
-def _batch_conflicts(config: ConfigDict, size: int) -> Iterator[str]:
-    """Batches that are larger than their training set; which of some nets is one half of it."""
+def size_conflicts(config: ConfigDict, size: int) -> Iterator[str]:
+    """What doesn't fit a training set of that size; which of some nets is one half of it."""
+    validation = config.data.validation
+    if size - validation < 2:
+        yield f"data.validation is {validation} of {size} training examples"
+    size -= validation
     for net in _NETS:
         examples = size // 2 if net == "unlabelled" else size
         batch_size = config[net].batch_size

@@ -15,7 +15,9 @@ from distill_jax.data.records import Records
 from distill_jax.data.stream import Block
 from distill_jax.errors import UserError
 from distill_jax.trainer import Stream
+from experiments.common.config import is_brought
 from experiments.common.study import Context
+from experiments.mnist.config import size_conflicts
 
 
 class Data(NamedTuple):
@@ -39,6 +41,20 @@ def check_source(config: ConfigDict) -> str | None:
     return images.check_source(
         data.source, data.data_dir or None, test_share=data.test_share, seed=data.seed
     )
+
+
+def data_conflicts(config: ConfigDict) -> Iterator[str]:
+    """What doesn't fit the size of a set that a person brings."""
+    data = config.data
+    if not is_brought(data.source):
+        return
+    found = images.count(
+        data.source, data.data_dir or None, test_share=data.test_share, seed=data.seed
+    )
+    for name, size in (("train_examples", found.train), ("test_examples", found.test)):
+        if data[name] > size:
+            yield f"data.{name} is {data[name]}; allowed: 0 (all) to {size}, as there are so many"
+    yield from size_conflicts(config, data.train_examples or found.train)
 
 
 def load_data(config: ConfigDict) -> Data:

@@ -7,7 +7,7 @@ from experiments.common.run import Study
 from experiments.common.study import Stage, draw_report, finished_rows, read_json
 from experiments.common.training import curve
 from experiments.mnist import distillation, figures, transfer_sets
-from experiments.mnist.data import check_source
+from experiments.mnist.data import check_source, data_conflicts
 
 TITLE = "Distilling the Knowledge in a Neural Network, section 3: MNIST"
 CAPTIONS = {
@@ -107,4 +107,4 @@ STAGES = (
     ),
 )
 
-STUDY = Study(STAGES, write_report, check_source)
+STUDY = Study(STAGES, write_report, check_source, data_conflicts)

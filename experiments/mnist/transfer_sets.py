@@ -160,12 +160,13 @@ def _train_on_some(
     select: Callable[[Examples, Sequence[int]], Examples],
     net: ConfigDict,
 ) -> Net:
-    examples = with_soft_targets(context, load_data(context.config).train, net.temperature)
+    whole = with_soft_targets(context, load_data(context.config).train, net.temperature)
+    examples = [select(fields, what.classes) for fields in whole]
     return train(
         context,
         "student",
-        net,
-        [select(e, what.classes) for e in examples],
+        changed(net, batch_size=min(net.batch_size, len(examples[0]["id"]))),
+        examples,
         step_losses.distillation_loss,
         variants=[{"temperature": net.temperature, "hard_weight": net.hard_weight}],
     )

@@ -169,7 +169,8 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
         yield f"generalist.jitter is {net.jitter}; allowed: 0, as views move images: data.difficulty"
     if net.input_dropout:
         yield "generalist.input_dropout is not 0, but its inputs are convolved: use hidden_dropout"
-    yield from _class_conflicts(config)
+    if data.classes or data.source == "embedded":
+        yield from class_conflicts(config, data.classes or 1000)
     if config.specialists.batch_size % 2:
         yield (
             f"specialists.batch_size is {config.specialists.batch_size}; allowed: even numbers, as half "
@@ -179,13 +180,9 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
         yield f"soft.count is {config.soft.count}; allowed: up to clusters.count, {clusters.count}"
 
 
-def _class_conflicts(config: ConfigDict) -> Iterator[str]:
+def class_conflicts(config: ConfigDict, classes: int) -> Iterator[str]:
     """More clusters, larger ones or more probable classes than there are classes."""
-    clusters, classes = config.clusters, config.data.classes
-    if not classes and config.data.source == "embedded":
-        classes = 1000
-    if not classes:  # the set says how many
-        return
+    clusters = config.clusters
     for name, value, most in (
         ("clusters.count", clusters.count, classes),
         ("clusters.size", 1 if clusters.partition else clusters.size, classes - 1),

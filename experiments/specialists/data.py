@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from distill_jax.errors import UserError
 from experiments.common import prepared
 from experiments.common.config import IMAGE_SETS
 from experiments.specialists import glyphs
+from experiments.specialists.config import class_conflicts
 
 BYTE = (40.0, 64.0)
 """(zero, unit) of a pixel: about the mean and the deviation of distorted glyphs."""
@@ -50,6 +52,18 @@ def check_source(config: ConfigDict) -> str | None:
             data.source, data.data_dir or None, test_share=data.test_share, seed=data.seed
         )
     return files.content_of(prepared.find_set(glyphs.KIND, data.source))
+
+
+def data_conflicts(config: ConfigDict) -> Iterator[str]:
+    """What doesn't fit the number of classes of an image set."""
+    data = config.data
+    if data.source.startswith(IMAGE_SETS):
+        found = images.count(
+            data.source, data.data_dir or None, test_share=data.test_share, seed=data.seed
+        )
+        if data.classes > found.classes:
+            yield f"data.classes is {data.classes}; allowed: 0 (all) to {found.classes}"
+        yield from class_conflicts(config, data.classes or found.classes)
 
 
 def load_data(config: ConfigDict) -> Data:

@@ -8,7 +8,7 @@ import numpy as np
 from experiments.common.run import Study
 from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json
 from experiments.specialists import clusters, distilled, eq5_solvers, figures, full_softmax, table3
-from experiments.specialists.data import check_source
+from experiments.specialists.data import check_source, data_conflicts
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 5, 6.1 and 8: specialists"
 CAPTIONS = {
@@ -110,4 +110,4 @@ STAGES = (
     Stage("inference", eq5_solvers.compare_solvers, _SPECIALISTS, ("inference",), number=10),
 )
 
-STUDY = Study(STAGES, write_report, check_source)
+STUDY = Study(STAGES, write_report, check_source, data_conflicts)

@@ -37,6 +37,7 @@ def rows(inputs, labels):
 def test_every_form_gives_the_same(tmp_path, colour):
     written = arrays(colour)
     folders = images.load(write_folders(tmp_path / "folders", *written))
+    assert images.count(folders.name) == (3, 12, 6)
     assert [rows(*pair) for pair in pairs(folders)] == [rows(*pair) for pair in written]
     assert (folders.class_names, folders.num_classes) == (NAMES, 3)
     train, test = pairs(folders)  # in the order of folders, which is that of no list of names
@@ -60,6 +61,8 @@ def test_every_form_gives_the_same(tmp_path, colour):
         images.from_arrays(train, test, NAMES),
     ):
         assert source.num_classes == 3 and source.class_names in ((), NAMES)
+        if source.name != "arrays":
+            assert images.count(source.name) == (3, 12, 6)
         for split in ("train", "test"):
             found, expected = getattr(source, split), getattr(folders, split)
             tiny.assert_equal(found, expected)
@@ -114,6 +117,7 @@ def test_arrays_without_a_test_set(tmp_path, keys):
     assert np.bincount(source.test["label"]).tolist() == [1, 1, 1]
     assert rows(*map(np.concatenate, zip(*pairs(source), strict=True))) == rows(*TRAIN)
     tiny.assert_equal(images.from_arrays(TRAIN, test_share=0.25, seed=3).test, source.test)
+    assert images.count(source.name, test_share=0.25) == (3, 9, 3)
     with pytest.raises(UserError, match=r"a\.npz has no test set, and data\.test_share is 0: set"):
         images.check_source(source.name)
 

@@ -143,6 +143,7 @@ class TestTfdsSets:
         else:
             source = images.load("tfds:tiny", str(tmp_path))
             assert source.test["inputs"][:, 0, 0].tolist() == [2, 2, 2]
+            assert images.count("tfds:tiny", str(tmp_path)) == (3, 1, 3)
             assert sorted(source.test["label"].tolist()) == [0, 1, 2]
 
     def test_a_partly_labelled_test_split_is_not_passed_over(self, tmp_path):

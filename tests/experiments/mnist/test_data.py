@@ -1,5 +1,6 @@
 """The MNIST study on sets that people bring: which classes there are, in which order, and on disk."""
 
+import importlib
 from pathlib import Path
 
 import image_sets
@@ -9,6 +10,7 @@ import tiny
 
 from distill_jax.errors import UserError
 from experiments.common import report
+from experiments.common.run import plan
 from experiments.common.study import Context, draw_report
 from experiments.mnist import distillation, figures, study, transfer_sets
 from experiments.mnist.config import get_config
@@ -46,6 +48,30 @@ def test_the_first_examples_of_a_set_that_is_ordered_by_class(tmp_path):
         load_data(config)
     config.data.train_examples = 12
     assert len(load_data(config).train["id"]) == 12
+
+
+def test_what_does_not_fit_a_set_is_told_before_anything_is_run(tmp_path):
+    source = image_sets.write_npz(tmp_path / "a.npz", *image_sets.arrays())
+
+    def message(name, **more):
+        make = importlib.import_module(f"experiments.{name}.config").get_config
+        made = importlib.import_module(f"experiments.{name}.study").STUDY
+        config = make("smoke")
+        config.data.update(source=source, **more)
+        with pytest.raises(UserError) as caught:
+            plan(config, tmp_path / "new", made)
+        return str(caught.value)
+
+    assert message("mnist").startswith(
+        "--config.data.train_examples is 4000; allowed: 0 (all) to 12"
+    )
+    more = {"train_examples": 0}
+    assert "test_examples is 2000; allowed: 0 (all) to 6" in message("mnist", **more)
+    more = {"train_examples": 0, "test_examples": 0}
+    expected = "--config.teacher.batch_size is 100, but it is trained on 12 examples"
+    assert message("mnist", **more) == expected
+    assert "data.classes is 60; allowed: 0 (all) to 3" in message("specialists")
+    assert "clusters.count is 4; allowed: up to 3" in message("specialists", classes=0)
 
 
 def test_stages_of_classes_that_a_set_lacks_have_no_rows(tmp_path, capsys):
