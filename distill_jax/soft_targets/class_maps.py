@@ -58,6 +58,7 @@ def check_class_map(class_map: ArrayLike, num_classes: int) -> np.ndarray:
             f"class_map is {shapes.describe(classes)}; expected whole numbers [S], for each of the "
             "student's classes the teacher's, or -1"
         )
+    classes = np.maximum(classes.astype(np.int64), -1)
     shared, counts = np.unique(classes[classes >= 0], return_counts=True)
     if not shared.size:
         raise UserError("class_map has no class that the teacher and the student share")
@@ -66,4 +67,4 @@ def check_class_map(class_map: ArrayLike, num_classes: int) -> np.ndarray:
     if counts.max() > 1:
         twice = shared[counts.argmax()]
         raise UserError(f"class_map has the teacher's class {twice} for several of the student's")
-    return np.maximum(classes, -1).astype(np.int32)
+    return classes.astype(np.int32)

@@ -74,6 +74,10 @@ def write_top_k(
     classes, logs = np.asarray(classes), np.asarray(log_probabilities)
     size = len(digests)
     shapes.check(classes=(classes, f"int {size} k"), log_probabilities=(logs, f"float {size} k"))
+    classes, logs = (
+        classes.astype(np.int64),
+        logs.astype(np.float32),
+    )  # of any program the same store
     ranges.check(temperature=temperature, num_classes=num_classes)
     ranges.check_value("tail", tail, ranges.one_of("spread", "drop"))
     own = identity.own_ids(ids, size)

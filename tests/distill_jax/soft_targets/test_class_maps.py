@@ -58,6 +58,15 @@ def test_a_student_told_of_it_is_pushed_away_from_that_class():
     assert (slope[:, LACKING] > 0).all()
 
 
+def test_class_maps_of_any_dtype():
+    teacher, expected = jnp.asarray(logits_of(2, 5)), [[3, 0, 4]] * 2
+    for class_map in (np.uint8([3, 0, 4]), jnp.array([3, 0, 4]), (3, 0, 4)):
+        found = soft_targets.map_classes(teacher, class_map)
+        np.testing.assert_array_equal(
+            found, np.take_along_axis(np.asarray(teacher), np.array(expected), 1)
+        )
+
+
 @pytest.mark.parametrize(
     ("class_map", "message"),
     [

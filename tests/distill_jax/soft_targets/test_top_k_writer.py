@@ -68,6 +68,18 @@ def test_a_loss_is_that_of_the_dense_targets(tail, tmp_path):
         np.testing.assert_allclose(joined["teacher_tail"], other["teacher_tail"], rtol=1e-5)
 
 
+def test_arrays_of_any_program_make_the_same_store(tmp_path):
+    write(tmp_path)
+    before = content(tmp_path)
+    for classes, logs in (
+        (CLASSES.astype(np.uint16), LOGS),
+        (jnp.asarray(CLASSES), jnp.asarray(LOGS, jnp.float32)),
+        (CLASSES.tolist(), LOGS.tolist()),
+    ):
+        write(tmp_path, classes, logs)
+        assert content(tmp_path) == before
+
+
 def test_padding_has_no_part(tmp_path):
     classes, logs = CLASSES.copy(), LOGS.copy()
     classes[3, 2:], logs[3, 2:] = -1, -np.inf
