@@ -145,6 +145,8 @@ def compile_epoch(
     mesh: Mesh,
     per_member: Mapping[str, bool],
     constants_per_member: Mapping[str, bool] = types.MappingProxyType({}),
+    *,
+    vmapped: bool = True,
 ) -> Epoch:
     """Compiles an epoch of M members as one program: vmapped, and sharded over "member".
 
@@ -155,6 +157,7 @@ def compile_epoch(
         per_member: for every field of the examples, whether it has a leading member axis
             `[M, N, ...]` (the soft targets of each member's own teacher) or is shared `[N, ...]`.
         constants_per_member: the same for the constants, a dict.
+        vmapped: if false, and "member" is 1, the program has one member after the other.
 
     Returns:
         `(states, examples, keys [M], hyper of [M], constants) -> (states, metrics [M, steps])`; the
@@ -171,14 +174,16 @@ def compile_epoch(
     def run_members(
         states: TrainState, examples: Batch, keys: Array, hyper: Hyper, constants: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
-        if len(keys) > 1:
-            return mapped(states, examples, keys, hyper, constants)
         # An axis of one member makes no difference but in time: a tenth of a step on a CPU.
-        state, hyper = jax.tree.map(lambda leaf: leaf[0], (states, hyper))
-        examples = _first_member(examples, per_member)
-        constants = _first_member(constants, constants_per_member)
-        found = run_epoch(state, examples, keys[0], hyper, constants)
-        return jax.tree.map(lambda leaf: leaf[None], found)
+        if len(keys) > 1 and (vmapped or mesh.shape["member"] > 1):
+            return mapped(states, examples, keys, hyper, constants)
+        found = []
+        for m in range(len(keys)):
+            state, key, numbers = jax.tree.map(lambda leaf, m=m: leaf[m], (states, keys, hyper))
+            fields = _of_member(m, examples, per_member)
+            own_constants = _of_member(m, constants, constants_per_member)
+            found.append(run_epoch(state, fields, key, numbers, own_constants))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
     def run(states: TrainState, examples: Batch, keys: Array, hyper: Hyper, constants: Batch):
         states, metrics = run_members(_lay_out(states, mesh), examples, keys, hyper, constants)
@@ -357,10 +362,10 @@ def _axes(per_member: Mapping[str, bool]) -> dict[str, int | None]:
     return {name: 0 if own else None for name, own in per_member.items()}
 
 
-def _first_member(fields: Batch, per_member: Mapping[str, bool]) -> Batch:
+def _of_member(m: int, fields: Batch, per_member: Mapping[str, bool]) -> Batch:
     """The fields of one member, where some have a member axis."""
     return {
-        name: jax.tree.map(lambda leaf: leaf[0], field) if per_member[name] else field
+        name: jax.tree.map(lambda leaf: leaf[m], field) if per_member[name] else field
         for name, field in fields.items()
     }
 

@@ -1,5 +1,6 @@
 """What trains one unit of `loop.fit`, of all members as one program."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ def advance_of(
 ) -> loop.Advance:
     """What trains one unit: epochs of the resident examples, or a block of the stream.
 
-    Epochs are one program, unless `scanned` is false: then each of their steps is.
+    Epochs are one program, unless `scanned` is false: then each of their steps is, of one member after
+    the other, since vmapped convolutions are slow on a CPU too.
     """
     keys, hyper, (constants, own_constants) = shared
     constants = sharding.put_examples(constants, mesh, own_constants)
@@ -47,11 +49,12 @@ def advance_of(
         run = epochs.make_epoch(step, size, passes=passes, **rows, **batch)
         compiled = sharding.compile_epoch(run, mesh, per_member, own_constants)
         return lambda states, unit: compiled(states, resident, keys, hyper, constants)
-    order = sharding.compile_epoch(epochs.make_order(size, **rows), mesh, per_member, own_constants)
-    with_rows = {**per_member, epochs.ROWS: True}
-    one = sharding.compile_epoch(
-        epochs.make_one_step(step, **batch), mesh, with_rows, own_constants
+    compiled_of = functools.partial(
+        sharding.compile_epoch, mesh=mesh, constants_per_member=own_constants, vmapped=False
     )
+    order = compiled_of(epochs.make_order(size, **rows), per_member=per_member)
+    with_rows = {**per_member, epochs.ROWS: True}
+    one = compiled_of(epochs.make_one_step(step, **batch), per_member=with_rows)
 
     def advance(states: train_step.TrainState, unit: int) -> Any:
         found = []

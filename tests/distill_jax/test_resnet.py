@@ -87,6 +87,7 @@ def test_bfloat16_keeps_its_state_in_float32(key):
 
 
 def test_training_step_by_step_is_the_same(tmp_path, monkeypatch):
+    """One member after the other, each step a program, or vmapped and scanned."""
     examples = tiny.examples(16)
     recipe = trainer.Recipe(
         epochs=2,
@@ -94,7 +95,7 @@ def test_training_step_by_step_is_the_same(tmp_path, monkeypatch):
         report_every=2,
         optimizer=lambda steps, epochs: optimizers.sgd(lambda step: 1.0),
     )
-    more = {"keys": jax.random.split(jax.random.key(0), 1), "hyper": {"learning_rate": 0.01}}
+    more = {"keys": jax.random.split(jax.random.key(0), 2), "hyper": {"learning_rate": 0.01}}
     assert trainer._is_slow_in_loops(MODEL, jnp.zeros((1, 4, 4), jnp.uint8))
     assert not trainer._is_slow_in_loops(models.mlp([], 3), jnp.zeros((1, 4, 4), jnp.uint8))
     nets = []
