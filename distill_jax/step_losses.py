@@ -150,7 +150,7 @@ def of_teacher_logits(objective: Callable[..., Array], *names: str) -> Loss:
         names: numbers that it takes by keyword, from `hyper`.
 
     Examples:
-        >>> from distill_jax import later_losses
+        >>> from distill_jax import batches, later_losses
         >>> loss = of_teacher_logits(later_losses.jensen_shannon, "teacher_share")
         >>> batch = {"teacher_logits": jnp.array([[4.0, 2.0, 0.0]]), "label": jnp.array([-1])}
         >>> hyper = {"temperature": 2.0, "hard_weight": 0.0, "teacher_share": 0.5}
@@ -229,12 +229,15 @@ def hint_loss(student: str, teacher: str) -> Loss:
         x = _activations(batch, "student_activations", student, "give the model activations")
         how = "add online_teacher(model.activations) to the step's transforms"
         hint = _activations(batch, "teacher_activations", teacher, how)
+        shapes.check(student=(x, "float ... width"), teacher=(hint, "float ... own_width"))
+        size = shapes.check(logits=(logits, "float B *"))["B"]
+        both = {"student_activations": x, "teacher_activations": hint}
+        batches.check_rows(both, size, "logits are of")
         if x.shape[-1] != hint.shape[-1]:
             how = f"they are {x.shape[-1]} and {hint.shape[-1]} wide: hand it to the step"
             (matrix,) = take(constants, ("hint_projection",), "the constants have", how)
             shapes.check(hint_projection=(matrix, f"float {x.shape[-1]} {hint.shape[-1]}"))
             x = jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
-        shapes.check(teacher=(hint, "float ... width"), student=(x, "float ... width"))
         difference = x.astype(jnp.float32) - jax.lax.stop_gradient(hint.astype(jnp.float32))
         return jnp.sum(jnp.square(difference), axis=range(1, x.ndim)) / 2
 

@@ -242,6 +242,22 @@ def calls() -> dict[str, Call]:
             lambda batch: train_step.make_eval_step(MODEL)(params, batch), {"batch": BATCH}
         ),
         "apply": Call(lambda inputs: MODEL.apply(params, inputs), {"inputs": BATCH["inputs"]}),
+        "resnet": Call(
+            lambda inputs: models.resnet(8, C, width=2).init(jax.random.key(0), inputs),
+            {"inputs": np.zeros((B, 4, 4), np.uint8)},
+            traced=True,
+        ),
+        "hint_loss": Call(
+            loss(step_losses.hint_loss("a", "b")),
+            {
+                "logits": LOGITS,
+                "batch": {
+                    **BATCH,
+                    "student_activations": {"a": _floats(B, 3, D)},
+                    "teacher_activations": {"b": _floats(B, 3, D)},
+                },
+            },
+        ),
         "conv_trunk": Call(
             lambda inputs: models.conv_trunk([4], [2]).init(jax.random.key(0), inputs),
             {"inputs": EXAMPLES["inputs"]},
