@@ -23,6 +23,7 @@ from distill_jax.soft_targets.reduction import Meta, array_name, has_tail_weight
 
 FORMAT = ("distill_jax.soft_targets", 2)
 INDEX, NOTE = "meta.json", "shard.json"
+_SEAL = "note_sha256"
 _FORMATS = (FORMAT[0], "distill_jax.compressed_targets")  # the second was that of older stores
 _AGAIN = "delete {} and run the same command again"
 _WHAT = "the store of soft targets"
@@ -73,7 +74,7 @@ def write(
             for name, array in arrays.items():
                 np.save(partial / f"{name}.npy", array)
             note = {**meta, "sha256": files.sha256(partial), "logits": logits}
-            files.write_json(partial / NOTE, note)
+            files.write_json(partial / NOTE, {**note, _SEAL: files.sha256_of(note)})
     except FileNotFoundError:  # another writer finished the store, and removed this partial shard
         if not shard.exists():
             raise
@@ -214,6 +215,9 @@ def _read(path: Path) -> Meta:
             f"{store} is {found[0]} version {found[1]}; this program reads {FORMAT[0]} version "
             f"{FORMAT[1]}: {what}"
         )
+    seal = meta.pop(_SEAL, None)  # an index has its own among the hashes; notes of before have none
+    if seal and seal != files.sha256_of(meta):
+        raise UserError(f"{path} is damaged; {_AGAIN.format(wrong)}")
     return meta
 
 
