@@ -214,9 +214,10 @@ def content_of(folder: Path, paths: Iterable[Path] | None = None, ends: int = _E
                 digest.update(
                     f"{path.relative_to(folder)} {size} ".encode(errors="surrogateescape")
                 )
-                digest.update(file.read(ends))
-                file.seek(max(0, size - ends))
-                digest.update(file.read(ends))
+                end = min(ends, size)
+                digest.update(file.read(end))
+                file.seek(size - end)
+                digest.update(file.read(end))
         except OSError as error:
             raise UserError(f"{path} can't be read: {error.strerror}") from error
     return digest.hexdigest()[:16]

@@ -38,7 +38,9 @@ _NAMES = (
     "'tfds:NAME[/CONFIG][:VERSION]' (a prepared TFDS set, such as 'tfds:mnist')"
 )
 _ON_DISK = ("images", "tfds")
-_ENDS = 4096  # bytes of an image that its content is named by; there may be a million files
+# Bytes at a file's ends that name its content: of an image few, as there may be a million; of idx files
+# all, as they hold no sum of what is between.
+_ENDS, _WHOLE = 2**12, 2**40
 
 
 def load(
@@ -131,8 +133,8 @@ def check_source(
         name, data_dir, test_share, seed: as for `load`.
 
     Returns:
-        16 hex digits of a hash; of large files both ends count, of a PNG or npz file these hold sums of
-        all that is in it.
+        16 hex digits of a hash; of npz files, images and TFDS's files both ends count, and those of npz
+        and PNG files hold sums of all that is in them.
 
     Raises:
         UserError: if `load` would find no such set; none of its images are read.
@@ -154,9 +156,10 @@ def check_source(
         return files.content_of(path.parent, [path])
     if kind == "idx":
         found = array_files.find_idx(path)
-        return files.content_of(found.train[0].parent, [*found.train, *found.test])
-    folder_files = image_folders.find(path, test_share, seed)
-    paths = [file for file, _ in folder_files.train + folder_files.test]
+        folder, paths = found.train[0].parent, [*found.train, *found.test]
+        return files.content_of(folder, paths, ends=_WHOLE)
+    images = image_folders.find(path, test_share, seed)
+    paths = [file for file, _ in images.train + images.test]
     return files.content_of(path, paths, ends=_ENDS)
 
 

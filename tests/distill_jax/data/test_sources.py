@@ -222,6 +222,15 @@ def test_what_names_the_content(tmp_path):
         assert images.check_source(source) != before
 
 
+def test_a_change_within_a_large_idx_file_is_noticed(tmp_path):
+    large = np.zeros((400, 30, 30), np.uint8), np.arange(400) % 3
+    source = write_idx(tmp_path, large, TEST)
+    before = images.check_source(source)
+    large[0][200] = 1
+    write_idx(tmp_path, large, TEST)
+    assert images.check_source(source) != before
+
+
 def change(position, array):
     """A test set or a train set in which images (0) or labels (1) are others."""
     return tuple(array if place == position else part for place, part in enumerate(TRAIN))
