@@ -1,5 +1,6 @@
-"""What the fields of a batch, or of a set of examples, share: their leading axis, and weights."""
+"""The fields of a batch, or of a set of examples: their leading axis, weights, labels, inputs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -101,3 +102,52 @@ def spread(weight: Array, values: Array) -> Array:
         )
     shape = weight.shape + (1,) * (values.ndim - weight.ndim)
     return jnp.broadcast_to(weight.reshape(shape), values.shape)
+
+
+def inputs_of(batch: Any) -> Any:
+    """The batch's "inputs", an array or a tree of arrays `[B, ...]`; a UserError if there are none."""
+    (inputs,) = take(batch, ("inputs",), "the batch has", "the model is applied to that field")
+    count_rows(inputs)
+    return inputs
+
+
+def known_labels(batch: Any) -> Array | None:
+    """The batch's "label", -1 where "label_known" is false; None if it has no labels.
+
+    Examples:
+        >>> batch = {"label": jnp.array([2, 0, -1]), "label_known": jnp.array([True, False, True])}
+        >>> print(known_labels(batch), known_labels({}))
+        [ 2 -1 -1] None
+    """
+    labels, known = batch.get("label"), batch.get("label_known")
+    shapes.check(label=(labels, "int? ..."), label_known=(known, "bool? ..."))
+    if labels is None or known is None:
+        return labels
+    return jnp.where(known, labels.astype(jnp.int32), -1)
+
+
+def labels_of(batch: Any) -> Array:
+    """`known_labels` of a batch that must have labels; a UserError if it has none."""
+    take(batch, ("label",), "the batch has", "this loss or evaluation reads it")
+    labels = known_labels(batch)
+    shapes.check(label=(labels, "int ..."))
+    assert labels is not None
+    return labels
+
+
+def take(fields: Any, names: Sequence[str], what: str, how: str) -> tuple[Any, ...]:
+    """Some of the fields of a batch, of `hyper` or of the constants.
+
+    Args:
+        fields: by name; None: there are none.
+        names: of those that are wanted.
+        what: begins the message if one is missing: "the batch has".
+        how: ends it: what to do.
+
+    Raises:
+        UserError: if one is missing.
+    """
+    missing = [name for name in names if name not in (fields or {})]
+    if missing:
+        raise UserError(f"{what} no {', '.join(missing)}, only {sorted(fields or {})}: {how}")
+    return tuple(fields[name] for name in names)

@@ -21,17 +21,9 @@ from distill_jax import (
     soft_targets,
     top_k_losses,
 )
+from distill_jax.batches import known_labels, labels_of, take
 from distill_jax.errors import UserError
-from distill_jax.train_step import (
-    Batch,
-    Constants,
-    Hyper,
-    Loss,
-    known_labels,
-    labels_of,
-    number,
-    take,
-)
+from distill_jax.train_step import Batch, Constants, Hyper, Loss, number
 
 
 def label_loss(logits: Array, batch: Batch, hyper: Hyper, constants: Constants = None) -> Array:

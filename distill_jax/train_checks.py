@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from distill_jax import ranges
 from distill_jax.errors import UserError
-from distill_jax.train_step import RAMP
+from distill_jax.ramps import RAMP
 
 Examples = Mapping[str, Any]
 """Fields `[N, ...]`."""
@@ -20,7 +20,7 @@ def check_numbers(hyper: Mapping[str, Any], count: int) -> None:
 
     Raises:
         UserError: for a number that is not allowed (`ranges`), or that isn't one or `[count]`; for a
-            ramp with other parts than `train_step.RAMP`. What functions return is not known yet.
+            ramp with other parts than `ramps.RAMP`. What functions return is not known yet.
 
     Examples:
         >>> check_numbers({"temperature": [2.0, 0.0]}, 2)

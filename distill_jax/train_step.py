@@ -16,18 +16,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
-from distill_jax import batches, fused_loss, layers, metrics, models, ranges, shapes
+from distill_jax import batches, fused_loss, layers, metrics, models, ramps, ranges
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params, Variables
 
 Batch = dict[str, Any]
 """Fields of B examples: "id" [B], "inputs" [B, ...] or a tree of such arrays, "label" int32 [B], below 0
-where unknown (see `known_labels`); by need "label_known" bool [B] and "teacher_logits" float32 [B, C];
-or "teacher_ids" uint [B, k], "teacher_probabilities" [B, k] (or [B, 1] for all k) and "teacher_tail"
-float32 [B]; or "teacher_hidden" [B, M, D]. Soft targets need no labels. Labels and soft targets of
-sequences are [B, T] and [B, T, C].
+where unknown (see `batches.known_labels`); by need "label_known" bool [B] and "teacher_logits" float32
+[B, C]; or "teacher_ids" uint [B, k], "teacher_probabilities" [B, k] (or [B, 1] for all k) and
+"teacher_tail" float32 [B]; or "teacher_hidden" [B, M, D]. Soft targets need no labels. Labels and soft
+targets of sequences are [B, T] and [B, T, C].
 
 A model with `activations` has the step add "student_activations", arrays [B, ...] by name, for the
 loss, where it isn't fused; `online_teacher` adds "teacher_activations".
@@ -43,13 +42,7 @@ they are neither compiled into the program nor cut up with the batch."""
 
 Hyper = Mapping[str, Any]
 """Traced float32 scalars: "learning_rate", and what the loss reads ("temperature", "hard_weight", by
-need "teacher_temperature"). One may be a ramp {"from", "to", "steps"} of three: `at_step`."""
-
-RAMP = ("from", "to", "steps")
-"""The parts of a number that changes with the step, in a straight line and then no more."""
-
-Schedule = Callable[[Array], ArrayLike]
-"""A number as a function of the step, int32 `[]`."""
+need "teacher_temperature"). One may be a ramp {"from", "to", "steps"} of three: `ramps.at_step`."""
 
 Loss = Callable[[Array, Batch, Hyper, Constants], Array]
 """`(logits [B, C], batch, hyper, constants) -> [B]`."""
@@ -122,7 +115,7 @@ def make_train_step(
     *,
     transforms: Sequence[Transform] = (),
     micro_batches: int = 1,
-    schedules: Mapping[str, Schedule] = types.MappingProxyType({}),
+    schedules: Mapping[str, ramps.Schedule] = types.MappingProxyType({}),
     axis_name: str | None = None,
 ) -> TrainStep:
     """Builds `step(state, batch, key, hyper, constants=None) -> (state, metrics)`.
@@ -165,7 +158,7 @@ def make_train_step(
     def step(
         state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
     ) -> tuple[TrainState, dict[str, Array]]:
-        hyper = at_step(hyper, state.step, schedules)
+        hyper = ramps.at_step(hyper, state.step, schedules)
         key = jax.random.fold_in(key, state.step)
         if axis_name is not None:  # every device draws its own dropout masks and shifts
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -195,7 +188,7 @@ def make_loss_step(
     loss: Loss | Fused,
     *,
     transforms: Sequence[Transform] = (),
-    schedules: Mapping[str, Schedule] = types.MappingProxyType({}),
+    schedules: Mapping[str, ramps.Schedule] = types.MappingProxyType({}),
 ) -> TrainStep:
     """Builds a step that changes nothing and measures the loss, the model in evaluation mode.
 
@@ -207,39 +200,12 @@ def make_loss_step(
         state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
     ) -> tuple[TrainState, dict[str, Array]]:
         batch, _ = _transform(transforms, batch, key, constants)
-        hyper = at_step(hyper, state.step, schedules)
+        hyper = ramps.at_step(hyper, state.step, schedules)
         shared = _Shared(hyper, constants, _mean_weight(batch))
         _, (sums, _) = mean_loss(state.params, state.model_state, batch, None, shared)
         return state, sums
 
     return step
-
-
-def at_step(
-    hyper: Hyper, step: Array, schedules: Mapping[str, Schedule] = types.MappingProxyType({})
-) -> dict[str, Array]:
-    """The numbers of a step, each float32 `[]`.
-
-    A ramp {"from": a, "to": b, "steps": n} is a at step 0, b from step n on, and a straight line in
-    between.
-
-    Examples:
-        >>> ramp = {"from": jnp.float32(8), "to": jnp.float32(2), "steps": jnp.float32(100)}
-        >>> print(at_step({"temperature": ramp}, jnp.int32(50))["temperature"])
-        5.0
-    """
-
-    def value(number: Any) -> Array:
-        if not isinstance(number, Mapping):
-            return number
-        first, last, steps = take(number, RAMP, "a number that changes has", "give all three")
-        done = jnp.minimum(step.astype(jnp.float32) / steps, 1.0)
-        return first + done * (last - first)
-
-    fixed = {name: value(number) for name, number in hyper.items()}
-    return fixed | {
-        name: jnp.asarray(schedule(step), jnp.float32) for name, schedule in schedules.items()
-    }
 
 
 def _transform(
@@ -289,7 +255,7 @@ def _dense_mean(model: Model, loss: Loss) -> Any:
         params: Params, model_state: Any, batch: Batch, key: Array | None, shared: _Shared
     ):
         variables = models.join(params, model_state)
-        outputs, model_state = models.run(model, variables, _inputs(batch), key, output)
+        outputs, model_state = models.run(model, variables, batches.inputs_of(batch), key, output)
         logits, activations = outputs if model.activations else (outputs, {})
         batch = {**batch, **({"student_activations": activations} if model.activations else {})}
         values = loss(logits, batch, shared.hyper, shared.constants)
@@ -318,7 +284,7 @@ def _fused_mean(model: Model, fused: Fused) -> Any:
         params: Params, model_state: Any, batch: Batch, key: Array | None, shared: _Shared
     ):
         variables = models.join(params, model_state)
-        hidden, model_state = models.run(model, variables, _inputs(batch), key, "hidden")
+        hidden, model_state = models.run(model, variables, batches.inputs_of(batch), key, "hidden")
         # A loss of logits has no use for the inputs, and they need not be cut into chunks.
         fields = {name: field for name, field in batch.items() if name != "inputs"}
         weight = batches.weights(batch)
@@ -361,7 +327,7 @@ def _average(axis_name: str, leaf: Array) -> Array:
 
 def _sums(values: Array, predicted: Array, batch: Batch) -> dict[str, Array]:
     """The step's metrics."""
-    labels, weight = known_labels(batch), batches.weights(batch)
+    labels, weight = batches.known_labels(batch), batches.weights(batch)
     counts = {} if labels is None else metrics.prediction_counts(predicted, labels, weight)
     if weight is None:
         examples = jnp.asarray(values.size, jnp.int32)
@@ -377,25 +343,10 @@ def make_eval_step(model: Model) -> Callable[[Params | Variables, Batch], dict[s
     """
 
     def evaluate(variables: Params | Variables, batch: Batch) -> dict[str, Array]:
-        logits = model.apply(variables, _inputs(batch))
-        return metrics.error_counts(logits, labels_of(batch), batches.weights(batch))
+        logits = model.apply(variables, batches.inputs_of(batch))
+        return metrics.error_counts(logits, batches.labels_of(batch), batches.weights(batch))
 
     return evaluate
-
-
-def known_labels(batch: Batch) -> Array | None:
-    """The batch's "label", -1 where "label_known" is false; None if it has no labels.
-
-    Examples:
-        >>> batch = {"label": jnp.array([2, 0, -1]), "label_known": jnp.array([True, False, True])}
-        >>> print(known_labels(batch), known_labels({}))
-        [ 2 -1 -1] None
-    """
-    labels, known = batch.get("label"), batch.get("label_known")
-    shapes.check(label=(labels, "int? ..."), label_known=(known, "bool? ..."))
-    if labels is None or known is None:
-        return labels
-    return jnp.where(known, labels.astype(jnp.int32), -1)
 
 
 def online_teacher(apply: Callable[[Params, Array], Any]) -> Transform:
@@ -409,7 +360,9 @@ def online_teacher(apply: Callable[[Params, Array], Any]) -> Transform:
     """
 
     def add_logits(batch: Batch, key: Array, constants: Constants) -> Batch:
-        (params,) = take(constants, ("teacher",), "the constants have", "hand it to the step")
+        (params,) = batches.take(
+            constants, ("teacher",), "the constants have", "hand it to the step"
+        )
         found = jax.lax.stop_gradient(apply(params, batch["inputs"]))
         logits, named = found if isinstance(found, tuple) else (found, None)
         more = {} if named is None else {"teacher_activations": named}
@@ -429,7 +382,9 @@ def online_teacher_hidden(hidden: Callable[[Params, Array], Array]) -> Transform
     """
 
     def add_hidden(batch: Batch, key: Array, constants: Constants) -> Batch:
-        (params,) = take(constants, ("teacher",), "the constants have", "hand it to the step")
+        (params,) = batches.take(
+            constants, ("teacher",), "the constants have", "hand it to the step"
+        )
         return {**batch, "teacher_hidden": jax.lax.stop_gradient(hidden(params, batch["inputs"]))}
 
     return add_hidden
@@ -437,47 +392,14 @@ def online_teacher_hidden(hidden: Callable[[Params, Array], Array]) -> Transform
 
 def number(hyper: Hyper, name: str) -> Array:
     """One of the numbers of `hyper`, or a UserError that it is missing."""
-    return take(hyper, (name,), "hyper has", "hand that number to the step")[0]
-
-
-def _inputs(batch: Batch) -> Any:
-    (inputs,) = take(batch, ("inputs",), "the batch has", "the model is applied to that field")
-    batches.count_rows(inputs)
-    return inputs
-
-
-def labels_of(batch: Batch) -> Array:
-    """`known_labels` of a batch that must have labels; a UserError if it has none."""
-    take(batch, ("label",), "the batch has", "this loss or evaluation reads it")
-    labels = known_labels(batch)
-    shapes.check(label=(labels, "int ..."))
-    assert labels is not None
-    return labels
-
-
-def take(fields: Any, names: Sequence[str], what: str, how: str) -> tuple[Any, ...]:
-    """Some of the fields of a batch, of `hyper` or of the constants.
-
-    Args:
-        fields: by name; None: there are none.
-        names: of those that are wanted.
-        what: begins the message if one is missing: "the batch has".
-        how: ends it: what to do.
-
-    Raises:
-        UserError: if one is missing.
-    """
-    missing = [name for name in names if name not in (fields or {})]
-    if missing:
-        raise UserError(f"{what} no {', '.join(missing)}, only {sorted(fields or {})}: {how}")
-    return tuple(fields[name] for name in names)
+    return batches.take(hyper, (name,), "hyper has", "hand that number to the step")[0]
 
 
 def _accumulate(
     gradient: Any, parts: int, model_state: Any, batch: Batch, key: Array
 ) -> tuple[Any, tuple[Params, Any]]:
     """The last state, mean gradient and summed metrics of `parts` equal parts of the batch in turn."""
-    size = batches.count_rows(_inputs(batch))
+    size = batches.count_rows(batches.inputs_of(batch))
     if size % parts:
         raise UserError(f"a batch of {size} can't be cut into {parts} equal micro-batches")
     batches.check_rows(batch, size, "micro-batches are cut from a batch of")

@@ -25,6 +25,7 @@ from distill_jax import (
     loop,
     nets,
     processes,
+    ramps,
     ranges,
     shapes,
     sharding,
@@ -66,7 +67,7 @@ def train(
     recipe: Recipe,
     *,
     keys: Array,
-    hyper: Mapping[str, ArrayLike | Mapping[str, ArrayLike] | train_step.Schedule],
+    hyper: Mapping[str, ArrayLike | Mapping[str, ArrayLike] | ramps.Schedule],
     constants: Sequence[Mapping[str, Any]] = (),
     evaluation: Mapping[str, Examples | Sequence[Examples]] = types.MappingProxyType({}),
     reader: Reader = PLAIN,
@@ -95,7 +96,7 @@ def train(
         recipe: how.
         keys: `[M]`, of initial weights, the order of examples and dropout. Equal keys, equal nets.
         hyper: traced numbers, "learning_rate" among them, each a scalar or `[M]`. A number that changes
-            while training is a ramp {"from", "to", "steps"} of such (`train_step.at_step`), or a
+            while training is a ramp {"from", "to", "steps"} of such (`ramps.at_step`), or a
             function of the step, the same for all members.
         constants: each member's, for the loss and the transforms; shared ones are kept once.
         evaluation: sets to count errors on after every report, by the metric's name; for all members or

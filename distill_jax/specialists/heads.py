@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import layers, losses, models, shapes, step_losses, train_step
+from distill_jax import batches, layers, losses, models, shapes, step_losses, train_step
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from distill_jax.specialists.coverage import check_class_sets
@@ -319,7 +319,7 @@ def _outside(class_set: Array, num_classes: int) -> Array:
 
 def _labels(batch: Batch) -> Array:
     shapes.check(label=(_get(batch, "label", "batch"), "int ..."))
-    labels = train_step.known_labels(batch)
+    labels = batches.known_labels(batch)
     assert labels is not None
     return labels
 

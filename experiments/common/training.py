@@ -13,7 +13,7 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import models, optimizers, sharding, train_step, trainer
+from distill_jax import models, optimizers, ramps, sharding, train_step, trainer
 from distill_jax.data.augment import jitter
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
@@ -146,5 +146,5 @@ def _hyper(net: ConfigDict, variants: Sequence[Mapping[str, Any]], seeds: int) -
 def _repeat(values: Sequence[Any], seeds: int) -> Any:
     if not any(isinstance(value, Mapping) for value in values):
         return np.repeat(values, seeds)
-    ramps = [x if isinstance(x, Mapping) else {"from": x, "to": x, "steps": 1} for x in values]
-    return {part: np.repeat([ramp[part] for ramp in ramps], seeds) for part in train_step.RAMP}
+    each = [x if isinstance(x, Mapping) else {"from": x, "to": x, "steps": 1} for x in values]
+    return {part: np.repeat([ramp[part] for ramp in each], seeds) for part in ramps.RAMP}

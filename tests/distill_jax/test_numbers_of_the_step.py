@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from distill_jax import losses, models, optimizers, step_losses, train_step, trainer
+from distill_jax import losses, models, optimizers, ramps, step_losses, trainer
 from distill_jax.errors import UserError
 
 OPTIMIZER = optimizers.sgd(optax.constant_schedule(1.0))
@@ -34,10 +34,10 @@ def train(folder, hyper, count=1, **options):
 def test_a_ramp():
     ramp = {"from": jnp.float32(8), "to": jnp.float32(2), "steps": jnp.float32(3)}
     steps = [0, 1, 2, 3, 100]
-    found = [train_step.at_step({"temperature": ramp}, jnp.int32(n))["temperature"] for n in steps]
+    found = [ramps.at_step({"temperature": ramp}, jnp.int32(n))["temperature"] for n in steps]
     np.testing.assert_allclose(found, [8, 6, 4, 2, 2], rtol=1e-6)
     with pytest.raises(UserError, match="a number that changes has no steps"):
-        train_step.at_step({"temperature": {"from": ramp["from"], "to": ramp["to"]}}, jnp.int32(0))
+        ramps.at_step({"temperature": {"from": ramp["from"], "to": ramp["to"]}}, jnp.int32(0))
 
 
 def test_ramps_of_members_are_those_of_nets_alone_and_of_a_function(tmp_path):
