@@ -45,6 +45,15 @@ def as_model(init: Callable[..., Any], run: Run, *, hidden: bool, activations: b
     )
 
 
+def cached(make: Any, *given: Any) -> Model:
+    """What a cached function makes; anew if its arguments have no hash, as a module with a list."""
+    try:
+        hash(given)
+    except TypeError:
+        return make.__wrapped__(*given)
+    return make(*given)
+
+
 def names(activations: Sequence[str]) -> tuple[str, ...]:
     """Names of activations; a UserError for a single text."""
     if isinstance(activations, str):

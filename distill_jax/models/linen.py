@@ -66,12 +66,7 @@ def from_linen(
         )
     calls.check_method(type(module), hidden)
     modes = calls.fixed(training), calls.fixed(evaluation)
-    given = (module, hidden, calls.names(activations), spread, modes)
-    try:
-        hash(given)
-    except TypeError:  # a module with a list as a field, say
-        return _as_model.__wrapped__(*given)
-    return _as_model(*given)
+    return calls.cached(_as_model, module, hidden, calls.names(activations), spread, modes)
 
 
 @functools.cache

@@ -62,12 +62,7 @@ def from_nnx(
             "`nnx.Rngs` that makes the module, as in lambda rngs: Net(rngs=rngs)"
         )
     modes = calls.fixed(training), calls.fixed(evaluation)
-    given = (make_module, hidden, calls.names(activations), spread, modes)
-    try:
-        hash(given)
-    except TypeError:
-        return _as_model.__wrapped__(*given)
-    return _as_model(*given)
+    return calls.cached(_as_model, make_module, hidden, calls.names(activations), spread, modes)
 
 
 @functools.cache
