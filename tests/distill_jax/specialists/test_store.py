@@ -207,5 +207,4 @@ def test_save_refuses_what_does_not_fit(tmp_path):
     refuses(r"corrections \(1,\); expected \[K, S\] and \[K\]", corrections=np.zeros(1))
     refuses("class_sets name class 10; there are 9", class_sets=SETS + 1)
     refuses(r"a leaf at params\['a'\]\[0\]", params={"a": [np.zeros(2)]})
-    refuses(r"a leaf at params\['a/b'\]", params={"a/b": np.zeros(2)})
     refuses("one of unit, .*, not 'own'", head=heads.UNIT._replace(name="own"))
