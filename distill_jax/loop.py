@@ -5,9 +5,6 @@ one. The loop takes a function that runs a unit, and a state. It writes checkpoi
 prints progress.
 """
 
-import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,9 +12,8 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
-from tensorboardX import SummaryWriter
 
-from distill_jax import checkpoints, files, processes, ranges, sharding
+from distill_jax import checkpoints, processes, ranges, sharding
 from distill_jax.errors import Stopped, UserError
 from distill_jax.train_step import TrainState
 
@@ -103,56 +99,6 @@ def fit(
     if manager is not None:
         checkpoints.wait(manager)
     return state, history
-
-
-def print_progress(name: str, units: int) -> Callable[[Record], None]:
-    """A line per record with rate and time to go: one that is rewritten on a terminal, else plain."""
-    started: list[float] = []
-    shown = [0.0]
-    terminal = sys.stdout.isatty()
-
-    def show(record: Record) -> None:
-        now = time.monotonic()
-        started.append(now)
-        last = record["unit"] == units
-        if not terminal and not last and now - shown[0] < 10:
-            return
-        shown[0] = now
-        text = f"{name}: {record['unit']}/{units}, step {_mean(record['step']):.0f}"
-        text += f", loss {_mean(record['train_loss']):.4f}"
-        for key, value in record.items():
-            if key not in ("unit", "seconds", "step", "train_loss"):
-                shown_value = "none" if None in np.ravel(value) else f"{_mean(value):.4g}"
-                text += f", {key.replace('_', ' ')} {shown_value}"
-        if len(started) > 1:
-            seconds = (now - started[0]) / (len(started) - 1)
-            left = seconds * (units - record["unit"])
-            text += f", {seconds:.2f} s each, {int(left // 60)}:{int(left % 60):02d} to go"
-        if terminal:  # cut to a line, for only that much can be rewritten
-            text = "\r\033[K" + text[: shutil.get_terminal_size().columns - 1]
-        print(text, end="" if terminal and not last else "\n")
-        sys.stdout.flush()
-
-    return show
-
-
-def tensorboard(directory: str | os.PathLike[str]) -> Callable[[Record], None]:
-    """Writes every record's values as TensorBoard scalars, member by member where there are several."""
-    writers: list[SummaryWriter] = []  # made with the first record: a finished run writes no file
-
-    def write(record: Record) -> None:
-        if not writers:
-            writers.append(SummaryWriter(str(files.local_path(directory))))
-        writer = writers[0]
-        for key, value in record.items():
-            values = np.ravel(value)
-            for member, scalar in enumerate(values):
-                tag = key if len(values) == 1 else f"{key}/{member}"
-                if scalar is not None:
-                    writer.add_scalar(tag, float(scalar), int(np.ravel(record["step"])[0]))
-        writer.flush()
-
-    return write
 
 
 def _stop(manager: ocp.CheckpointManager | None, unit: int, units: int) -> None:

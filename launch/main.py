@@ -44,6 +44,9 @@ _DRY_RUN = flags.DEFINE_bool(
     "Check all that can be checked, print what would be done with each stage, and end.",
 )
 flags.DEFINE_alias("dry-run", "dry_run")
+_LOG = flags.DEFINE_enum(
+    "log", None, ["wandb"], "A service that the records of all trainings are sent to as well."
+)
 _PART = flags.DEFINE_string(
     "part",
     None,
@@ -65,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # JAX reads these settings when it is imported.
-    from distill_jax import files, processes
+    from distill_jax import files, logs, processes
     from experiments.common import extras, parts
     from experiments.common.config import check_config
     from experiments.common.run import plan, run_study
@@ -78,6 +81,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--part trains a part of one stage: extend the study without it first")
     if part is not None and reuse:
         raise UserError("--part trains a part of one stage and reuses none: leave --reuse out")
+    if _LOG.value:
+        logs.use(_LOG.value)
     check_config(config, sections=())  # before other processes are waited for
     if not _DRY_RUN.value:
         processes.start(_DISTRIBUTED.value)

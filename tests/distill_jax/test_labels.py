@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from distill_jax import (
+    logs,
     loop,
     losses,
     metrics,
@@ -172,7 +173,7 @@ def test_records_have_no_error_rate_where_no_label_is_known(capsys, tmp_path):
     def record(sums, **how):
         return loop.fit(lambda state, unit: (state, sums), state, 1, **how)[1][0]
 
-    shown = [loop.print_progress("net", 1), loop.tensorboard(tmp_path)]
+    shown = [logs.print_progress("net", 1), logs.tensorboard(tmp_path)]
     found = record(sums, on_record=shown)
     assert found["train_loss"] == [0.75, 1.5] and found["train_errors"] == [0.25, None]
     assert "loss 1.1250, train errors none" in capsys.readouterr().out

@@ -1,11 +1,7 @@
-"""The loop: resumption, bad losses, records and where they go."""
+"""The loop: resumption, bad losses, records."""
 
 import json
-import os
 import re
-import struct
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +9,6 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from command import ROOT
-from tensorboardX.proto import event_pb2
 
 from distill_jax import checkpoints, loop, metrics, models, optimizers, step_losses, train_step
 from distill_jax.epochs import make_epoch
@@ -223,76 +217,3 @@ def test_members_are_recorded_one_by_one_and_a_bad_one_is_named():
     assert history[1]["step"] == [6, 6, 6]
     with pytest.raises(UserError, match=r"the loss of member 1 is nan at step 3 \(unit 2\)"):
         train(bad_member=1)
-
-
-RECORD = {
-    "unit": 1,
-    "seconds": 2.5,
-    "step": [30, 30],
-    "train_loss": [0.5, 0.25],
-    "train_errors": [0.1, 0.3],
-    "test_errors": [10, 20],
-}
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
-    show = loop.print_progress("student", 3)
-    for unit in (1, 2, 3):
-        show({**RECORD, "unit": unit})
-    lines = capsys.readouterr().out.splitlines()
-    # The second comes within ten seconds of the first, the third is the last.
-    assert len(lines) == 2
-    expected = "step 30, loss 0.3750, train errors 0.2, test errors 15"
-    assert lines[0] == f"student: 1/3, {expected}"
-    assert re.fullmatch(rf"student: 3/3, {expected}, \d+\.\d\d s each, 0:00 to go", lines[1])
-
-
-def test_progress_rewrites_its_line_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    show = loop.print_progress("student", 2)
-    show(RECORD)
-    show({**RECORD, "unit": 2})
-    out = capsys.readouterr().out
-    assert out.count("\r\033[K") == 2 and out.count("\n") == 1 and out.endswith("\n")
-
-
-def read_scalars(directory):
-    """(tag, step, value) of every scalar: length-prefixed records with two checksums each."""
-    scalars = []
-    for path in sorted(directory.glob("events.out.tfevents.*")):
-        content, at = path.read_bytes(), 0
-        while at < len(content):
-            (length,) = struct.unpack_from("<Q", content, at)
-            event = event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
-            at += 12 + length + 4
-            scalars += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
-        assert at == len(content)
-    return scalars
-
-
-def test_tensorboard_files_hold_every_value_and_need_no_tensorflow(tmp_path):
-    later = {"unit": 2, "seconds": 5.0, "step": 60, "train_loss": 0.125}
-    code = (
-        "import sys; from distill_jax import loop; "
-        f"write = loop.tensorboard({str(tmp_path)!r}); write({RECORD}); write({later}); "
-        "print('tensorflow' in sys.modules)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # A process of its own, whose end writes what is still queued.
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
-    assert done.stdout == "False\n", done.stderr
-    expected = []
-    for record in (RECORD, later):
-        for name, value in record.items():
-            several = isinstance(value, list)
-            for member, scalar in enumerate(value if several else [value]):
-                tag = f"{name}/{member}" if several else name
-                expected.append((tag, 30 if record is RECORD else 60, np.float32(scalar)))
-    assert read_scalars(tmp_path) == expected
-
-
-def test_a_finished_run_writes_no_tensorboard_file(tmp_path):
-    loop.tensorboard(tmp_path)
-    assert not list(tmp_path.iterdir())
