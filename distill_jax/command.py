@@ -15,14 +15,19 @@ _OF_THE_DISK = (
 )
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command, whose flags are absl's."""
+def run(main: Callable[..., None], *arguments: str) -> None:
+    """Runs a command, whose flags are absl's.
+
+    Args:
+        main: is given what stands beside the flags.
+        arguments: what must stand there, by name.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
-        check_arguments(argv)
+        check_arguments(argv, *arguments)
         logging.set_verbosity(logging.WARNING)  # hides JAX's messages about missing backends
         try:
-            main()
+            main(*argv[1:])
         except KeyboardInterrupt:
             sys.exit("\nstopped; the same command resumes")
         except Exception as error:
@@ -43,10 +48,13 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {describe(error)}")
 
 
-def check_arguments(argv: Sequence[str]) -> None:
-    """Ends the process if there is anything but flags."""
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; flags begin with --")
+def check_arguments(argv: Sequence[str], *arguments: str) -> None:
+    """Ends the process unless these arguments, and no more, stand beside the flags."""
+    given = argv[1:]
+    if len(given) < len(arguments):
+        sys.exit(f"error: {arguments[len(given)]} is missing")
+    if len(given) > len(arguments):
+        sys.exit(f"error: unexpected argument {given[len(arguments)]!r}; flags begin with --")
 
 
 def is_mistake(error: BaseException) -> bool:

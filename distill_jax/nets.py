@@ -3,8 +3,8 @@
 A folder holds
 
     params.npz    the parameters by their paths, such as "hidden_0/kernel", each `[M, ...]`; of a model
-                  with state "params/hidden_0/kernel", and "state/..." besides; net.json has another
-                  name, if the net replaced one. A "/" within a name is written %2F
+                  with state "params/hidden_0/kernel", and "state/..." besides; and a few inputs. A "/"
+                  within a name is written %2F. net.json has another name, if the net replaced one
     net.json      the model's description, the inputs' shape, history, config, fingerprint; written last
 
 and whatever training keeps beside them. NumPy has no bfloat16: such an array is stored as its bits.
@@ -13,6 +13,7 @@ and whatever training keeps beside them. NumPy has no bfloat16: such an array is
 import json
 import os
 import secrets
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from distill_jax.models import Model, Params, Variables
 
 FORMAT = ("distill_jax.net", 1)
 FILES = _META, _PARAMS = "net.json", "params.npz"
+_INPUTS = "inputs"
 
 
 class Net(NamedTuple):
@@ -112,12 +114,15 @@ def stack(nets: Sequence[Net]) -> Net:
 
 
 @processes.main_only
-def save(folder: str | os.PathLike[str], net: Net, *, overwrite: bool = False) -> None:
+def save(
+    folder: str | os.PathLike[str], net: Net, *, inputs: Any = None, overwrite: bool = False
+) -> None:
     """Writes a net's two files into a folder, each whole; what else is there stays.
 
     Args:
         folder: made if it isn't there.
         net: whose parameters, and state if there is one, are nested dicts of arrays.
+        inputs: a few real ones `[N, ...]`, or a dict of such, to try the net on (`load_inputs`).
         overwrite: replaces another net, in one step: a kill leaves the old or the new one.
 
     Raises:
@@ -139,7 +144,7 @@ def save(folder: str | os.PathLike[str], net: Net, *, overwrite: bool = False) -
     path = folder / _PARAMS
     if path.exists():  # until the new net.json names the new file, the old one names the old
         path = folder / f"params.{secrets.token_hex(4)}.npz"
-    dtypes = save_params(path, _as_dict(stored.params))
+    dtypes = save_params(path, _as_dict(stored.params), _named_inputs(inputs))
     kept: dict[str, Any] = {"file": path.name, "sha256": files.sha256(path), "dtypes": dtypes}
     if isinstance(stored.params, Variables):
         kept["has_state"] = True
@@ -211,6 +216,22 @@ def load_net(folder: str | os.PathLike[str], member: int = 0, model: Model | Non
     return load(folder, model).member(member)
 
 
+def load_inputs(folder: str | os.PathLike[str]) -> Any:
+    """The few real inputs that a net's folder holds: an array `[N, ...]` or a dict; None without any.
+
+    Raises:
+        UserError: as `read_meta` does, or for a damaged file.
+    """
+    folder = files.local_path(folder)
+    meta = read_meta(folder)
+    path = _params_of(folder, meta)
+    files.check_sha256(path, meta["parameters"]["sha256"], "train the net again")
+    with np.load(path) as stored:
+        names = [name for name in stored.files if name.split(":")[0] == _INPUTS]
+        found = {name.partition(":")[2]: stored[name] for name in names}
+    return found.get("", _nested(found)) if found else None
+
+
 def describe(model: Model) -> Any:
     """A model's description as plain data; None for a model of one's own."""
     return json.loads(model.description or "null")
@@ -244,14 +265,18 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return files.read_sealed(files.local_path(folder) / _META, FORMAT, again)
 
 
-def save_params(path: Path, params: Params) -> dict[str, str]:
+def save_params(
+    path: Path, params: Params, others: Mapping[str, np.ndarray] = types.MappingProxyType({})
+) -> dict[str, str]:
     """Writes nested dicts of arrays as an npz file, whole; gives each array's dtype by its path.
+
+    Other arrays are kept under their own names, and aren't read by `load_params`.
 
     Raises:
         UserError: for parameters that are not nested dicts, whose keys are text.
     """
     leaves = _by_path(params)
-    plain: dict[str, Any] = {name: _plain(leaf) for name, leaf in leaves.items()}
+    plain: dict[str, Any] = dict(others) | {name: _plain(leaf) for name, leaf in leaves.items()}
     with files.write_whole(path) as partial, partial.open("wb") as file:
         np.savez(file, **plain)
     return {name: leaf.dtype.name for name, leaf in leaves.items()}
@@ -263,6 +288,14 @@ def load_params(path: Path, dtypes: Mapping[str, str]) -> Params:
         return _nested(
             {name: stored[name].view(jnp.dtype(dtype)) for name, dtype in dtypes.items()}
         )
+
+
+def _named_inputs(inputs: Any) -> dict[str, np.ndarray]:
+    """Inputs by the names that they are kept under, "inputs:" and the path in a dict."""
+    if inputs is None:
+        return {}
+    leaves = _paths(inputs) if isinstance(inputs, Mapping) else [("", inputs)]
+    return {f"{_INPUTS}:{name}": np.asarray(leaf) for name, leaf in leaves}
 
 
 def _params_of(folder: Path, meta: Mapping[str, Any]) -> Path:

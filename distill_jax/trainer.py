@@ -22,6 +22,7 @@ from distill_jax import (
     checkpoints,
     epochs,
     files,
+    logs,
     loop,
     nets,
     processes,
@@ -46,6 +47,8 @@ from distill_jax.recipe import Reader as Reader
 from distill_jax.recipe import Recipe as Recipe
 from distill_jax.recipe import Stream as Stream
 from distill_jax.train_step import Batch, Loss
+
+_SAMPLE_BYTES = 4_000_000
 
 BEST = "validation_errors"
 """The metric that the checkpoint chosen by validation has the least of, as a mean over members."""
@@ -187,7 +190,7 @@ def train(
             manager=manager,
             save_every=recipe.save_every,
             best_metric=best,
-            on_record=_recorders(name, plan.units, directory),
+            on_record=_recorders(name, plan.units, directory, config),
         )
         seconds = history[-1]["seconds"]
         if not model.description and not isinstance(states.variables, Variables):
@@ -212,9 +215,32 @@ def train(
     records = [{"epoch": record["unit"] * plan.epochs, **record} for record in history]
     params = jax.tree.map(np.asarray, processes.fetch(states.variables))
     net = Net(model, params, records, seconds, len(keys), about)
-    nets.save(directory, net, overwrite=True)
+    nets.save(directory, net, inputs=_some_inputs(sets, reader), overwrite=True)
     processes.wait()
     return net
+
+
+def _some_inputs(examples: Sequence[Examples] | Stream, reader: Reader) -> Any:
+    """Up to 256 inputs of the first member, to try the nets on; None of a stream, or of tuples."""
+    if isinstance(examples, Stream):
+        return None
+    size, fields = reader.size(examples[0]), dict(examples[0])
+    with jax.default_device(_host_device()):  # the other device may be full
+        one = reader.gather(fields, jnp.zeros(1, jnp.int32))["inputs"]
+        count = _SAMPLE_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(one)))
+        rows = np.linspace(0, size - 1, max(1, min(size, count, 256)), dtype=np.int32)
+        found = reader.gather(fields, jnp.asarray(rows))["inputs"]
+    if not isinstance(found, Mapping | Array | np.ndarray):
+        return None
+    return jax.tree.map(np.asarray, found)
+
+
+def _host_device() -> Any:
+    """A CPU, where JAX has one beside its other devices."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _described(sets: Sequence[Examples] | Stream) -> dict[str, Any]:
@@ -327,10 +353,13 @@ def _checked(
     return examples._replace(put=put)
 
 
-def _recorders(name: str, units: int, directory: Path) -> list[Callable[[loop.Record], None]]:
+def _recorders(
+    name: str, units: int, directory: Path, config: Mapping[str, Any]
+) -> list[Callable[[loop.Record], None]]:
     if not processes.is_main():
         return []
-    return [loop.print_progress(name, units), loop.tensorboard(directory)]
+    kept = [logs.print_progress(name, units), logs.jsonl(directory), logs.tensorboard(directory)]
+    return kept + logs.services(directory, units, config)
 
 
 def _evaluator(

@@ -45,30 +45,6 @@ def as_model(init: Callable[..., Any], run: Run, *, hidden: bool, activations: b
     )
 
 
-def cached(make: Any, *given: Any) -> Model:
-    """What a cached function makes; anew if its arguments have no hash, as a module with a list."""
-    try:
-        hash(given)
-    except TypeError:
-        return make.__wrapped__(*given)
-    return make(*given)
-
-
-def names(activations: Sequence[str]) -> tuple[str, ...]:
-    """Names of activations; a UserError for a single text."""
-    if isinstance(activations, str):
-        raise UserError(
-            f"activations are {activations!r}; expected several names, as in ('layer',)"
-        )
-    return tuple(activations)
-
-
-def check_method(kind: type, hidden: str | None) -> None:
-    """Raises a UserError if modules of a type have no such method."""
-    if hidden is not None and not callable(getattr(kind, hidden, None)):
-        raise UserError(f"hidden is {hidden!r}, but {kind.__qualname__} has no such method")
-
-
 def fixed(settings: Mapping[str, Any] | None) -> Settings | None:
     """Settings that a user gives; None if they are to be found."""
     return None if settings is None else tuple(sorted(settings.items()))
@@ -116,7 +92,7 @@ def check_logits(logits: Any, name: str) -> Array:
     return logits
 
 
-def named(found: Mapping[Any, Any], wanted: Sequence[str]) -> dict[str, Array]:
+def named(found: Mapping[Any, Any], names: Sequence[str]) -> dict[str, Array]:
     """Of what a module's layers gave or sowed, the arrays of some names, such as "block_0/conv".
 
     Raises:
@@ -136,6 +112,6 @@ def named(found: Mapping[Any, Any], wanted: Sequence[str]) -> dict[str, Array]:
                 flat["/".join(way if name == "__call__" else (*way, str(name)))] = part[-1]
 
     walk((), found)
-    if missing := [name for name in wanted if name not in flat]:
+    if missing := [name for name in names if name not in flat]:
         raise UserError(f"no activations are named {missing[0]!r}, only {', '.join(sorted(flat))}")
-    return {name: flat[name] for name in wanted}
+    return {name: flat[name] for name in names}

@@ -42,9 +42,9 @@ def from_linen(
         evaluation: the same for evaluation mode, which parameters are initialised in too.
 
     Raises:
-        UserError: for what is no instance of a module, or has no such method. When called, for inputs
-            that don't fit the parameters, outputs that aren't logits, activations that aren't there, and
-            for a module that draws random numbers or changes its state in evaluation mode.
+        UserError: when called, for inputs that don't fit the parameters, outputs that aren't logits,
+            activations that aren't there, and for a module that draws random numbers or changes its
+            state in evaluation mode.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -60,13 +60,13 @@ def from_linen(
         >>> model.apply(variables, jnp.ones((4, 2))).shape
         (4, 3)
     """
-    if not isinstance(module, nn.Module):
-        raise UserError(
-            f"module is {module!r}; expected an instance of a Linen module, as in Net()"
-        )
-    calls.check_method(type(module), hidden)
     modes = calls.fixed(training), calls.fixed(evaluation)
-    return calls.cached(_as_model, module, hidden, calls.names(activations), spread, modes)
+    given = (module, hidden, tuple(activations), spread, modes)
+    try:
+        hash(given)
+    except TypeError:  # a module with a list as a field, say
+        return _as_model.__wrapped__(*given)
+    return _as_model(*given)
 
 
 @functools.cache
@@ -121,8 +121,6 @@ def _as_model(
             raise UserError(
                 f"inputs are {there}, which these parameters are not for: {error}"
             ) from error
-        except (errors.ScopeCollectionNotFound, errors.ScopeParamNotFoundError) as error:
-            raise UserError(f"these parameters are not those of {name}: {error}") from error
         except (errors.InvalidRngError, errors.ModifyScopeVariableError) as error:
             raise UserError(
                 f"{name} draws random numbers or changes its state in evaluation mode: say what puts it "

@@ -95,12 +95,7 @@ def run(
             f"{now.get(name, 'nothing')}; expected other numbers alone (what layers sow belongs "
             "in 'intermediates')"
         )
-    return outputs, jax.tree.map(_as_strong, after)
-
-
-def _as_strong(leaf: Array) -> Array:
-    """A new number of a state, whose dtype is as fixed as the old one's: `0 + 1` would be a weak one."""
-    return leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
+    return outputs, jax.tree.map(lambda x, old: x.astype(old.dtype), after, before)  # no weak types
 
 
 def _shapes(state: Any) -> dict[str, str]:

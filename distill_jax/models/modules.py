@@ -79,7 +79,7 @@ class Trunk(nn.Module):
                 name=f"conv_{i}",
             )
             x = self.activation(layer(patches(x, stride)))
-        return x.reshape(len(x), -1)
+        return x.reshape(x.shape[0], -1)
 
 
 def patches(x: Array, stride: int) -> Array:

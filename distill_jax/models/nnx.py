@@ -56,13 +56,13 @@ def from_nnx(
         >>> model.apply(variables, jnp.ones((4, 2))).shape
         (4, 3)
     """
-    if isinstance(make_module, nnx.Module) or not callable(make_module):
-        raise UserError(
-            f"make_module is of type {type(make_module).__qualname__}; expected a function of "
-            "`nnx.Rngs` that makes the module, as in lambda rngs: Net(rngs=rngs)"
-        )
     modes = calls.fixed(training), calls.fixed(evaluation)
-    return calls.cached(_as_model, make_module, hidden, calls.names(activations), spread, modes)
+    given = (make_module, hidden, tuple(activations), spread, modes)
+    try:
+        hash(given)
+    except TypeError:
+        return _as_model.__wrapped__(*given)
+    return _as_model(*given)
 
 
 @functools.cache
@@ -93,7 +93,6 @@ def _as_model(
         given = _arrays(keys, before)
         module = nnx.merge(structure, _filled(own_params, params), keys, sown, before)
         name = type(module).__qualname__
-        calls.check_method(type(module), hidden)
         call = getattr(module, hidden if output == "hidden" and hidden else "__call__")
         flags = _set_mode(module, call, key is not None, modes[0 if key is not None else 1])
         args, kwargs = calls.arguments(inputs, spread)
@@ -160,9 +159,7 @@ def _filled(like: nnx.State, arrays: Any) -> nnx.State:
             array = functools.reduce(lambda part, name: part[str(name)], path, arrays)
         except KeyError as error:
             way = "/".join(map(str, path))
-            raise UserError(
-                f"there is no {way!r} among the model's parameters and state"
-            ) from error
+            raise UserError(f"there is no {way} among the model's parameters and state") from error
         return variable.replace(jnp.asarray(array))
 
     return nnx.from_flat_state([(path, value(path, x)) for path, x in nnx.to_flat_state(like)])

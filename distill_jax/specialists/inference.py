@@ -207,6 +207,46 @@ def predict(
     return np.concatenate(parts)
 
 
+def predict_all(
+    specialists: Specialists, generalist_logits: Array, inputs: Array, *, n: int = 1
+) -> tuple[Array, Array]:
+    """`predict` as one program that can be traced and exported: it runs all K on each example.
+
+    Args:
+        specialists, n: as for `predict`.
+        generalist_logits: `[B, C]`.
+        inputs: `[B, ...]`.
+
+    Returns:
+        active bool `[B, K]`, and q float32 `[B, C]`.
+
+    Raises:
+        UserError: as `active_specialists`.
+    """
+    num_specialists, num_classes = len(specialists.class_sets), generalist_logits.shape[1]
+    sets = jnp.asarray(specialists.class_sets)
+    ids, hit, _ = active_specialists(generalist_logits, sets, num_specialists, n)
+    which = ids[:, :, None] == jnp.arange(num_specialists)[None, None]
+    active = jnp.any(which & hit[:, :, None], axis=1)
+    head, apply = specialists.head, specialists.net.model.apply
+
+    def run(params: Params, class_set: Array, correction: Array) -> Array:
+        return head.read(apply(params, inputs), class_set, correction)
+
+    own = (specialists.net.params, sets, jnp.asarray(specialists.corrections))
+    logits = jax.vmap(run, out_axes=1)(*jax.tree.map(jnp.asarray, own))
+    named = sets
+    if not head.has_dustbin:
+        every = jnp.arange(num_classes, dtype=jnp.int32)
+        named = jnp.broadcast_to(every, (num_specialists, num_classes))
+
+    def one(generalist: Array, specialists: Array, active: Array) -> Array:
+        problem = eq5.pose(generalist, specialists, named, active)
+        return eq5.solve(problem, eq5.newton(), jnp.float32(1e-6), jnp.int32(1000))[0]
+
+    return active, jax.vmap(one)(generalist_logits, logits, active)
+
+
 def combine(
     evidence: Evidence,
     method: eq5.Method | None = None,

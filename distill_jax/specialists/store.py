@@ -100,6 +100,11 @@ def save(
         files.write_sealed(partial / _META, FORMAT, fields)
 
 
+def exists(directory: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds specialists."""
+    return (files.local_path(directory) / _META).exists()
+
+
 def load(
     directory: str | os.PathLike[str],
     *,

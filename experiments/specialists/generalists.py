@@ -82,10 +82,11 @@ def train(
     """
     data, config = load_data(context.config), context.config
     evaluation = {f"{split}_errors": part for split, part in data.evaluation().items()}
-    parts = []
+    parts, folders = [], []
     for first in range(0, len(config.seeds), net.at_once):
         group = slice(first, first + net.at_once)
         seeds = tuple(config.seeds)[group]
+        folders.append(context.directory / name / f"seeds_{seeds[0]}_to_{seeds[-1]}")
         parts.append(
             training.train(
                 ConfigDict({**config.to_dict(), "seeds": seeds}),
@@ -94,7 +95,7 @@ def train(
                 examples[group],
                 loss,
                 keys=context.keys(seeds),
-                directory=context.directory / name / f"seeds_{seeds[0]}_to_{seeds[-1]}",
+                directory=folders[-1],
                 name=name,
                 variants=[variant],
                 evaluation=evaluation,
@@ -103,7 +104,10 @@ def train(
         )
     trained = nets.stack(parts)
     about = {**trained.about, "config": {**trained.about["config"], "seeds": list(config.seeds)}}
-    nets.save(context.directory / name, trained._replace(about=about), overwrite=True)
+    inputs = nets.load_inputs(folders[0])
+    nets.save(
+        context.directory / name, trained._replace(about=about), inputs=inputs, overwrite=True
+    )
     return trained
 
 
