@@ -1,9 +1,9 @@
-"""Accuracies as sums and counts, which add up over batches, devices and processes."""
+"""Accuracies as sums and counts, which add up over batches and devices; the quality of predictions."""
 
 import jax.numpy as jnp
 from jax import Array
 
-from distill_jax import batches, shapes
+from distill_jax import batches, losses, shapes
 
 
 def error_counts(logits: Array, labels: Array, weight: Array | None = None) -> dict[str, Array]:
@@ -108,3 +108,65 @@ def multi_label_counts(
         "inexact": count(jnp.any(wrong, axis=-1)),
         "examples": count(jnp.any(known, axis=-1)),
     }
+
+
+def agreement(logits: Array, teacher_logits: Array) -> Array:
+    """The share of examples for which both have the same most probable class: float32 `[]`.
+
+    Args:
+        logits, teacher_logits: `[..., C]`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import metrics
+        >>> print(metrics.agreement(jnp.eye(4), jnp.eye(4).at[0].set(jnp.array([0.0, 0, 0, 9]))))
+        0.75
+    """
+    shapes.check(logits=(logits, "number ... C"), teacher_logits=(teacher_logits, "number ... C"))
+    same = jnp.argmax(logits, axis=-1) == jnp.argmax(teacher_logits, axis=-1)
+    return jnp.mean(same, dtype=jnp.float32)
+
+
+def negative_log_likelihood(logits: Array, labels: Array) -> Array:
+    """The mean of -log q(label) over known labels, in nats: float32 `[]`.
+
+    Args:
+        logits: `[..., C]`.
+        labels: int `[...]`, below 0 where unknown.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import metrics
+        >>> logits = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))
+        >>> print(metrics.negative_log_likelihood(logits, jnp.array([0, -1])))
+        0.693
+    """
+    known = jnp.sum(labels >= 0, dtype=jnp.float32)
+    return jnp.sum(losses.hard_cross_entropy(logits, labels)) / known
+
+
+def expected_calibration_error(logits: Array, labels: Array, bins: int = 15) -> Array:
+    """How far confidence is from accuracy: float32 `[]`, 0 for a net that is calibrated.
+
+    Known labels are sorted into bins of equal width by the largest probability; the differences of mean
+    probability and accuracy are averaged over bins by their size (Guo et al., arXiv 1706.04599, Eq. 3).
+
+    Args:
+        logits: `[..., C]`.
+        labels: int `[...]`, below 0 where unknown.
+        bins: of 0..1.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from distill_jax import metrics
+        >>> sure = jnp.log(jnp.array([[0.9, 0.1]] * 4))
+        >>> print(metrics.expected_calibration_error(sure, jnp.array([0, 0, 0, 1])))
+        0.15
+    """
+    shapes.check(logits=(logits, "number ... C"), labels=(labels, "int ..."))
+    confidence = jnp.max(losses.softmax(logits), axis=-1)
+    known = (labels >= 0).astype(jnp.float32)
+    right = (jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels).astype(jnp.float32)
+    which = jnp.minimum((confidence * bins).astype(jnp.int32), bins - 1)
+    gaps = jnp.zeros(bins).at[which].add(known * (right - confidence))
+    return jnp.sum(jnp.abs(gaps)) / jnp.sum(known)

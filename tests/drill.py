@@ -23,7 +23,11 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 START, REPORT = "start-up", "report"
-TIMES = ("training_seconds", "examples_per_second")  # metrics that are times, by how they begin
+TIMES = (
+    "training_seconds",
+    "examples_per_second",
+    "ms_for_",
+)  # metrics that are times, by how they begin
 PARTIAL = ("*.partial", "*.orbax-checkpoint-tmp*")  # files that are being written
 
 

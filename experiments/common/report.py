@@ -29,6 +29,9 @@ _NUMBERS = ("paper", "value", "std", "seconds")
 KEYS = (*_WORDS, *_NUMBERS, "seeds", "selection")
 SELECTIONS = ("last", "validation", "test")
 
+WIDE = "_costs"
+"""How the names of tables end that compare a few nets by many metrics, with a column for each net."""
+
 _MISSING = "\u2013"
 _MARK = "\u2020"
 
@@ -181,9 +184,21 @@ def _table(
         "name": name.replace("_", " "),
         "caption": caption,
         "groups": groups,
+        "wide": _wide(rows) if name.endswith(WIDE) else None,
         "reference": any(_key(row) in references for row in rows),
         "tuned": any(line["tuned"] for group in groups for line in group["lines"]),
     }
+
+
+def _wide(rows: Sequence[Row]) -> dict[str, Any]:
+    """The same numbers with a column for each row's name, and a line for each metric."""
+    columns = list(dict.fromkeys(row["row"] for row in rows))
+    values = {(row["metric"], row["row"]): row["value"] for row in rows}
+    lines = [
+        (metric.replace("_", " "), [format_number(values.get((metric, one))) for one in columns])
+        for metric in dict.fromkeys(row["metric"] for row in rows)
+    ]
+    return {"columns": columns, "lines": lines}
 
 
 def _line(row: Row, reference: Row | None) -> dict[str, Any]:

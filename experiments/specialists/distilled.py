@@ -4,14 +4,18 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import nets, soft_targets, step_losses
+from distill_jax import export, nets, soft_targets, step_losses
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.models import Params
 from distill_jax.nets import Net
+from distill_jax.specialists import inference
+from experiments.common import costs
 from experiments.common.study import Context, Row, make_row
 from experiments.specialists import generalists, training
 from experiments.specialists.data import load_data
@@ -82,6 +86,33 @@ def distilled(context: Context) -> list[Row]:
         values = list(generalists.accuracies(net, data)["test"])
         rows += _rows(config, name, values, teachers, net.seconds)
     return rows
+
+
+def costs_of_nets(context: Context) -> list[Row]:
+    """What the generalist with its specialists, and single nets, cost; their predictions."""
+    config, test = context.config, load_data(context.config).test
+    net, found = generalists.load_all(context).member(0), training.load_stage(context, 0)
+    features = export.features_of(net, found)
+
+    def log_q(params: Params, images: Array) -> Array:
+        whole, specialists = params
+        chosen = found._replace(net=found.net._replace(params=specialists))
+        logits = net.model.apply(whole, images)
+        n = config.specialists.active_by
+        q = inference.predict_all(chosen, logits, features(images), n=n)[1]
+        return jnp.log(jnp.maximum(q, 1e-30))
+
+    student = nets.load(context.inputs["distilled"] / "from_generalist")
+    candidates = [
+        costs.Candidate(
+            f"generalist + {config.clusters.count} specialists",
+            log_q,
+            (net.params, found.net.params),
+        ),
+        costs.of_net("generalist", net),
+        costs.of_net("distilled, from the generalist", student),
+    ]
+    return costs.rows(config, "specialists_costs", candidates, test["inputs"], test["label"])
 
 
 def transfer_set(config: ConfigDict) -> tuple[Examples, np.ndarray]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.common.costs import CAPTION as COSTS
 from experiments.common.run import Study
 from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json
 from experiments.specialists import clusters, distilled, eq5_solvers, figures, full_softmax, table3
@@ -31,6 +32,7 @@ CAPTIONS = {
     "specialists_distilled": "Section 8 leaves open whether the specialists' knowledge can be distilled "
     "back into the single net. Here it is: soft targets are the q of Eq. 5. The net that starts from "
     "the generalist and the control on labels are trained for as long, on the same examples.",
+    "specialists_costs": f"{COSTS} All specialists are run on each example.",
     "specialists_inference": "Section 5.4. Ways to solve Eq. 5 on this study's predictions, for "
     "examples with an active specialist: passes until the probability of every class is within 1e-6 of "
     "the solution.",
@@ -106,6 +108,12 @@ STAGES = (
         (*_SPECIALISTS, "soft_targets", "longer"),
         ("distilled",),
         number=9,
+    ),
+    Stage(
+        "costs",
+        distilled.costs_of_nets,
+        (*_SPECIALISTS, "distilled"),
+        number=11,
     ),
     Stage("inference", eq5_solvers.compare_solvers, _SPECIALISTS, ("inference",), number=10),
 )

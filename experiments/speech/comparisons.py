@@ -13,6 +13,7 @@ from distill_jax.data.images import Examples
 from distill_jax.nets import Net
 from distill_jax.soft_targets import Kept
 from distill_jax.soft_targets.compare import against_dense
+from experiments.common import costs
 from experiments.common.study import Context, Row, make_row
 from experiments.speech import frames, nets, training_set
 from experiments.speech.data import load_data
@@ -138,6 +139,22 @@ def unlabelled(context: Context) -> list[Row]:
             make_row(config, table, row, "gap_closed_percent", share, seconds=seconds, paper=paper)
         )
     return rows
+
+
+def costs_of_nets(context: Context) -> list[Row]:
+    """What the ensemble, one of its nets and the student cost; their predictions of test frames."""
+    config, test = context.config, load_data(context.config).test
+    ensemble = nets.load_ensemble(context)
+    candidates = [
+        costs.Candidate(
+            f"{ensemble.members}xEnsemble", nets.mean_log_probs(ensemble.model), ensemble.params
+        ),
+        costs.of_net("baseline", ensemble),
+        costs.of_net("distilled", nets.load_students(context)),
+    ]
+    rows = np.flatnonzero(test["label"] >= 0)[: costs.MOST]
+    inputs = np.asarray(frames.gather_windows(test, jnp.asarray(rows))["inputs"])
+    return costs.rows(config, "speech_costs", candidates, inputs, test["label"][rows])
 
 
 def _at_temperature(context: Context, value: float) -> Net:

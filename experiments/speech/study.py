@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.common.costs import CAPTION as COSTS
 from experiments.common.run import Study
 from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json
 from experiments.speech import comparisons, figures, nets, recognition, table1, table5
@@ -14,6 +15,7 @@ CAPTIONS = {
     "the same size distilled from the ten. More than 80 % of the ensemble's gain in frame accuracy is "
     "transferred (86 % by the table). The paper's nets had 2000 hours of speech; read differences here, "
     "not levels.",
+    "speech_costs": COSTS,
     "speech_temperature": "The paper tried temperatures 1, 2, 5 and 10 and used 2.",
     "speech_mean": "Section 1: the members' predictions are averaged by an arithmetic or a geometric "
     "mean. And what ever more members give.",
@@ -85,6 +87,7 @@ STAGES = (
         number=3,
         extends=True,
     ),
+    Stage("costs", comparisons.costs_of_nets, ("ensemble", "distilled"), number=9),
     Stage("temperature", comparisons.temperature, _DISTILLED, number=4),
     Stage("compression", comparisons.compression, ("ensemble",), ("seeds", *_TARGETS), number=5),
     Stage(
