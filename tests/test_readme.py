@@ -55,7 +55,7 @@ def test_links_lead_somewhere(page):
 def test_flags_set_fields_that_configs_have(page):
     configs = [
         importlib.import_module(f"experiments.{study}.config").get_config()
-        for study in ("mnist", "speech", "specialists")
+        for study in ("custom", "mnist", "speech", "specialists")
     ]
     known = {name for config in configs for name in flatten(config)}
     flags = set(re.findall(r"--config\.([\w.]*\w)", page.read_text()))

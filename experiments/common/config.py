@@ -91,6 +91,9 @@ COMMON: dict[str, Allowed] = {
     "data.data_dir": ranges.text(may_be_empty=True),
     "data.side": count(0),
     "data.test_share": below(1),
+    "data.train_examples": count(0),
+    "data.test_examples": count(0),
+    "data.seed": SEED,
     # Of every section of a net, beside what is in `ranges.TABLE`.
     "hidden": several(count()),
     "dtype": one_of("float32", "bfloat16"),

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from distill_jax.ranges import between, count, several
 from experiments.common.config import (
-    SEED,
     WEIGHTS,
     Overrides,
     layer_conflicts,
@@ -108,10 +107,7 @@ def get_config(preset: str = "default") -> ConfigDict:
 
 ALLOWED = {
     "data.block_examples": count(0),
-    "data.train_examples": count(0),
-    "data.test_examples": count(0),
     "data.validation": count(0),
-    "data.seed": SEED,
     "sweep.widths": several(count(), distinct=True),
     "sweep.temperatures": WEIGHTS,
     "omissions.only_7_8_epochs": count(),

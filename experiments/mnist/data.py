@@ -13,9 +13,8 @@ from distill_jax.data import images, records, stream, transfer
 from distill_jax.data.images import Examples
 from distill_jax.data.records import Records
 from distill_jax.data.stream import Block
-from distill_jax.errors import UserError
 from distill_jax.trainer import Stream
-from experiments.common.config import is_brought
+from experiments.common import image_sets
 from experiments.common.study import Context
 from experiments.mnist.config import size_conflicts
 
@@ -35,26 +34,12 @@ class Data(NamedTuple):
     streamed: Records | None = None
 
 
-def check_source(config: ConfigDict) -> str | None:
-    """Names the content of the config's data, if it may change; a UserError if they aren't there."""
-    data = config.data
-    return images.check_source(
-        data.source, data.data_dir or None, test_share=data.test_share, seed=data.seed
-    )
-
-
 def data_conflicts(config: ConfigDict) -> Iterator[str]:
     """What doesn't fit the size of a set that a person brings."""
-    data = config.data
-    if not is_brought(data.source):
-        return
-    found = images.count(
-        data.source, data.data_dir or None, test_share=data.test_share, seed=data.seed
-    )
-    for name, size in (("train_examples", found.train), ("test_examples", found.test)):
-        if data[name] > size:
-            yield f"data.{name} is {data[name]}; allowed: 0 (all) to {size}, as there are so many"
-    yield from size_conflicts(config, data.train_examples or found.train)
+    found = image_sets.sizes(config)
+    if found is not None:
+        yield from image_sets.size_conflicts(config, found)
+        yield from size_conflicts(config, config.data.train_examples or found.train)
 
 
 def load_data(config: ConfigDict) -> Data:
@@ -71,51 +56,23 @@ def open_data(config: ConfigDict) -> Data:
 
 @functools.cache
 def _load(data: FrozenConfigDict) -> Data:
-    source = images.load(data.source, **_how(data))
-    first = _first(source.train, data.train_examples, "data.train_examples")
-    kept, held_out = transfer.hold_out(first, data.validation, data.seed)
-    tested = _first(source.test, data.test_examples, "data.test_examples")
-    return Data(kept, held_out, tested, source.num_classes, source.class_names)
+    source = image_sets.load(data)
+    kept, held_out = transfer.hold_out(source.train, data.validation, data.seed)
+    return Data(kept, held_out, source.test, source.num_classes, source.class_names)
 
 
 @functools.cache
 def _open(data: FrozenConfigDict) -> Data:
-    source = images.open_set(data.source, **_how(data))
+    source = images.open_set(data.source, **image_sets.how(data))
     numbers = {"id": np.arange(source.train.size)}
-    first = _first(numbers, data.train_examples, "data.train_examples")
+    first = image_sets.first(numbers, data.train_examples, "data.train_examples")
     kept, held_out = transfer.hold_out(first, data.validation, data.seed)
-    tested = _first(records.read_all(source.test), data.test_examples, "data.test_examples")
+    tested = image_sets.first(
+        records.read_all(source.test), data.test_examples, "data.test_examples"
+    )
     streamed = records.select(source.train, kept["id"])
     validation = source.train.read(held_out["id"])
     return Data({}, validation, tested, source.num_classes, source.class_names, streamed)
-
-
-def _how(data: FrozenConfigDict) -> dict[str, Any]:
-    """What `images.load` takes beside the source's name."""
-    return {
-        "data_dir": data.data_dir or None,
-        "side": data.side,
-        "test_share": data.test_share,
-        "seed": data.seed,
-    }
-
-
-def _first(examples: Examples, count: int, key: str) -> Examples:
-    """The first `count` examples; 0 stands for all."""
-    size = len(examples["id"])
-    if not 0 <= count <= size:
-        raise UserError(f"{key} is {count}, but there are {size} examples")
-    first = transfer.select(examples, np.arange(count or size))
-    if "label" in first and 0 < count < size:
-        labels = examples["label"]
-        classes = len(np.unique(labels))
-        grouped = np.count_nonzero(np.diff(labels)) == classes - 1
-        if grouped and len(np.unique(first["label"])) < classes:
-            raise UserError(
-                f"{key} is {count}, but the set is ordered by class, and its first {count} examples are "
-                f"not of all {classes}: set it to 0 (all), or write the set in a mixed order"
-            )
-    return first
 
 
 def training_set(config: ConfigDict, net: ConfigDict) -> Sequence[Examples] | Stream:

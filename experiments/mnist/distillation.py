@@ -9,6 +9,7 @@ import numpy as np
 from distill_jax import losses, soft_targets, step_losses, train_step
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net, load
+from experiments.common import costs
 from experiments.common.config import at
 from experiments.common.study import Context, Row, make_row, write_json
 from experiments.mnist.data import (
@@ -104,6 +105,16 @@ def _distil(context: Context, name: str, loss: train_step.Loss, variant: Mapping
     net = context.config.distilled
     examples = training_set_with_targets(context, net)
     return train(context, name, net, examples, loss, variants=[variant])
+
+
+def costs_of_nets(context: Context) -> list[Row]:
+    """What the teacher and both small nets cost, and how good their predictions are."""
+    config, test = context.config, open_data(context.config).test
+    candidates = [
+        costs.of_net(f"{name} {sizes(config[name])}", load(context.inputs[name] / name))
+        for name in ("teacher", "baseline", "distilled")
+    ]
+    return costs.rows(config, "mnist_costs", candidates, test["inputs"], test["label"])
 
 
 def sweep(context: Context) -> list[Row]:

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 from distill_jax.nets import read_meta
+from experiments.common.costs import CAPTION as COSTS
+from experiments.common.image_sets import check_source
 from experiments.common.run import Study
 from experiments.common.study import Stage, draw_report, finished_rows, read_json
 from experiments.common.training import curve
 from experiments.mnist import distillation, figures, transfer_sets
-from experiments.mnist.data import check_source, data_conflicts
+from experiments.mnist.data import data_conflicts
 
 TITLE = "Distilling the Knowledge in a Neural Network, section 3: MNIST"
 CAPTIONS = {
     "mnist": "A large regularised net, a small one without regularisation, and the small one "
     "distilled from the large one at T = 20 without jitter. Errors on the test set (paper: 10,000).",
+    "mnist_costs": COSTS,
     "mnist_temperature": "With 300 or more units in each hidden layer all temperatures above 8 gave "
     "fairly similar results; with 30 units, 2.5 to 4 worked significantly better.",
     "mnist_without_3": "Distilled without any example of a 3. Most errors come from its bias, which "
@@ -71,6 +74,12 @@ STAGES = (
         ("distilled",),
         number=5,
         extends=True,
+    ),
+    Stage(
+        "costs",
+        distillation.costs_of_nets,
+        ("teacher", "baseline", "distilled"),
+        number=11,
     ),
     Stage("sweep", distillation.sweep, ("soft_targets",), ("sweep",), number=6, extends=True),
     Stage(

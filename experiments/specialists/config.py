@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from distill_jax.ranges import above, at_least, count, flag, number, one_of, several
 from experiments.common.config import (
-    SEED,
     Overrides,
     layer_conflicts,
     member_conflicts,
@@ -117,7 +116,6 @@ ALLOWED = {
     "data.views": count(),
     "data.difficulty": at_least(0),
     "data.validation": number("above 0, and less than 1", lambda share: 0 < share < 1),
-    "data.seed": SEED,
     "generalist.channels": several(count()),
     "generalist.strides": several(count()),
     "generalist.activation": one_of("gelu", "relu"),

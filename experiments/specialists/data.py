@@ -12,7 +12,7 @@ from distill_jax import files
 from distill_jax.data import augment, images, transfer
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
-from experiments.common import prepared
+from experiments.common import image_sets, prepared
 from experiments.common.config import IMAGE_SETS
 from experiments.specialists import glyphs
 from experiments.specialists.config import class_conflicts
@@ -48,9 +48,7 @@ def check_source(config: ConfigDict) -> str | None:
     """Names the content of the config's data; a UserError if they aren't there."""
     data = config.data
     if data.source.startswith(IMAGE_SETS):
-        return images.check_source(
-            data.source, data.data_dir or None, test_share=data.test_share, seed=data.seed
-        )
+        return image_sets.check_source(config)
     return files.content_of(prepared.find_set(glyphs.KIND, data.source))
 
 
@@ -58,9 +56,8 @@ def data_conflicts(config: ConfigDict) -> Iterator[str]:
     """What doesn't fit the number of classes of an image set."""
     data = config.data
     if data.source.startswith(IMAGE_SETS):
-        found = images.count(
-            data.source, data.data_dir or None, test_share=data.test_share, seed=data.seed
-        )
+        found = image_sets.sizes(config)
+        assert found is not None
         if data.classes > found.classes:
             yield f"data.classes is {data.classes}; allowed: 0 (all) to {found.classes}"
         yield from class_conflicts(config, data.classes or found.classes)
@@ -105,9 +102,7 @@ def _load(data: FrozenConfigDict) -> Data:
 
 def _image_set(data: FrozenConfigDict) -> tuple[tuple[str, ...], dict[str, Examples]]:
     """The names of the classes, and the splits."""
-    found = images.load(
-        data.source, data.data_dir or None, data.side, test_share=data.test_share, seed=data.seed
-    )
+    found = images.load(data.source, **image_sets.how(data))
     size = len(found.train["id"])
     count = round(data.validation * size)
     if not 0 < count < size:

@@ -258,38 +258,6 @@ def test_hidden_and_named_activations(kind, key):
         make[0](make[1], activations=["nowhere"]).activations(variables, inputs)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: models.from_linen(Linen), "Linen.*; expected an instance of a Linen module"),
-        (
-            lambda: models.from_nnx(Nnx(nnx.Rngs(0))),
-            "make_module is of type Nnx; expected a function",
-        ),
-        (lambda: models.from_linen(Linen(), hidden="no"), "hidden is 'no', but Linen has no such"),
-        (
-            lambda: models.from_linen(Linen(), activations="norm"),
-            "activations are 'norm'; expected",
-        ),
-        (lambda: MODELS["linen"].apply({}, inputs_of()), "parameters are not those of Linen: "),
-        (
-            lambda: MODELS["nnx"].apply({}, inputs_of()),
-            "there is no 'calls' among the model's",
-        ),
-        (
-            lambda: models.from_linen(Pair(), spread=True).apply(
-                {"Dense_0": {"kernel": jnp.ones((3, 2))}}, (jnp.ones((1, 4)), jnp.ones((1, 4)))
-            ),
-            r"inputs are \('float32 \(1, 4\)', .*\), which these parameters are not for: ",
-        ),
-    ],
-)
-def test_mistakes_are_told_in_a_line(call, message):
-    with pytest.raises(UserError, match=message) as error:
-        call()
-    assert "\n" not in str(error.value)
-
-
 def test_outputs_that_are_no_logits(key):
     class Twice(nnx.Module):
         def __call__(self, x):

@@ -1,0 +1,1 @@
+"""A study to copy: your own data, teacher and student."""
