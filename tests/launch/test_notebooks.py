@@ -26,7 +26,7 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 def test_every_study_has_a_notebook():
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(STUDIES)
     studies = {path.parent.name for path in ROOT.glob("experiments/*/config.py")}
-    assert studies - {"common"} == set(STUDIES)
+    assert studies - {"common", "custom"} == set(STUDIES)  # custom is to be copied
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -63,6 +63,7 @@ def test_they_run_from_top_to_bottom(study, tmp_path):
     assert printed["install"] == "" and "cpu" in printed["devices"]
     figures = [path.read_bytes() for path in sorted(workdir.glob("figures/*.png"))]
     assert figures and pictures["figures"] == figures
+    assert re.match(r"\d+ bytes give logits \(\d+, \d+\)", printed["export"])
     END[study](json.loads((workdir / "results.json").read_text()), printed, pictures)
 
 
