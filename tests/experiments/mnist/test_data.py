@@ -10,11 +10,12 @@ import tiny
 
 from distill_jax.errors import UserError
 from experiments.common import report
+from experiments.common.image_sets import check_source
 from experiments.common.run import plan
 from experiments.common.study import Context, draw_report
 from experiments.mnist import distillation, figures, study, transfer_sets
 from experiments.mnist.config import get_config
-from experiments.mnist.data import check_source, load_data, open_data
+from experiments.mnist.data import load_data, open_data
 from experiments.mnist.nets import of_mnist
 
 
