@@ -91,7 +91,7 @@ def write(
         int8: writes StableHLO and safetensors with weights of 8 bits too (`quantize`), whose difference
             is measured, and may be anything.
         shift: float `[C]`, added to the logits: biases shifted for a transfer set without some classes.
-        class_names: C names for the card; those that the net was trained with if not given.
+        class_names: C names, for the card.
         overwrite: replaces another export, in one step.
 
     Returns:
@@ -103,21 +103,27 @@ def write(
     """
     if net.members is not None:
         raise UserError(f"there are {net.members} nets: export one, such as net.member(0)")
-    known = {name: ranges.one_of(*FORMATS) for name in formats}
-    for name, allowed in known.items():
-        ranges.check_value("format", name, allowed)
+    for name in formats:
+        ranges.check_value("format", name, ranges.one_of(*FORMATS))
     logits = net.logits(inputs)
+    if class_names and len(class_names) != logits.shape[-1]:
+        raise UserError(f"there are {len(class_names)} names for {logits.shape[-1]} classes")
     added = _shift_of(shift, logits.shape[-1])
-    variants = {"": net.params} | ({".int8": quantize(net.params)} if int8 else {})
+    program_of = functools.partial(_logits, net.model.apply, added)
+    small = [name for name in formats if name != "onnx"] if int8 else []
+    wanted = [(f"net.{name}", net.params) for name in formats]
+    wanted += [(f"net.int8.{name}", quantize(net.params)) for name in small]
 
     def fill(place: Path) -> list[File]:
         written = []
-        for suffix, params in variants.items():
-            program = functools.partial(_logits, net.model.apply, params, added)
-            for format in formats if not suffix else [f for f in formats if f != "onnx"]:
-                path = place / f"net{suffix}.{format}"
-                found = _write(path, program, params, inputs)
-                written.append(_compare(path, found, logits + added, exact=not suffix))
+        for name, params in wanted:
+            if name.endswith(".safetensors"):
+                found = _write_safetensors(place / name, program_of, params, inputs)
+            else:
+                program = functools.partial(program_of, params)
+                found = _write_program(place / name, program, inputs)
+            exact = "int8" not in name
+            written.append(_compare(place / name, found, logits + added, exact))
         return written
 
     card = {
@@ -125,7 +131,7 @@ def write(
         "parameters": models.parameter_count(net.params),
         "inputs": nets.describe_inputs(inputs),
         "classes": logits.shape[-1],
-        "class_names": list(class_names or net.about.get("class_names", ())),
+        "class_names": list(class_names),
         "shift": None if shift is None else added.tolist(),
         "fingerprint": net.fingerprint,
         "config": net.about.get("config", {}),
@@ -179,7 +185,7 @@ def write_specialists(
 
     def fill(place: Path) -> list[File]:
         path = place / "net.stablehlo"
-        found = _write(path, program, None, inputs)
+        found = _write_program(path, program, inputs)
         _compare(path, {"logits": found["q"]}, q)
         return [_compare(path, found, logits)]
 
@@ -276,7 +282,7 @@ def read_card(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _logits(
-    apply: Callable[..., Array], params: Any, shift: np.ndarray, inputs: Any
+    apply: Callable[..., Array], shift: np.ndarray, params: Any, inputs: Any
 ) -> dict[str, Array]:
     logits = apply(dequantize(params), inputs).astype(jnp.float32)
     return {"logits": logits + shift[None] if shift.any() else logits}
@@ -291,11 +297,9 @@ def _shift_of(shift: ArrayLike | None, classes: int) -> np.ndarray:
     return found
 
 
-def _write(path: Path, program: Program, params: Any, inputs: Any) -> dict[str, np.ndarray]:
-    """Writes one file, and gives its outputs for the inputs."""
-    if path.suffix == ".safetensors":
-        return _write_safetensors(path, program, params, inputs)
-    written = stablehlo if path.suffix == ".stablehlo" else _onnx
+def _write_program(path: Path, program: Program, inputs: Any) -> dict[str, np.ndarray]:
+    """Writes a program, and gives its outputs for the inputs, from another process."""
+    written = _onnx if path.suffix == ".onnx" else stablehlo
     path.write_bytes(written(program, inputs))
     return _run(path, inputs)
 
@@ -334,9 +338,9 @@ def _onnx(program: Program, inputs: Any) -> bytes:
 
 
 def _write_safetensors(
-    path: Path, program: Program, params: Any, inputs: Any
+    path: Path, program_of: Callable[..., dict[str, Array]], params: Any, inputs: Any
 ) -> dict[str, np.ndarray]:
-    """The parameters by their paths; a scale beside each kernel of int8."""
+    """Writes the parameters by their paths, and gives the outputs with what is read back."""
     try:
         from safetensors.numpy import load_file, save_file
     except ImportError as error:
@@ -346,8 +350,7 @@ def _write_safetensors(
     save_file({n: np.asarray(leaf) for n, (_, leaf) in zip(names, leaves, strict=True)}, path)
     stored = load_file(path)
     again = jax.tree.unflatten(jax.tree.structure(params), [stored[name] for name in names])
-    apply, _, shift = program.args  # type: ignore[attr-defined]
-    return jax.device_get(jax.jit(functools.partial(_logits, apply, again, shift))(inputs))
+    return jax.device_get(jax.jit(program_of)(again, inputs))
 
 
 def _named(inputs: Any) -> dict[str, np.ndarray]:
@@ -378,6 +381,7 @@ def _run(path: Path, inputs: Any) -> dict[str, np.ndarray]:
 def _compare(
     path: Path, found: Mapping[str, np.ndarray], logits: np.ndarray, exact: bool = True
 ) -> File:
+    """What is said of a file; a UserError if its logits should be the net's and aren't."""
     difference = float(np.abs(found["logits"] - logits).max())
     most = TOLERANCE * max(1.0, float(np.abs(logits).max()))
     if exact and not difference <= most:

@@ -19,8 +19,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     if preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     config = ConfigDict({"study": "experiments.custom.study", "preset": preset})
-    config.seeds = (0,)  # one student for each; the teacher is that of the first
-    config.selection = "last"
+    config.update(seeds=(0,), selection="last")  # a student for each seed; the first one's teacher
     config.mesh = {"member": 1, "data": -1, "model": 1}
     config.data = {"source": "embedded", "data_dir": "", "side": 0, "test_share": 0.0, "seed": 0}
     config.data.update(train_examples=0, test_examples=0)  # 0: all

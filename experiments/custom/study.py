@@ -58,16 +58,17 @@ def train_students(context: Context) -> list[Row]:
 
 def measure(context: Context) -> list[Row]:
     """What the nets cost; and the first student as files that other programs run."""
-    test, students = _data(context).test, context.inputs["students"]
+    data, students = _data(context), context.inputs["students"]
     named = {"teacher": nets.load_net(context.inputs["teacher"] / "teacher")}
     for name in ("labels", "distilled"):
         named[name] = nets.load_net(students / name, model=_student(context))
-    how = {"formats": context.config.export.formats, "overwrite": True}
-    folder, some = context.directory / "student", test["inputs"][:256]
-    for file in export.write(folder, named["distilled"], some, **how):
+    inputs, label = data.test["inputs"], data.test["label"]
+    how = {"formats": context.config.export.formats, "class_names": data.class_names}
+    folder, net = context.directory / "student", named["distilled"]
+    for file in export.write(folder, net, inputs[:256], overwrite=True, **how):
         print(f"{folder / file.name}: {file.size} bytes, logits within {file.difference:.1g}")
     found = [costs.of_net(name, net) for name, net in named.items()]
-    return costs.rows(context.config, "custom_costs", found, test["inputs"], test["label"])
+    return costs.rows(context.config, "custom_costs", found, inputs, label)
 
 
 def _data(context: Context) -> Any:

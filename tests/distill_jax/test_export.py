@@ -19,9 +19,9 @@ from distill_jax.specialists import heads, inference, store
 IMAGES = tiny.examples(9, side=8)["inputs"]
 
 
-def net_of(model, inputs=IMAGES, seed=0, **about):
+def net_of(model, inputs=IMAGES, seed=0):
     params = jax.device_get(model.init(jax.random.key(seed), inputs[:1]))
-    about = {"inputs": nets.describe_inputs(inputs), "num_classes": tiny.CLASSES, **about}
+    about = {"inputs": nets.describe_inputs(inputs), "num_classes": tiny.CLASSES}
     return nets.Net(model, params, [{"train_loss": 0.5}], 1.0, None, about)
 
 
@@ -32,9 +32,9 @@ CHAIN = models.chain(models.conv_trunk([4], [2]), models.mlp([8], tiny.CLASSES))
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "net"
-    net = net_of(CHAIN, class_names=["a", "b", "c"])
-    shift = [0.0, 2.5, 0.0]
-    return folder, net, shift, export.write(folder, net, IMAGES, int8=True, shift=shift)
+    net, shift, names = net_of(CHAIN), [0.0, 2.5, 0.0], ["a", "b", "c"]
+    written = export.write(folder, net, IMAGES, int8=True, shift=shift, class_names=names)
+    return folder, net, shift, written
 
 
 def test_all_formats_give_the_logits_of_the_net(exported):
@@ -163,6 +163,7 @@ def test_an_export_replaces_another(tmp_path):
             "format is 'pickle'; allowed: 'stablehlo', 'onnx' or 'safetensors'",
         ),
         ({"shift": [1.0]}, r"shift is \(1,\) for 3 classes"),
+        ({"class_names": ["a"]}, "there are 1 names for 3 classes"),
         (
             {"inputs": IMAGES[:, :4]},
             r"inputs are \[4, 8\] each, but the net was trained on \[8, 8\]",
