@@ -203,7 +203,7 @@ def _opened(path: Path) -> np.lib.npyio.NpzFile:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        # What is none at all NumPy takes for pickled objects, and advises to read them.
+        # NumPy takes any other file for pickled objects, and its message advises to read those.
         reason = "" if isinstance(error, ValueError) else f" ({error})"
         raise UserError(f"{path} is no npz file of arrays{reason}") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):

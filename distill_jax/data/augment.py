@@ -151,7 +151,7 @@ def distortions(count: int, difficulty: float, seed: int) -> Views:
 def random_view(views: Views) -> Transform:
     """Shows each example in one of its views, with the teacher's logits of the same view.
 
-    The view is drawn anew in each step. Of the batch's `views.field` `[B, V, C]`, which
+    A new view is drawn in each step. Of the batch's `views.field` `[B, V, C]`, which
     `soft_targets.attach(..., views=views)` joined, the row of that view becomes "teacher_logits"
     `[B, C]`. Without that field, in the training of a teacher, the images alone are changed.
 

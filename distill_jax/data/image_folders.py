@@ -207,7 +207,7 @@ def _orientation(image: Image.Image) -> int:
 def _decode(content: bytes, colour: bool, side: int) -> np.ndarray:
     """The image of a file as uint8 `[H, W]` or `[H, W, 3]`, as a white page shows it.
 
-    Of 16 bits the upper eight are kept. What is transparent shows white. EXIF's orientation is heeded.
+    Of 16 bits the upper eight are kept. What is transparent shows white. EXIF's orientation is applied.
     """
     with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
         image = ImageOps.exif_transpose(opened) if _orientation(opened) != 1 else opened

@@ -66,7 +66,7 @@ def load(
             - "images:FOLDER": PNG and JPEG files in train/CLASS and test/CLASS (or validation, val),
               or in CLASS alone. Classes are numbered in the order of their names; those of test must be
               in train. Images are grey if all of them are, else RGB, as a white page shows them. Ids
-              follow a hash of the files' names. Hidden files are passed over.
+              follow a hash of the files' names. Hidden files are skipped.
             - "tfds:NAME[/CONFIG][:VERSION]": a prepared TFDS set with the features `image` and `label`.
               Its split "train" is the training set; the test set is the first of "test", "validation"
               and "val" that it has and that is labelled. A split is unlabelled (as the test splits of

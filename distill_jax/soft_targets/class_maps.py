@@ -26,7 +26,7 @@ def map_classes(logits: Array, class_map: ArrayLike) -> Array:
         `[..., S]` float32.
 
     Raises:
-        UserError: for a map that is none: a class twice or beyond C, or no shared class.
+        UserError: for a wrong map: a class twice or beyond C, or no shared class.
 
     Examples:
         >>> from distill_jax import losses
