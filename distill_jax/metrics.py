@@ -138,7 +138,7 @@ def negative_log_likelihood(logits: Array, labels: Array) -> Array:
         >>> import jax.numpy as jnp
         >>> from distill_jax import metrics
         >>> logits = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))
-        >>> print(metrics.negative_log_likelihood(logits, jnp.array([0, -1])))
+        >>> print(f"{metrics.negative_log_likelihood(logits, jnp.array([0, -1])):.3f}")
         0.693
     """
     known = jnp.sum(labels >= 0, dtype=jnp.float32)
@@ -160,7 +160,7 @@ def expected_calibration_error(logits: Array, labels: Array, bins: int = 15) -> 
         >>> import jax.numpy as jnp
         >>> from distill_jax import metrics
         >>> sure = jnp.log(jnp.array([[0.9, 0.1]] * 4))
-        >>> print(metrics.expected_calibration_error(sure, jnp.array([0, 0, 0, 1])))
+        >>> print(f"{metrics.expected_calibration_error(sure, jnp.array([0, 0, 0, 1])):.2f}")
         0.15
     """
     shapes.check(logits=(logits, "number ... C"), labels=(labels, "int ..."))

@@ -224,7 +224,7 @@ def _some_inputs(examples: Sequence[Examples] | Stream, reader: Reader) -> Any:
     """Up to 256 inputs of the first member, to try the nets on; None of a stream, or of tuples."""
     if isinstance(examples, Stream):
         return None
-    size, fields = reader.size(examples[0]), dict(examples[0])
+    size, fields = epochs.count_examples(examples[0]), dict(examples[0])
     with jax.default_device(_host_device()):  # the other device may be full
         one = reader.gather(fields, jnp.zeros(1, jnp.int32))["inputs"]
         count = _SAMPLE_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(one)))

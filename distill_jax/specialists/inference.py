@@ -222,6 +222,20 @@ def predict_all(
 
     Raises:
         UserError: as `active_specialists`.
+
+    Examples:
+        >>> import jax, numpy as np
+        >>> from distill_jax import models, nets
+        >>> from distill_jax.specialists import heads, store
+        >>> model = models.mlp([8], 6)  # a specialist with this head has an output for each class
+        >>> init = lambda key: model.init(key, np.zeros((1, 4), np.float32))
+        >>> params = jax.vmap(init)(jax.random.split(jax.random.key(0), 2))
+        >>> sets, corrections = np.array([[0, 1], [3, 5]], np.int32), np.zeros(2, np.float32)
+        >>> net = nets.Net(model, params, history=[], seconds=0.0, members=2, about={})
+        >>> two = store.Specialists(net, heads.LOG_SUM_EXP, sets, corrections, num_classes=6)
+        >>> active, q = predict_all(two, jnp.eye(6)[:2] * 5, jnp.ones((2, 4)))
+        >>> active.tolist(), q.shape
+        ([[True, False], [True, False]], (2, 6))
     """
     num_specialists, num_classes = len(specialists.class_sets), generalist_logits.shape[1]
     sets = jnp.asarray(specialists.class_sets)

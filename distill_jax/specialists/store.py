@@ -101,7 +101,12 @@ def save(
 
 
 def exists(directory: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds specialists."""
+    """Whether a folder holds specialists.
+
+    Examples:
+        >>> exists("runs/none")
+        False
+    """
     return (files.local_path(directory) / _META).exists()
 
 

@@ -68,7 +68,7 @@ def test_a_second_run_finishes_at_once_and_changes_nothing(smoke):
     output = run(
         SMOKE, f"--workdir={smoke}", "--config.data.validation=300", "--config.seeds=(0,1)"
     )
-    assert "running" not in output and output.count("finished before") == 10
+    assert "running" not in output and output.count("finished before") == 11
     assert (smoke / "results.json").read_bytes() == before
 
 
@@ -97,8 +97,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(smoke, tmp_path):
     flags = ("--config.data.validation=300", "--config.seeds=(0,1)", "--config.sweep.epochs=3")
     output = run(SMOKE, f"--workdir={tmp_path / 'run'}", f"--reuse={smoke}", *flags, "--dry-run")
     lines = output.splitlines()
-    assert lines[0] == f"teacher: will be reused from {smoke}" and lines[5] == "sweep: will run"
-    assert len(lines) == 11 and not list(tmp_path.iterdir())
+    assert lines[0] == f"teacher: will be reused from {smoke}" and lines[6] == "sweep: will run"
+    assert len(lines) == 12 and not list(tmp_path.iterdir())
 
 
 def test_stages_of_an_equal_config_are_reused(smoke, tmp_path):

@@ -116,6 +116,7 @@ def test_every_table_has_its_rows(rows):
             "distilled, from scratch",
             "trained as long on labels",
         },
+        "specialists_costs": {FULL, "generalist", "distilled, from the generalist"},
         "specialists_inference": {"newton", "fixed point", "adam", "gradient descent"},
     }
     # A dustbin does not tell the other classes apart.

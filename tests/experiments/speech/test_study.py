@@ -99,6 +99,7 @@ def test_all_tables_have_their_rows(workdir):
     assert not [row for row in drawn if row["metric"] == "kl"]  # it is infinite
     assert {row["table"] for row in rows} == {
         "speech",
+        "speech_costs",
         "speech_mean",
         "speech_temperature",
         "speech_compression",
@@ -120,7 +121,7 @@ def test_the_report_has_the_figures(workdir):
 def test_a_second_run_does_nothing_anew(workdir):
     before = (workdir / "results.json").read_text()
     output = run(SMOKE, f"--workdir={workdir}")
-    assert "running" not in output and output.count("finished before") == 8
+    assert "running" not in output and output.count("finished before") == 9
     assert (workdir / "results.json").read_text() == before
 
 
