@@ -1,4 +1,4 @@
-"""Runs an exported file: needs JAX for .stablehlo or onnxruntime for .onnx, and nothing of this package.
+"""Runs an exported file: by JAX and flatbuffers, or onnxruntime, and nothing of this package.
 
     python run_exported.py net.stablehlo inputs.npz outputs.npz
 
