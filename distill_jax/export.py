@@ -11,7 +11,9 @@ A program maps the inputs to a dict: "logits" float32 `[batch, C]`, of any batch
 a part of it, and so are shifted biases.
 """
 
+import contextlib
 import functools
+import io
 import json
 import logging
 import os
@@ -324,14 +326,15 @@ def _onnx(program: Program, inputs: Any) -> bytes:
 
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # says of shapes what nobody asked
     try:
-        model = to_onnx(
-            flat,
-            leaves,
-            model_name="net",
-            opset=OPSET,
-            input_names=list(_named(inputs)),
-            output_names=["logits"],
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its words on each convolution
+            model = to_onnx(
+                flat,
+                leaves,
+                model_name="net",
+                opset=OPSET,
+                input_names=list(_named(inputs)),
+                output_names=["logits"],
+            )
     except Exception as error:  # whatever the converter has no rule for
         raise UserError(f"the model can't be exported to ONNX: {_line(error)}") from error
     return model.SerializeToString()
@@ -405,12 +408,16 @@ def _fill_folder(
     if (folder / CARD).exists() and not overwrite:
         raise UserError(f"{folder} holds an export: name another folder, or overwrite it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with files.write_whole(folder, replace=overwrite) as place:
-        place.mkdir()
-        written = fill(place)
-        sums = {file.name: files.sha256(place / file.name) for file in written}
-        described = [{**file._asdict(), "file_sha256": sums[file.name]} for file in written]
-        files.write_sealed(place / CARD, FORMAT, {**card, "files": described})
+    try:
+        with files.write_whole(folder, replace=overwrite) as place:
+            place.mkdir()
+            written = fill(place)
+            sums = {file.name: files.sha256(place / file.name) for file in written}
+            described = [{**file._asdict(), "file_sha256": sums[file.name]} for file in written]
+            files.write_sealed(place / CARD, FORMAT, {**card, "files": described})
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"the export can't be written to {folder}: {reason}") from error
     return written
 
 

@@ -1,5 +1,6 @@
 """Exports: run by programs without this package, and the same numbers; and what can't be exported."""
 
+import errno
 import json
 import re
 import subprocess
@@ -35,6 +36,12 @@ def exported(tmp_path_factory):
     net, shift, names = net_of(CHAIN), [0.0, 2.5, 0.0], ["a", "b", "c"]
     written = export.write(folder, net, IMAGES, int8=True, shift=shift, class_names=names)
     return folder, net, shift, written
+
+
+def test_a_residual_network_leaves_in_silence(tmp_path, capsys):
+    net = net_of(models.resnet(8, tiny.CLASSES, width=2))
+    (file,) = export.write(tmp_path / "net", net, IMAGES, formats=["onnx"])
+    assert file.difference < 1e-5 and capsys.readouterr() == ("", "")
 
 
 def test_all_formats_give_the_logits_of_the_net(exported):
@@ -137,6 +144,14 @@ def test_nothing_is_lost(exported, tmp_path, monkeypatch):
         export.write(tmp_path / "mine", net, IMAGES, formats=["safetensors"])
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(UserError, match=r"net.safetensors gives logits that differ"):
+        export.write(folder, net, IMAGES, formats=["safetensors"], overwrite=True)
+    monkeypatch.undo()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_sealed", full)
+    with pytest.raises(UserError, match=r"can't be written to .*: No space left on device"):
         export.write(folder, net, IMAGES, formats=["safetensors"], overwrite=True)
     assert (folder / export.CARD).read_text() == before
     assert [path.name for path in folder.parent.iterdir()] == ["net"]
