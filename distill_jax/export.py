@@ -19,7 +19,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,7 +251,8 @@ def stablehlo(program: Program, inputs: Any) -> bytes:
         UserError: for a program that can't be traced without the number of examples.
     """
     try:
-        exported = jax_export.export(jax.jit(program), platforms=_PLATFORMS)(_like(inputs))
+        with _without_places():
+            exported = jax_export.export(jax.jit(program), platforms=_PLATFORMS)(_like(inputs))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"the model can't be exported for any batch: {_line(error)}") from error
     return bytes(exported.serialize())
@@ -304,6 +305,18 @@ def _write_program(path: Path, program: Program, inputs: Any) -> dict[str, np.nd
     written = _onnx if path.suffix == ".onnx" else stablehlo
     path.write_bytes(written(program, inputs))
     return _run(path, inputs)
+
+
+@contextlib.contextmanager
+def _without_places() -> Iterator[None]:
+    """Leaves out the file and line of each operation: this machine's paths don't belong in an export."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _like(inputs: Any) -> Any:

@@ -77,6 +77,12 @@ assert not {{'flax', 'distill_jax'}} & set(sys.modules)
         np.testing.assert_allclose(np.load(tmp_path / f"{i}.npy"), expected, atol=1e-5)
 
 
+def test_a_program_holds_no_paths_of_this_machine(exported):
+    folder, *_ = exported
+    content = (folder / "net.stablehlo").read_bytes()
+    assert b"distill_jax" not in content and b".py" not in content
+
+
 def test_the_card_says_what_the_net_is(exported):
     folder, net, shift, written = exported
     card = export.read_card(folder)
