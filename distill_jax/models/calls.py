@@ -45,6 +45,15 @@ def as_model(init: Callable[..., Any], run: Run, *, hidden: bool, activations: b
     )
 
 
+def same(make: Any, *given: Any) -> Model:
+    """What a cached function makes: the same model for equal arguments, so that it is compiled once."""
+    try:
+        hash(given)
+    except TypeError:  # a module with a list as a field, say
+        return make.__wrapped__(*given)
+    return make(*given)
+
+
 def fixed(settings: Mapping[str, Any] | None) -> Settings | None:
     """Settings that a user gives; None if they are to be found."""
     return None if settings is None else tuple(sorted(settings.items()))

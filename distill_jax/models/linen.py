@@ -61,12 +61,7 @@ def from_linen(
         (4, 3)
     """
     modes = calls.fixed(training), calls.fixed(evaluation)
-    given = (module, hidden, tuple(activations), spread, modes)
-    try:
-        hash(given)
-    except TypeError:  # a module with a list as a field, say
-        return _as_model.__wrapped__(*given)
-    return _as_model(*given)
+    return calls.same(_as_model, module, hidden, tuple(activations), spread, modes)
 
 
 @functools.cache

@@ -57,12 +57,7 @@ def from_nnx(
         (4, 3)
     """
     modes = calls.fixed(training), calls.fixed(evaluation)
-    given = (make_module, hidden, tuple(activations), spread, modes)
-    try:
-        hash(given)
-    except TypeError:
-        return _as_model.__wrapped__(*given)
-    return _as_model(*given)
+    return calls.same(_as_model, make_module, hidden, tuple(activations), spread, modes)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Stores of soft targets of teachers that tell only a few classes' log-probabilities, as services do."""
+"""Stores of soft targets of teachers that give a few classes' log-probabilities, as services do."""
 
 import hashlib
 import os
@@ -74,10 +74,8 @@ def write_top_k(
     classes, logs = np.asarray(classes), np.asarray(log_probabilities)
     size = len(digests)
     shapes.check(classes=(classes, f"int {size} k"), log_probabilities=(logs, f"float {size} k"))
-    classes, logs = (
-        classes.astype(np.int64),
-        logs.astype(np.float32),
-    )  # of any program the same store
+    # The same store of any program's arrays.
+    classes, logs = classes.astype(np.int64), logs.astype(np.float32)
     ranges.check(temperature=temperature, num_classes=num_classes)
     ranges.check_value("tail", tail, ranges.one_of("spread", "drop"))
     own = identity.own_ids(ids, size)
@@ -149,7 +147,5 @@ def _keep(
         p = p / sums[:, None]
     rest = np.zeros(len(p)) if drop else np.maximum(1 - sums, 0)
     dtype = np.int16 if num_classes <= 2**15 else np.int32
-    kept = p.astype(jnp.bfloat16).view(
-        np.uint16
-    )  # bfloat16 as bits, as NumPy's format doesn't know it
+    kept = p.astype(jnp.bfloat16).view(np.uint16)  # as bits: NumPy's files have no bfloat16
     return classes.astype(dtype), kept, rest.astype(np.float32)
