@@ -9,7 +9,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from distill_jax.data import images, transfer
 from distill_jax.data.images import Examples, Source
 from distill_jax.errors import UserError
-from experiments.common.config import is_brought
 
 
 def load(data: ConfigDict | FrozenConfigDict) -> Source:
@@ -26,17 +25,14 @@ def check_source(config: ConfigDict) -> str | None:
     return images.check_source(config.data.source, **_where(config.data))
 
 
-def sizes(config: ConfigDict) -> images.Counts | None:
-    """How many examples the config's set has; None if it isn't one that a person brings."""
-    data = config.data
-    return images.count(data.source, **_where(data)) if is_brought(data.source) else None
+def sizes(config: ConfigDict) -> images.Counts:
+    """How large the config's set is."""
+    return images.count(config.data.source, **_where(config.data))
 
 
 def data_conflicts(config: ConfigDict) -> Iterator[str]:
-    """More examples than a set has that a person brings, and batches that are larger than it."""
+    """More examples than the set has, and batches that are larger than it."""
     found, data = sizes(config), config.data
-    if found is None:
-        return
     yield from size_conflicts(config, found)
     size = data.train_examples or found.train
     for name, section in config.items():

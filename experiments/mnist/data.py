@@ -15,6 +15,7 @@ from distill_jax.data.records import Records
 from distill_jax.data.stream import Block
 from distill_jax.trainer import Stream
 from experiments.common import image_sets
+from experiments.common.config import is_brought
 from experiments.common.study import Context
 from experiments.mnist.config import size_conflicts
 
@@ -36,8 +37,8 @@ class Data(NamedTuple):
 
 def data_conflicts(config: ConfigDict) -> Iterator[str]:
     """What doesn't fit the size of a set that a person brings."""
-    found = image_sets.sizes(config)
-    if found is not None:
+    if is_brought(config.data.source):
+        found = image_sets.sizes(config)
         yield from image_sets.size_conflicts(config, found)
         yield from size_conflicts(config, config.data.train_examples or found.train)
 

@@ -57,7 +57,6 @@ def data_conflicts(config: ConfigDict) -> Iterator[str]:
     data = config.data
     if data.source.startswith(IMAGE_SETS):
         found = image_sets.sizes(config)
-        assert found is not None
         if data.classes > found.classes:
             yield f"data.classes is {data.classes}; allowed: 0 (all) to {found.classes}"
         yield from class_conflicts(config, data.classes or found.classes)

@@ -12,6 +12,7 @@ from distill_jax.errors import UserError
 from experiments.common.config import flat
 from experiments.common.extras import import_study
 from experiments.common.run import plan
+from experiments.custom import config as custom
 from experiments.mnist import config as mnist
 from experiments.specialists import config as specialists
 from experiments.speech import config as speech
@@ -42,7 +43,9 @@ ODD = st.one_of(
 )
 
 
-@pytest.mark.parametrize("study", [mnist, speech, specialists], ids=lambda study: study.__name__)
+@pytest.mark.parametrize(
+    "study", [custom, mnist, speech, specialists], ids=lambda study: study.__name__
+)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_odd_values_are_refused_in_one_line_or_planned(study, data):
