@@ -208,6 +208,8 @@ def write_specialists(
 def quantize(params: Any) -> Any:
     """Each kernel (two axes or more) as int8, with a scale for each entry of its last axis.
 
+    A model's state stays as it is.
+
     Examples:
         >>> found = quantize({"kernel": jnp.array([[1.0, 2.0], [-2.0, 0.0]])})["kernel"]
         >>> print(found.values, found.scale * 127)
@@ -225,6 +227,8 @@ def quantize(params: Any) -> Any:
         values = jnp.round(leaf.astype(jnp.float32) / scale.reshape(shape))
         return Quantized(values.astype(jnp.int8), scale)
 
+    if isinstance(params, Variables):
+        return params._replace(params=jax.tree.map(one, params.params))
     return jax.tree.map(one, params)
 
 

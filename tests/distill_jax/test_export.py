@@ -102,6 +102,9 @@ def test_weights_of_8_bits_are_within_half_a_step():
     assert found["kernel"].values.dtype == jnp.int8
     again = export.dequantize(found)
     np.testing.assert_array_equal(again["bias"], params["bias"])
+    with_state = export.quantize(models.Variables(params, {"u": kernel}))
+    np.testing.assert_array_equal(with_state.state["u"], kernel)
+    assert isinstance(with_state.params["kernel"], export.Quantized)
     step = np.abs(kernel).max((0, 1)) / 127
     assert (np.abs(again["kernel"] - kernel) <= 0.5001 * step).all()
 
