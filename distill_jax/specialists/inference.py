@@ -26,6 +26,7 @@ from distill_jax.specialists import eq5
 from distill_jax.specialists.coverage import check_class_sets
 from distill_jax.specialists.store import Specialists
 
+_TOLERANCE, _PASSES = 1e-6, 1000  # of Eq. 5's solver
 _ROWS = 4096  # examples whose specialists' logits are in memory at a time
 
 
@@ -73,18 +74,11 @@ def active_specialists(
     shapes.check(
         generalist_logits=(generalist_logits, "float B C"), class_sets=(class_sets, "int K S")
     )
-    num_specialists, num_classes = len(class_sets), generalist_logits.shape[1]
+    num_specialists = len(class_sets)
     if max_active > num_specialists:
         raise UserError(f"max_active is {max_active}, but there are {num_specialists} specialists")
-    _check_n(n, num_classes)
-    check_class_sets(class_sets, num_classes)
-    p = jax.nn.softmax(generalist_logits.astype(jnp.float32))
-    rows = jnp.arange(num_specialists)[:, None]
-    members = jnp.zeros((num_specialists, num_classes), bool)
-    members = members.at[rows, class_sets].set(True, mode="drop")
-    top = jax.lax.top_k(p, n)[1]
-    hit = jnp.any(members[:, top], axis=-1).T
-    relevance = jnp.where(hit, p @ members.T.astype(jnp.float32), -1.0)
+    hit, probability = _hits(generalist_logits, class_sets, n)
+    relevance = jnp.where(hit, probability, -1.0)
     kept, ids = jax.lax.top_k(relevance, max_active)
     return ids, kept >= 0, jnp.sum(hit, axis=-1, dtype=jnp.int32)
 
@@ -221,7 +215,7 @@ def predict_all(
         active bool `[B, K]`, and q float32 `[B, C]`.
 
     Raises:
-        UserError: as `active_specialists`.
+        UserError: for n beyond C, or sets that are none.
 
     Examples:
         >>> import jax, numpy as np
@@ -239,9 +233,7 @@ def predict_all(
     """
     num_specialists, num_classes = len(specialists.class_sets), generalist_logits.shape[1]
     sets = jnp.asarray(specialists.class_sets)
-    ids, hit, _ = active_specialists(generalist_logits, sets, num_specialists, n)
-    which = ids[:, :, None] == jnp.arange(num_specialists)[None, None]
-    active = jnp.any(which & hit[:, :, None], axis=1)
+    active, _ = _hits(generalist_logits, sets, n)
     head, apply = specialists.head, specialists.net.model.apply
 
     def run(params: Params, class_set: Array, correction: Array) -> Array:
@@ -256,7 +248,7 @@ def predict_all(
 
     def one(generalist: Array, specialists: Array, active: Array) -> Array:
         problem = eq5.pose(generalist, specialists, named, active)
-        return eq5.solve(problem, eq5.newton(), jnp.float32(1e-6), jnp.int32(1000))[0]
+        return eq5.solve(problem, eq5.newton(), jnp.float32(_TOLERANCE), jnp.int32(_PASSES))[0]
 
     return active, jax.vmap(one)(generalist_logits, logits, active)
 
@@ -264,8 +256,8 @@ def predict_all(
 def combine(
     evidence: Evidence,
     method: eq5.Method | None = None,
-    tolerance: ArrayLike = 1e-6,
-    max_passes: ArrayLike = 1000,
+    tolerance: ArrayLike = _TOLERANCE,
+    max_passes: ArrayLike = _PASSES,
     batch_size: int = 256,
 ) -> tuple[Array, Array]:
     """The distribution q that minimises Eq. 5, for each example.
@@ -313,6 +305,19 @@ def _read(
     """One specialist's corrected logits."""
     params, class_set, correction = one
     return read(apply(params, inputs), class_set, correction)
+
+
+def _hits(generalist_logits: Array, class_sets: Array, n: int) -> tuple[Array, Array]:
+    """Which specialists are active, bool `[B, K]`, and the probability that each one's set has."""
+    num_specialists, num_classes = len(class_sets), generalist_logits.shape[1]
+    _check_n(n, num_classes)
+    check_class_sets(class_sets, num_classes)
+    p = jax.nn.softmax(generalist_logits.astype(jnp.float32))
+    rows = jnp.arange(num_specialists)[:, None]
+    members = jnp.zeros((num_specialists, num_classes), bool)
+    members = members.at[rows, class_sets].set(True, mode="drop")
+    top = jax.lax.top_k(p, n)[1]
+    return jnp.any(members[:, top], axis=-1).T, p @ members.T.astype(jnp.float32)
 
 
 _choose = jax.jit(active_specialists, static_argnames=("max_active", "n"))

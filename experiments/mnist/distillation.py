@@ -53,8 +53,8 @@ def make_soft_targets(context: Context) -> list[Row]:
             ids.append(examples["id"])
             if s == 0 and len(logits) == 1:
                 names = open_data(config).class_names
-                told = telling_digits(examples, logits[0], names)
-                write_json(context.directory / "digits.json", told)
+                digits = telling_digits(examples, logits[0], names)
+                write_json(context.directory / "digits.json", digits)
         soft_targets.write(
             context.directory / f"seed_{seed}",
             np.concatenate(logits),

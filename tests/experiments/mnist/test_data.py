@@ -108,7 +108,7 @@ def test_telling_images_of_any_number_of_classes(classes, drawn):
         np.eye(classes, dtype=np.float32)[labels],
         [f"class {c}" for c in range(classes)],
     )
-    told = distillation.telling_digits(examples, logits, names)
-    assert len(told) == drawn
-    figure = figures.digits(told)
+    found = distillation.telling_digits(examples, logits, names)
+    assert len(found) == drawn
+    figure = figures.digits(found)
     assert figure.axes[0].get_title() == "class 2, most like class 0" if drawn else figure is None
