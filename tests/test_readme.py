@@ -10,6 +10,7 @@ from command import ENVIRONMENT, ROOT
 from ml_collections import ConfigDict
 
 TEXT = (ROOT / "README.md").read_text()
+SPECIALISTS = (ROOT / "experiments" / "specialists" / "README.md").read_text()
 
 PAGES = sorted(
     path
@@ -25,7 +26,7 @@ PRINTED = (  # at the end, after progress
 
 @pytest.mark.parametrize("number, printed", list(enumerate(PRINTED)))
 def test_the_snippets_run(number, printed):
-    snippets = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", TEXT + SPECIALISTS, flags=re.DOTALL)
     assert len(snippets) == len(PRINTED)
     snippet = snippets[number]
     result = subprocess.run(

@@ -59,9 +59,11 @@ def test_all_formats_give_the_logits_of_the_net(exported):
 
 
 def test_another_program_runs_any_batch(exported, tmp_path):
-    """The README's two programs: JAX alone, and onnxruntime alone."""
+    """The two programs of launch/README.md: JAX alone, and onnxruntime alone."""
     folder, net, shift, _ = exported
-    programs = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    programs = re.findall(
+        r"```py\n(.*?)```", (ROOT / "launch/README.md").read_text(), flags=re.DOTALL
+    )
     assert len(programs) == 2
     np.save(tmp_path / "images.npy", IMAGES[:5])
     for i, program in enumerate(programs):

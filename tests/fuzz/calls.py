@@ -1,8 +1,6 @@
 """A sound call of each public function that takes arrays, for the fuzz test to spoil."""
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +15,6 @@ from distill_jax import (
     models,
     multi_label,
     nets,
-    optimizers,
     soft_targets,
     step_losses,
     top_k_losses,
@@ -26,8 +23,35 @@ from distill_jax import (
 from distill_jax.data import augment, images, transfer
 from distill_jax.soft_targets import class_maps, compare, encodings, ensemble
 from distill_jax.specialists import clustering, coverage, enrichment, eq5, heads, inference
-
-B, C, D, K, S = 4, 6, 3, 2, 2
+from fuzz.inputs import (
+    BATCH,
+    EXAMPLES,
+    HYPER,
+    IDS,
+    KEPT,
+    LABELS,
+    LAYER,
+    LOGITS,
+    MODEL,
+    SETS,
+    TAIL,
+    TARGETS,
+    VIEWS,
+    B,
+    C,
+    D,
+    K,
+    S,
+    floats,
+    ints,
+    loss_of_labels,
+    make_step,
+    make_store,
+    top_k_batch,
+    write,
+    write_top_k,
+    write_views,
+)
 
 
 class Call(NamedTuple):
@@ -38,87 +62,14 @@ class Call(NamedTuple):
     traced: bool = True
 
 
-def _floats(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).random(shape, np.float32)
-
-
-def _ints(*shape: int) -> np.ndarray:
-    return np.zeros(shape, np.int32)
-
-
-LOGITS, TARGETS, LABELS = _floats(B, C), np.full((B, C), 1 / C, np.float32), _ints(B)
-IDS, KEPT, TAIL = np.tile(np.arange(K, dtype=np.int32), (B, 1)), _floats(B, K) / K, _floats(B)
-SETS = np.array([[0, 1], [2, 3]], np.int32)
-LAYER = {"kernel": _floats(D, C), "bias": _floats(C)}
-BATCH = {
-    "id": np.arange(B, dtype=np.int32),
-    "inputs": _floats(B, D),
-    "label": LABELS,
-    "teacher_logits": LOGITS,
-}
-EXAMPLES = {
-    "id": np.arange(B, dtype=np.int32),
-    "inputs": np.zeros((B, 8, 8), np.uint8),
-    "label": LABELS,
-}
-VIEWS = augment.shifts(1)
-HYPER = {name: jnp.float32(value) for name, value in (("temperature", 2.0), ("hard_weight", 0.5))}
-MODEL = models.mlp((5,), C)
-OPTIMIZER = optimizers.sgd(lambda step: 1.0)
-
-
-def _top_k_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    return {**batch, **dict(zip(soft_targets.TOP_K_FIELDS, (IDS, KEPT, TAIL), strict=True))}
-
-
-def _step(loss: Any, **options: Any) -> Callable[[Any], Any]:
-    def step(batch: Any) -> Any:
-        state = train_step.init_state(MODEL, OPTIMIZER, jax.random.key(0), jnp.zeros((1, D)))
-        run = train_step.make_train_step(MODEL, OPTIMIZER, loss, **options)
-        return run(state, batch, jax.random.key(1), {**HYPER, "learning_rate": jnp.float32(0.1)})
-
-    return step
-
-
-def _loss_of_labels(logits: Any, fields: Any, constants: Any) -> Any:
-    return losses.hard_cross_entropy(logits, fields["label"])
-
-
-def _store(encoding: str = "dense") -> soft_targets.Store:
-    folder = Path(tempfile.mkdtemp())
-    how = {} if encoding == "dense" else {"encoding": encoding, "k": K, "temperatures": 2.0}
-    soft_targets.write(folder, LOGITS, soft_targets.digests(BATCH["inputs"]), teacher="t", **how)
-    return soft_targets.load(folder)
-
-
-def _write(**arguments: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        soft_targets.write(Path(folder) / "store", teacher="t", **arguments)
-
-
-def _write_top_k(**arguments: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        how = {"teacher": "t", "num_classes": C}
-        soft_targets.write_top_k(Path(folder) / "store", **arguments, **how)
-
-
-def _write_views(**arguments: Any) -> None:
-    def apply(params: Any, images: Any) -> Any:
-        return images.reshape(len(images), -1)[:, :C].astype(jnp.float32)
-
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        soft_targets.write_views(store, apply, None, views=VIEWS, teacher="t", **arguments)
-
-
 def calls() -> dict[str, Call]:
     """The calls by the functions' names."""
-    store = _store()
+    store = make_store()
     params = MODEL.init(jax.random.key(0), jnp.zeros((1, D)))
     net = nets.Net(MODEL, params, [], 0.0, None, {"inputs": {"shape": [D], "dtype": "float32"}})
     evidence = {
         "generalist": LOGITS,
-        "specialists": _floats(B, K, S + 1),
+        "specialists": floats(B, K, S + 1),
         "class_sets": np.tile(SETS[None], (B, 1, 1)),
         "active": np.ones((B, K), bool),
     }
@@ -152,7 +103,7 @@ def calls() -> dict[str, Call]:
         ),
         "top_k_soft_cross_entropy": Call(
             lambda **a: top_k_losses.soft_cross_entropy(**a, temperature=2.0),
-            {**top_k, "tail_weights": _floats(C)},
+            {**top_k, "tail_weights": floats(C)},
         ),
         "top_k_distillation": Call(
             lambda **a: top_k_losses.distillation(**a, temperature=2.0, hard_weight=0.5),
@@ -160,7 +111,7 @@ def calls() -> dict[str, Call]:
         ),
         "tail_distribution": Call(
             lambda **a: top_k_losses.tail_distribution(**a, num_classes=C),
-            {"ids": IDS, "tail_weights": _floats(C)},
+            {"ids": IDS, "tail_weights": floats(C)},
         ),
         "label_modified": Call(
             lambda **a: losses.label_modified(**a, weight=0.5),
@@ -197,18 +148,18 @@ def calls() -> dict[str, Call]:
         ),
         "sigmoid": Call(multi_label.sigmoid, {"logits": LOGITS}),
         "multi-label cross_entropy": Call(
-            multi_label.cross_entropy, {"logits": LOGITS, "labels": _ints(B, C)}
+            multi_label.cross_entropy, {"logits": LOGITS, "labels": ints(B, C)}
         ),
         "multi-label distillation": Call(
             lambda **a: multi_label.distillation(**a, temperature=2.0, hard_weight=0.5),
-            {"logits": LOGITS, "soft_targets": TARGETS, "labels": _ints(B, C)},
+            {"logits": LOGITS, "soft_targets": TARGETS, "labels": ints(B, C)},
         ),
         "multi_label_counts": Call(
-            metrics.multi_label_counts, {"logits": LOGITS, "labels": _ints(B, C)}
+            metrics.multi_label_counts, {"logits": LOGITS, "labels": ints(B, C)}
         ),
         "multi_label_distillation_loss": Call(
             loss(step_losses.multi_label_distillation_loss),
-            {"logits": LOGITS, "batch": {**BATCH, "labels": _ints(B, C)}},
+            {"logits": LOGITS, "batch": {**BATCH, "labels": ints(B, C)}},
         ),
         "reverse_kl_loss": Call(loss(step_losses.reverse_kl_loss), batch),
         "error_counts": Call(metrics.error_counts, {"logits": LOGITS, "labels": LABELS}),
@@ -216,12 +167,12 @@ def calls() -> dict[str, Call]:
             metrics.prediction_counts, {"predicted": LABELS, "labels": LABELS}
         ),
         "mean_loss": Call(
-            lambda **a: fused_loss.mean_loss(_loss_of_labels, **a, constants=None, rows=3),
-            {"hidden": _floats(B, D), "layer": LAYER, "fields": {"label": LABELS}},
+            lambda **a: fused_loss.mean_loss(loss_of_labels, **a, constants=None, rows=3),
+            {"hidden": floats(B, D), "layer": LAYER, "fields": {"label": LABELS}},
         ),
         "per_example": Call(
-            lambda **a: fused_loss.per_example(_loss_of_labels, **a, constants=None, rows=3),
-            {"hidden": _floats(B, D), "layer": LAYER, "fields": {"label": LABELS}},
+            lambda **a: fused_loss.per_example(loss_of_labels, **a, constants=None, rows=3),
+            {"hidden": floats(B, D), "layer": LAYER, "fields": {"label": LABELS}},
         ),
         "label_loss": Call(loss(step_losses.label_loss), batch),
         "distillation_loss": Call(loss(step_losses.distillation_loss), batch),
@@ -229,14 +180,14 @@ def calls() -> dict[str, Call]:
         "logit_matching_loss": Call(loss(step_losses.logit_matching_loss), batch),
         "top_k_distillation_loss": Call(
             loss(step_losses.top_k_distillation_loss()),
-            {"logits": LOGITS, "batch": _top_k_batch(BATCH)},
+            {"logits": LOGITS, "batch": top_k_batch(BATCH)},
         ),
-        "step": Call(_step(step_losses.distillation_loss), {"batch": BATCH}),
+        "step": Call(make_step(step_losses.distillation_loss), {"batch": BATCH}),
         "fused step": Call(
-            _step(train_step.Fused(step_losses.distillation_loss)), {"batch": BATCH}
+            make_step(train_step.Fused(step_losses.distillation_loss)), {"batch": BATCH}
         ),
         "micro-batches": Call(
-            _step(step_losses.distillation_loss, micro_batches=2), {"batch": BATCH}
+            make_step(step_losses.distillation_loss, micro_batches=2), {"batch": BATCH}
         ),
         "eval_step": Call(
             lambda batch: train_step.make_eval_step(MODEL)(params, batch), {"batch": BATCH}
@@ -253,8 +204,8 @@ def calls() -> dict[str, Call]:
                 "logits": LOGITS,
                 "batch": {
                     **BATCH,
-                    "student_activations": {"a": _floats(B, 3, D)},
-                    "teacher_activations": {"b": _floats(B, 3, D)},
+                    "student_activations": {"a": floats(B, 3, D)},
+                    "teacher_activations": {"b": floats(B, 3, D)},
                 },
             },
         ),
@@ -265,7 +216,7 @@ def calls() -> dict[str, Call]:
         "top_k": Call(lambda **a: encodings.top_k(**a, k=2), {"probabilities": TARGETS}),
         "densify": Call(
             lambda **a: encodings.densify(**a, num_classes=C),
-            {"classes": IDS, "probabilities": KEPT, "tail": TAIL, "tail_weights": _floats(C)},
+            {"classes": IDS, "probabilities": KEPT, "tail": TAIL, "tail_weights": floats(C)},
         ),
         "sample": Call(
             lambda **a: encodings.sample(**a, draws=3), {"probabilities": TARGETS, "offsets": TAIL}
@@ -273,21 +224,21 @@ def calls() -> dict[str, Call]:
         "offsets": Call(lambda ids: encodings.offsets(0, ids), {"ids": LABELS}),
         "mean_log_probs": Call(
             lambda **a: ensemble.mean_log_probs(**a, temperature=2.0, mean="geometric"),
-            {"member_logits": _floats(K, B, C), "weights": _floats(B, K)},
+            {"member_logits": floats(K, B, C), "weights": floats(B, K)},
         ),
         "mean_probs": Call(
             lambda **a: ensemble.mean_probs(**a, temperature=2.0, mean="arithmetic"),
-            {"member_logits": _floats(K, B, C)},
+            {"member_logits": floats(K, B, C)},
         ),
         "ensemble_logits": Call(
             lambda **a: ensemble.ensemble_logits(**a, temperature=2.0, mean="arithmetic"),
-            {"member_logits": _floats(K, B, C)},
+            {"member_logits": floats(K, B, C)},
         ),
         "mean_probs_of_hidden": Call(
             lambda **a: ensemble.mean_probs_of_hidden(**a, temperature=2.0, mean="arithmetic"),
             {
-                "hidden": _floats(B, K, D),
-                "layer": {"kernel": _floats(K, D, C), "bias": _floats(K, C)},
+                "hidden": floats(B, K, D),
+                "layer": {"kernel": floats(K, D, C), "bias": floats(K, C)},
             },
         ),
         "map_classes": Call(
@@ -315,10 +266,10 @@ def calls() -> dict[str, Call]:
         ),
         "random_view": Call(
             lambda batch: augment.random_view(VIEWS)(batch, jax.random.key(0)),
-            {"batch": {**EXAMPLES, VIEWS.field: _floats(B, 9, C)}},
+            {"batch": {**EXAMPLES, VIEWS.field: floats(B, 9, C)}},
         ),
         "write_top_k": Call(
-            _write_top_k,
+            write_top_k,
             {
                 "classes": np.tile(np.arange(K), (B, 1)),
                 "log_probabilities": np.full((B, K), -1.0, np.float32),
@@ -328,20 +279,20 @@ def calls() -> dict[str, Call]:
             traced=False,
         ),
         "write_views": Call(
-            _write_views, {"inputs": EXAMPLES["inputs"], "ids": EXAMPLES["id"]}, traced=False
+            write_views, {"inputs": EXAMPLES["inputs"], "ids": EXAMPLES["id"]}, traced=False
         ),
         "distort": Call(
             lambda images: augment.distort(images, jax.random.split(jax.random.key(0), B), 1.0),
             {"images": EXAMPLES["inputs"]},
         ),
-        "columns": Call(clustering.columns, {"matrix": _floats(C, C)}),
+        "columns": Call(clustering.columns, {"matrix": floats(C, C)}),
         "online_k_means": Call(
             lambda points: clustering.online_k_means(points, K, jax.random.key(0)),
-            {"points": _floats(C, D)},
+            {"points": floats(C, D)},
         ),
         "class_sets": Call(
             lambda **a: clustering.class_sets(**a, size=S),
-            {"points": _floats(C, D), "centroids": _floats(K, D)},
+            {"points": floats(C, D), "centroids": floats(K, D)},
         ),
         "dustbin_labels": Call(lambda class_set: heads.dustbin_labels(class_set, C), one_set),
         "correct_dustbin": Call(
@@ -375,7 +326,7 @@ def calls() -> dict[str, Call]:
             eq5.pose,
             {
                 "generalist": LOGITS[0],
-                "specialists": _floats(K, S + 1),
+                "specialists": floats(K, S + 1),
                 "class_sets": SETS,
                 "active": np.ones(K, bool),
             },
@@ -390,7 +341,7 @@ def calls() -> dict[str, Call]:
         "logits": Call(net.logits, {"inputs": BATCH["inputs"]}, traced=False),
         "digests": Call(soft_targets.digests, {"inputs": BATCH["inputs"]}, traced=False),
         "write": Call(
-            _write,
+            write,
             {
                 "source": LOGITS,
                 "digests": soft_targets.digests(BATCH["inputs"]),
