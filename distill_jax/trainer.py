@@ -215,23 +215,20 @@ def train(
     records = [{"epoch": record["unit"] * plan.epochs, **record} for record in history]
     params = jax.tree.map(np.asarray, processes.fetch(states.variables))
     net = Net(model, params, records, seconds, len(keys), about)
-    nets.save(directory, net, inputs=_some_inputs(sets, reader), overwrite=True)
+    nets.save(directory, net, inputs=_some_inputs(sets, reader, sample), overwrite=True)
     processes.wait()
     return net
 
 
-def _some_inputs(examples: Sequence[Examples] | Stream, reader: Reader) -> Any:
+def _some_inputs(examples: Sequence[Examples] | Stream, reader: Reader, sample: Any) -> Any:
     """Up to 256 inputs of the first member, to try the nets on; None of a stream, or of tuples."""
-    if isinstance(examples, Stream):
+    if isinstance(examples, Stream) or not isinstance(sample, Mapping | Array):
         return None
-    size, fields = epochs.count_examples(examples[0]), dict(examples[0])
+    size = epochs.count_examples(examples[0])
+    most = _SAMPLE_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(sample)))
+    rows = np.linspace(0, size - 1, max(1, min(size, most, 256)), dtype=np.int32)
     with jax.default_device(_host_device()):  # the other device may be full
-        one = reader.gather(fields, jnp.zeros(1, jnp.int32))["inputs"]
-        count = _SAMPLE_BYTES // max(1, sum(leaf.nbytes for leaf in jax.tree.leaves(one)))
-        rows = np.linspace(0, size - 1, max(1, min(size, count, 256)), dtype=np.int32)
-        found = reader.gather(fields, jnp.asarray(rows))["inputs"]
-    if not isinstance(found, Mapping | Array | np.ndarray):
-        return None
+        found = reader.gather(dict(examples[0]), jnp.asarray(rows))["inputs"]
     return jax.tree.map(np.asarray, found)
 
 
