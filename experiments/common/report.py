@@ -2,7 +2,8 @@
 
 A row is one measured number, a plain dict with the keys of `KEYS`: the paper's number or null, the
 mean and the sample standard deviation (null for one seed) over `seeds` runs, and `selection` saying
-what the number was chosen on. Any study's rows have this form, so nothing here knows the studies.
+what the number was chosen on. It may have an "interval", of 95 % confidence. Any study's rows have this
+form, so nothing here knows the studies.
 """
 
 import io
@@ -138,6 +139,8 @@ def _measured(row: Row | None) -> _Measured:
             decimals = min(max(_decimals(value), needed), 6)
             text, spread = format_number(value, decimals), format_number(std, decimals)
         text = f"{text} \u00b1 {spread}"
+    if row.get("interval"):
+        text += " [{}, {}]".format(*map(format_number, row["interval"]))
     seeds = "1 seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
     return _Measured(text, f" {_MARK}" if row["selection"] == "test" else "", f" ({seeds})")
 
@@ -153,9 +156,19 @@ def _problem(row: Row) -> str:
         return f"needs a number or null for {', '.join(wrong)}"
     if wrong := [key for key in _WORDS if not isinstance(row[key], str)]:
         return f"needs text for {', '.join(wrong)}"
+    interval = row.get("interval")
+    if interval is not None and not _is_pair(interval):
+        return "needs two numbers, the lower first, for interval"
     if not isinstance(row["seeds"], int) or row["seeds"] < 1:
         return "needs a count of at least 1 for seeds"
     return ""
+
+
+def _is_pair(interval: Any) -> bool:
+    numbers = isinstance(interval, list | tuple) and all(
+        isinstance(x, int | float) for x in interval
+    )
+    return numbers and len(interval) == 2 and interval[0] <= interval[1]
 
 
 def _decimals(value: float) -> int:
@@ -187,6 +200,7 @@ def _table(
         "wide": _wide(rows) if name.endswith(WIDE) else None,
         "reference": any(_key(row) in references for row in rows),
         "tuned": any(line["tuned"] for group in groups for line in group["lines"]),
+        "intervals": any(row.get("interval") for row in rows),
     }
 
 

@@ -233,6 +233,7 @@ def make_row(
     """A row from one value per seed: their mean and sample standard deviation (None for one seed).
 
     `selection` says on what the value was chosen, if not by the config's selection of checkpoints.
+    Among `more` "interval", a pair, is the 95 % confidence interval of the value (`statistics`).
     """
     numbers = np.asarray(values, np.float64)
     return {

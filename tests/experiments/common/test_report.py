@@ -123,6 +123,7 @@ def test_load_rows_gives_the_rows_with_their_further_keys(tmp_path):
         (json.dumps([make_row(value="70")]), "number or null for value"),
         (json.dumps([make_row(seeds=0)]), "at least 1 for seeds"),
         (json.dumps([make_row(preset=3)]), "text for preset"),
+        (json.dumps([make_row(interval=[2.0])]), "two numbers, the lower first, for interval"),
     ],
 )
 def test_load_rows_refuses_what_is_no_list_of_rows(tmp_path, text, message):
@@ -218,6 +219,15 @@ def test_numbers_chosen_on_the_test_set_are_marked_and_only_they(tmp_path):
     for cells in (markdown_cells(tuned)[2:], html_cells(text)[3:]):
         assert [line[3] for line in cells] == ["206 (1 seed)", f"109 {DAGGER} (1 seed)"]
     assert text.count('<tr class="tuned">') == 1
+
+
+def test_a_confidence_interval_stands_in_brackets_and_is_explained(tmp_path):
+    rows = [make_row(std=2.0, seeds=3, interval=[64.5, 75.5]), make_row(row="other")]
+    report.write(tmp_path, "t", {}, rows, reference_rows=[], figures=[], seconds=1.0)
+    for name in ("report.md", "report.html"):
+        text = html.unescape((tmp_path / name).read_text()).replace("\\", "")
+        assert f"70 {PLUS_MINUS} 2 [64.5, 75.5]" in text
+        assert "95 % confidence" in text
 
 
 def test_reference_column_where_table_row_and_metric_match(tmp_path):
