@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from distill_jax import _lazy
 
 if TYPE_CHECKING:
-    from distill_jax.data import augment, images, records, stream, transfer
+    from distill_jax.data import augment, distortion, images, records, stream, transfer
 
-__all__ = ["augment", "images", "records", "stream", "transfer"]
+__all__ = ["augment", "distortion", "images", "records", "stream", "transfer"]
 
 __getattr__, __dir__ = _lazy.attach(__name__, __all__)

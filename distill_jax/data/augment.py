@@ -1,25 +1,8 @@
 """Augmentation of images: `jitter` inside the step, distorted views of a whole set, numbered views.
 
-A scheme of numbered views (`shifts`, `distortions`) says what view v of an example is, always the same.
-So the teacher's logits of every view can be kept (`soft_targets.write_views`), and the student sees a
-view with the logits of that same view (`random_view`).
-
-`distort` makes random variants of an image, for sets with few examples per class. An image is rotated,
-sheared, scaled, stretched and shifted (one affine map, bilinear); then it is blurred, its contrast is
-reduced and noise is added. The amounts are random, uniform and independent; a difficulty d >= 0 sets
-their ranges:
-
-    rotation             -0.26 d .. 0.26 d rad
-    shear                -0.25 d .. 0.25 d, of x by y
-    stretch              exp(-0.17 d .. 0.17 d), of the width; its inverse, of the height
-    scale                (18/28)^d .. (29/28)^d
-    shift                -3/32 d .. 3/32 d of the width, and of the height
-    blur                 0 .. min(0.8 d, 1), the weight of the image smoothed by [1 2 1]/4 both ways
-    contrast             0.5^d .. 1, a factor
-    noise                0.03 d .. 0.15 d of full white, the standard deviation of normal noise
-
-At d = 0 an image is not changed at all. For characters of 32 x 32 pixels, 1 is a mild distortion and
-1.4 a hard one. Pixels from outside the image are black.
+A scheme of numbered views (`shifts`, `distortions`, `handwriting`) says what view v of an example is,
+always the same. So the teacher's logits of every view can be kept (`soft_targets.write_views`), and the
+student sees a view with the logits of that same view (`random_view`).
 """
 
 from collections.abc import Callable
@@ -32,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax import ranges, shapes
+from distill_jax.data import distortion
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
 from distill_jax.train_step import Batch, Constants, Transform
@@ -53,20 +37,6 @@ class Views(NamedTuple):
     def field(self) -> str:
         """The field of a batch that has the teacher's logits of all views `[B, V, C]`."""
         return f"teacher_logits of {self.name}"
-
-
-class _Amounts(NamedTuple):
-    """How one image is distorted, float32 scalars; see the module's table."""
-
-    rotation: Array
-    shear: Array
-    stretch: Array
-    scale: Array
-    shift_x: Array
-    shift_y: Array
-    blur: Array
-    contrast: Array
-    noise: Array
 
 
 def jitter(pixels: int) -> Transform:
@@ -128,7 +98,7 @@ def distortions(count: int, difficulty: float, seed: int) -> Views:
 
     Args:
         count: V.
-        difficulty: 0 or more; see the module.
+        difficulty: 0 or more; see `data.distortion`.
         seed: of all randomness; a view is a function of it, the example's id and v.
 
     Raises:
@@ -137,15 +107,40 @@ def distortions(count: int, difficulty: float, seed: int) -> Views:
     ranges.check_value("the count of distortions", count, ranges.count())
     ranges.check_value("the difficulty of distortions", difficulty, ranges.at_least(0))
 
+    def distort(images: Array, keys: Array) -> Array:
+        return distortion.distort(images, keys, difficulty)
+
+    name = f"distortions(difficulty={float(difficulty)!r}, seed={seed})"
+    return Views(name, count, _by_number(distort, seed))
+
+
+def handwriting(count: int, seed: int) -> Views:
+    """Digits or letters as other hands might write them, as numbered views.
+
+    Args:
+        count: V. Without cached logits it may be as large as int32: every view is then a new one.
+        seed: of all randomness; a view is a function of it, the example's id and v.
+
+    Raises:
+        UserError: for a count that isn't allowed.
+    """
+    ranges.check_value("the count of handwriting", count, ranges.count(1, 2**31 - 1))
+    return Views(
+        f"handwriting(seed={seed})", count, _by_number(distortion.distort_handwriting, seed)
+    )
+
+
+def _by_number(distort: Callable[[Array, Array], Array], seed: int) -> Callable[..., Array]:
+    """`Views.make` of what distorts images by keys; a key is made of the view's number and the id."""
     key = jax.random.key(seed)
 
     def make(images: Array, ids: Array, numbers: Array) -> Array:
         keys = jax.vmap(lambda v, i: jax.random.fold_in(jax.random.fold_in(key, v), i))(
             numbers, ids
         )
-        return distort(images, keys, difficulty)
+        return distort(images, keys)
 
-    return Views(f"distortions(difficulty={float(difficulty)!r}, seed={seed})", count, make)
+    return make
 
 
 def random_view(views: Views) -> Transform:
@@ -199,33 +194,6 @@ def _cached(fields: Any) -> list[str]:
     return [name for name in fields if name.startswith("teacher_")]
 
 
-def distort(images: Array, keys: Array, difficulty: ArrayLike) -> Array:
-    """Distorts each image by its own random amounts.
-
-    Args:
-        images: uint8 `[B, H, W]` or `[B, H, W, channels]`; all channels get the same distortion.
-        keys: `[B]`, one for each image.
-        difficulty: scalar, 0 or more, may be traced; see the module.
-
-    Returns:
-        uint8, the same shape.
-
-    Raises:
-        UserError: for images of another dtype or rank.
-    """
-    size = shapes.check(images=(images, "int B H W *"))["B"]
-    shapes.check(keys=(jax.random.key_data(keys), f"int {size} *"))
-    if images.dtype != jnp.uint8 or images.ndim not in (3, 4):
-        raise UserError(
-            "images to be distorted must be uint8 [B, H, W] or [B, H, W, channels], found "
-            f"{images.dtype} {list(images.shape)}"
-        )
-    planes = jnp.moveaxis(images.reshape(*images.shape[:3], -1), -1, 1)
-    difficulty = jnp.asarray(difficulty, jnp.float32)
-    distorted = jax.vmap(_distort_one, (0, 0, None))(planes, keys, difficulty)
-    return jnp.moveaxis(distorted, 1, -1).reshape(images.shape)
-
-
 def views(
     examples: Examples, count: int, difficulty: float, seed: int, batch_size: int = 2048
 ) -> Examples:
@@ -235,9 +203,10 @@ def views(
     examples, or another order, gives the same images.
 
     Args:
-        examples: "id" int32 `[N]` from 0 on, "inputs" as for `distort`, and any other fields.
+        examples: "id" int32 `[N]` from 0 on, "inputs" as for `distortion.distort`, and other fields.
         count: views of an example.
-        difficulty: 0 or more; 0, which needs a count of 1, returns the examples unchanged.
+        difficulty: 0 or more (`data.distortion`); 0, which needs a count of 1, returns the examples
+            unchanged.
         seed: of all randomness.
         batch_size: images that are distorted at a time; it limits the memory.
 
@@ -246,9 +215,9 @@ def views(
         `id * count + v`, int32; "inputs" is distorted; every other field is repeated.
 
     Raises:
-        UserError: for images that `distort` refuses; a count below 1, or above 1 of undistorted
-            images; a difficulty below 0; ids that would not fit int32; cached soft targets, which
-            belong to the original images.
+        UserError: for images that `distortion.distort` refuses; a count below 1, or above 1 of
+            undistorted images; a difficulty below 0; ids that would not fit int32; cached soft targets,
+            which belong to the original images.
     """
     if count < 1 or (difficulty == 0 and count != 1):
         raise UserError(f"views must be at least 1, and 1 at difficulty 0, not {count}")
@@ -296,82 +265,4 @@ def _make_views(
 @jax.jit
 def _distort_by_id(images: Array, ids: Array, key: Array, difficulty: ArrayLike) -> Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
-    return distort(images, keys, difficulty)
-
-
-def _distort_one(planes: Array, key: Array, difficulty: Array) -> Array:
-    """One image as uint8 planes `[channels, H, W]`."""
-    amounts_key, noise_key = jax.random.split(key)
-    amounts = _draw(amounts_key, difficulty)
-    values = _move(planes, amounts)
-    values = values + amounts.blur * (_smooth(values) - values)
-    noise = jax.random.normal(noise_key, planes.shape)
-    values = amounts.contrast * values + 255 * amounts.noise * noise
-    return jnp.clip(jnp.round(values), 0, 255).astype(jnp.uint8)
-
-
-def _draw(key: Array, difficulty: Array) -> _Amounts:
-    draws = _Amounts(*jax.random.uniform(key, (len(_Amounts._fields),)))
-
-    def between(low: Array | float, high: Array | float, draw: Array) -> Array:
-        return low + (high - low) * draw
-
-    def either_way(bound: float, draw: Array) -> Array:
-        return difficulty * between(-bound, bound, draw)
-
-    return _Amounts(
-        rotation=either_way(0.26, draws.rotation),
-        shear=either_way(0.25, draws.shear),
-        stretch=jnp.exp(either_way(0.17, draws.stretch)),
-        scale=between((18 / 28) ** difficulty, (29 / 28) ** difficulty, draws.scale),
-        shift_x=either_way(3 / 32, draws.shift_x),
-        shift_y=either_way(3 / 32, draws.shift_y),
-        blur=jnp.minimum(0.8 * difficulty, 1.0) * draws.blur,
-        contrast=between(0.5**difficulty, 1.0, draws.contrast),
-        noise=difficulty * between(0.03, 0.15, draws.noise),
-    )
-
-
-def _move(planes: Array, amounts: _Amounts) -> Array:
-    """The affine map about the centre: `[channels, H, W]` uint8 -> float32, 0..255.
-
-    The map is inverse: it computes, for each output pixel, where its value comes from.
-    """
-    _, height, width = planes.shape
-    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
-    x = jnp.arange(width, dtype=jnp.float32)[None, :] - centre_x - width * amounts.shift_x
-    y = jnp.arange(height, dtype=jnp.float32)[:, None] - centre_y - height * amounts.shift_y
-    x = x / (amounts.scale * amounts.stretch)
-    y = y * (amounts.stretch / amounts.scale)
-    x = x + amounts.shear * y
-    cos, sin = jnp.cos(amounts.rotation), jnp.sin(amounts.rotation)
-    return _sample(planes, cos * x - sin * y + centre_x, sin * x + cos * y + centre_y)
-
-
-def _sample(planes: Array, x: Array, y: Array) -> Array:
-    """Bilinear values at x, y `[H, W]`, in pixels; all outside the image is 0."""
-    _, height, width = planes.shape
-    # A pixel and its neighbours to the right, below and diagonally below are the bytes of one word: one
-    # gather instead of four, and gathers take nearly all of the time here.
-    padded = jnp.pad(planes, [(0, 0), (1, 1), (1, 1)]).astype(jnp.uint32)
-    upper, lower = padded[:, :-1], padded[:, 1:]
-    words = upper[..., :-1] | upper[..., 1:] << 8 | lower[..., :-1] << 16 | lower[..., 1:] << 24
-
-    left = jnp.clip(jnp.floor(x), -1, width - 1)
-    top = jnp.clip(jnp.floor(y), -1, height - 1)
-    column, row = left.astype(jnp.int32) + 1, top.astype(jnp.int32) + 1
-    word = words.at[:, row, column].get(mode="promise_in_bounds")
-    corners = [(word >> shift & 255).astype(jnp.float32) for shift in (0, 8, 16, 24)]
-
-    # Beyond the edges the share is 0 or 1, and selects the padding.
-    share_x, share_y = jnp.clip(x - left, 0, 1)[None], jnp.clip(y - top, 0, 1)[None]
-    above = corners[0] + share_x * (corners[1] - corners[0])
-    below = corners[2] + share_x * (corners[3] - corners[2])
-    return above + share_y * (below - above)
-
-
-def _smooth(planes: Array) -> Array:
-    """[1 2 1]/4 along both axes. Shifted sums: XLA's convolution is slow on a CPU within a scan."""
-    padded = jnp.pad(planes, [(0, 0), (1, 1), (1, 1)])
-    rows = (padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]) / 4
-    return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 4
+    return distortion.distort(images, keys, difficulty)

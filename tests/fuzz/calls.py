@@ -20,7 +20,7 @@ from distill_jax import (
     top_k_losses,
     train_step,
 )
-from distill_jax.data import augment, images, transfer
+from distill_jax.data import augment, distortion, images, transfer
 from distill_jax.soft_targets import class_maps, compare, encodings, ensemble
 from distill_jax.specialists import clustering, coverage, enrichment, eq5, heads, inference
 from fuzz.inputs import (
@@ -282,7 +282,13 @@ def calls() -> dict[str, Call]:
             write_views, {"inputs": EXAMPLES["inputs"], "ids": EXAMPLES["id"]}, traced=False
         ),
         "distort": Call(
-            lambda images: augment.distort(images, jax.random.split(jax.random.key(0), B), 1.0),
+            lambda images: distortion.distort(images, jax.random.split(jax.random.key(0), B), 1.0),
+            {"images": EXAMPLES["inputs"]},
+        ),
+        "distort_handwriting": Call(
+            lambda images: distortion.distort_handwriting(
+                images, jax.random.split(jax.random.key(0), B)
+            ),
             {"images": EXAMPLES["inputs"]},
         ),
         "columns": Call(clustering.columns, {"matrix": floats(C, C)}),
