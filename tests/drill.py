@@ -84,7 +84,7 @@ def deal(kills: Sequence[Kill], each: int, chance: random.Random) -> list[list[K
 
 def comparable(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without what is a time."""
-    timed = {"seconds"} | ({"value", "std"} if row["metric"].startswith(TIMES) else set())
+    timed = {"seconds"} | ({"value", "values", "std"} if row["metric"].startswith(TIMES) else set())
     return {name: value for name, value in row.items() if name not in timed}
 
 

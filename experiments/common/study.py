@@ -32,7 +32,7 @@ from experiments.common.config import flat, is_brought
 
 Row = dict[str, Any]
 """One line of a table: table, row, metric, paper, value, std, seeds, selection, preset, source,
-seconds; and by table what it is plotted against."""
+seconds; the values of each seed; and by table what it is plotted against."""
 
 
 _STAGE = ("experiments.stage", 1)
@@ -243,6 +243,7 @@ def make_row(
         "paper": paper,
         "value": float(numbers.mean()),
         "std": float(numbers.std(ddof=1)) if len(numbers) > 1 else None,
+        "values": numbers.tolist(),
         "seeds": len(numbers),
         "selection": selection or config.selection,
         "preset": config.preset,

@@ -34,6 +34,7 @@ def train(
     variants: Sequence[Mapping[str, Any]] = ({},),
     evaluation: Mapping[str, Examples | Sequence[Examples]] = types.MappingProxyType({}),
     passes: int = 1,
+    transforms: Sequence[train_step.Transform] = (),
     reader: Reader = PLAIN,
     start: models.Params | None = None,
 ) -> Net:
@@ -52,6 +53,7 @@ def train(
             their ramps (`config.at`). Member `v * len(keys) + s` is variant v of seed s.
         evaluation: sets to count errors on.
         passes: epochs over small examples for each of the net's epochs.
+        transforms: of each batch, before those of the section.
         reader, start: as for `trainer.train`.
     """
     count = len(variants)
@@ -62,7 +64,7 @@ def train(
         model,
         examples,
         loss,
-        make_recipe(net, passes),
+        make_recipe(net, passes, transforms),
         keys=jnp.concatenate([keys] * count),
         hyper=_hyper(net, variants, len(keys)),
         evaluation=evaluation,
@@ -80,13 +82,15 @@ def train(
     )
 
 
-def make_recipe(net: ConfigDict, passes: int = 1) -> Recipe:
+def make_recipe(
+    net: ConfigDict, passes: int = 1, transforms: Sequence[train_step.Transform] = ()
+) -> Recipe:
     """How the net of a config section is trained."""
     return Recipe(
         epochs=net.epochs * passes,
         batch_size=net.batch_size,
         optimizer=functools.partial(build_optimizer, net),
-        transforms=[jitter(net.jitter)] if net.jitter else [],
+        transforms=[*transforms, *([jitter(net.jitter)] if net.jitter else [])],
         micro_batches=net.micro_batches,
         fused_logits=net.fused_logits,
         report_every=net.report_every * passes,

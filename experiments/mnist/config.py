@@ -2,9 +2,9 @@
 
     python -m launch.main --config=experiments/mnist/config.py:default --workdir=runs/mnist
 
-`smoke` takes under a minute and shows that everything works; `default` about 13 minutes on two CPU
-cores, one seed; `paper` is sized for one accelerator: the full nets, 5 seeds, the whole grid. Any field
-can be set: --config.distilled.temperature=8
+`smoke` takes about a minute and shows that everything works; `default` under 15 minutes on two CPU
+cores, one seed; `full`, three seeds and some hours on two cores, is what is published; `paper` is sized
+for one accelerator: 5 seeds, the whole grid. Any field can be set: --config.distilled.temperature=8
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from distill_jax.ranges import between, count, several
 from experiments.common.config import (
+    SEEDS,
     WEIGHTS,
     Overrides,
     layer_conflicts,
@@ -25,13 +26,24 @@ from experiments.common.config import (
     source_conflicts,
 )
 
-PRESETS = ("smoke", "default", "paper")
-_NETS = ("teacher", "baseline", "distilled", "sweep", "omissions", "fractions", "unlabelled")
+PRESETS = ("smoke", "default", "full", "paper")
+_NETS = (
+    "teacher",
+    "baseline",
+    "distilled",
+    "objectives",
+    "sweep",
+    "omissions",
+    "fractions",
+    "unlabelled",
+    "shifts",
+    "distorted",
+)
 TEMPERATURES = (1.0, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 32.0)  # section 3's range
 
 
 def get_config(preset: str = "default") -> ConfigDict:
-    """The config of a preset: smoke, default or paper."""
+    """The config of a preset: smoke, default, full or paper."""
     if preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     config = ConfigDict()
@@ -46,7 +58,7 @@ def get_config(preset: str = "default") -> ConfigDict:
         "side": 0,  # pixels; above 0: images are resized; not of the embedded ones
         "test_share": 0.0,  # of each class, where npz: or images: has no test set
         # 0: the training set is resident. Else, of an images: or tfds: source, the stages teacher,
-        # soft_targets, baseline, distilled and alternatives read it from disk, in blocks of at most
+        # soft_targets, baseline, distilled and objectives read it from disk, in blocks of at most
         # so many examples. Their order is another one, so the numbers aren't those of a resident run.
         # The other stages cut the set up, and hold it in memory.
         "block_examples": 0,
@@ -77,9 +89,11 @@ def get_config(preset: str = "default") -> ConfigDict:
         "temperature_ramp": (),
         "hard_weight_ramp": (),
     }
+    config.objectives = {**student, "epochs": 5, "temperature": 20.0, "hard_weight": 0.02}
     config.sweep = {
         **student,
         "widths": (300, 30),
+        "times": (1, 1),  # the epochs, for each width: a small net is cheap to train for long
         "temperatures": (1.0, 2.5, 4.0, 8.0, 20.0),
         "hard_weight": 0.0,
     }
@@ -102,18 +116,39 @@ def get_config(preset: str = "default") -> ConfigDict:
         "teacher_epochs": 24,
         "labels_known": 0.1,
     }
-    return {"smoke": _smoke, "default": lambda c: c, "paper": _paper}[preset](config)
+    config.shifts = {  # students of shifted images, with the teacher's logits of the same shift
+        **student,
+        "pixels": 2,
+        "temperature": 4.0,
+        "hard_weight": 0.0,
+        "epochs": 6,
+    }
+    config.distorted = {  # nets on labels of distorted images; students of their ensemble
+        **student,
+        "members": (0, 1),  # seeds
+        "epochs": 8,
+        "views": 8,  # of each image, with the ensemble's logits
+        "temperature": 4.0,
+        "hard_weight": 0.0,
+        "student_epochs": 6,
+    }
+    return {"smoke": _smoke, "default": lambda c: c, "full": _full, "paper": _paper}[preset](config)
 
 
 ALLOWED = {
     "data.block_examples": count(0),
     "data.validation": count(0),
     "sweep.widths": several(count(), distinct=True),
+    "sweep.times": several(count()),
     "sweep.temperatures": WEIGHTS,
     "omissions.only_7_8_epochs": count(),
     "fractions.percentages": several(between(1e-3, 100), distinct=True),
     "unlabelled.teacher_epochs": count(),
     "unlabelled.labels_known": between(1e-3, 1),
+    "shifts.pixels": count(),
+    "distorted.members": SEEDS,
+    "distorted.views": count(),
+    "distorted.student_epochs": count(),
 }
 """What the fields may be that only this study has."""
 
@@ -125,12 +160,16 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
         [
             *((f"{net}.epochs", f"{net}.report_every") for net in _NETS),
             ("omissions.only_7_8_epochs", "omissions.report_every"),
+            ("distorted.student_epochs", "distorted.report_every"),
             ("unlabelled.teacher_epochs", "teacher.report_every"),
         ],
     )
     yield from no_jitter(config, _NETS[2:])
+    if len(config.sweep.times) != len(config.sweep.widths):
+        yield f"sweep.times is {config.sweep.times}; allowed: one for each of {config.sweep.widths}"
     yield from ramp_conflicts(config, "distilled")
     yield from member_conflicts(config, "seeds", len(config.seeds))
+    yield from member_conflicts(config, "distorted.members", len(config.distorted.members))
     for net in _NETS:
         if net != "sweep":
             yield from layer_conflicts(config, f"{net}.hidden", config[net].hidden)
@@ -142,7 +181,7 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
     yield from source_conflicts(config)
     if data.data_dir and not data.source.startswith(("embedded", "tfds:")):
         yield f"data.data_dir is {data.data_dir!r}; allowed: '' for {data.source}"
-    for net in _NETS[:3]:
+    for net in _NETS[:4]:
         if 0 < data.block_examples < config[net].batch_size:
             yield f"{net}.batch_size is {config[net].batch_size}, more than data.block_examples"
     size = data.train_examples or (60_000 if data.source == "embedded" else 0)
@@ -184,10 +223,31 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.teacher.update(hidden=(256, 256), batch_size=100, epochs=8)
     config.baseline.update(small, epochs=4)
     config.distilled.update(small, epochs=4)
+    config.objectives.update(small, epochs=2)
     config.sweep.update(small, epochs=2, widths=(128, 30), temperatures=(1.0, 20.0))
     config.omissions.update(small, epochs=4, only_7_8_epochs=8)
     config.fractions.update(small, epochs=2, percentages=(100.0, 3.0))
     config.unlabelled.update(small, epochs=4, teacher_epochs=8)
+    config.shifts.update(small, pixels=1, epochs=4)
+    config.distorted.update(small, epochs=4, views=2, student_epochs=4)
+    return config
+
+
+def _full(config: ConfigDict) -> ConfigDict:
+    """What is published: three seeds, some hours on two CPU cores."""
+    config.seeds = (0, 1, 2)
+    config.teacher.update(max_norm=3.0, epochs=200, report_every=2)
+    config.baseline.update(epochs=20)
+    config.distilled.update(epochs=80)
+    config.objectives.update(epochs=15)
+    config.sweep.update(
+        epochs=12, widths=(800, 300, 30), times=(1, 2, 10), temperatures=TEMPERATURES
+    )
+    config.omissions.update(epochs=40, only_7_8_epochs=100)
+    config.fractions.update(epochs=8)
+    config.unlabelled.update(epochs=40, teacher_epochs=80)
+    config.shifts.update(epochs=80)
+    config.distorted.update(members=(0, 1, 2), epochs=100, views=32, student_epochs=40)
     return config
 
 
@@ -206,8 +266,15 @@ def _paper(config: ConfigDict) -> ConfigDict:
     )
     config.baseline.update(learning_rate=5e-4, batch_size=256, epochs=20)
     config.distilled.update(student, epochs=500)
-    config.sweep.update(student, epochs=100, widths=(800, 300, 30), temperatures=TEMPERATURES)
+    config.objectives.update(student, epochs=100)
+    config.sweep.update(
+        student, epochs=100, widths=(800, 300, 30), times=(1, 1, 1), temperatures=TEMPERATURES
+    )
     config.omissions.update(student, epochs=100, only_7_8_epochs=500)
     config.fractions.update(student, epochs=50)
     config.unlabelled.update(student, epochs=500, teacher_epochs=1000)
+    config.shifts.update(student, epochs=500)
+    config.distorted.update(
+        student, members=(0, 1, 2, 3, 4), epochs=1000, views=100, student_epochs=500
+    )
     return config

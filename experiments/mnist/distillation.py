@@ -1,14 +1,14 @@
 """The teacher, its soft targets, and nets that are trained with and without them (section 3)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from distill_jax import losses, soft_targets, step_losses, train_step
+from distill_jax import losses, soft_targets, step_losses
 from distill_jax.data.images import Examples
-from distill_jax.nets import Net, load
+from distill_jax.nets import load
 from experiments.common import costs
 from experiments.common.config import at
 from experiments.common.study import Context, Row, make_row, write_json
@@ -69,42 +69,11 @@ def distilled(context: Context) -> list[Row]:
     """The small net regularised solely by soft targets (74 errors)."""
     net = context.config.distilled
     variant = {"temperature": at(net, "temperature"), "hard_weight": at(net, "hard_weight")}
-    nets = _distil(context, "distilled", step_losses.distillation_loss, variant)
+    examples = training_set_with_targets(context, net)
+    loss = step_losses.distillation_loss
+    nets = train(context, "distilled", net, examples, loss, variants=[variant])
     row = f"distilled {sizes(net)}, T={shown(variant['temperature'])}"
     return [error_row(context, "mnist", row, nets, 74)]
-
-
-def alternatives(context: Context) -> list[Row]:
-    """The same net without labels, with label-modified soft targets, and by matching logits."""
-    net = context.config.distilled
-    at_one = f"T={net.temperature:g}"
-    ways = (
-        ("soft_only", f"soft targets only, {at_one}", step_losses.distillation_loss, 0.0),
-        (
-            "label_modified",
-            f"label-modified soft targets, {at_one}",
-            step_losses.label_modified_loss,
-            net.hard_weight,
-        ),
-        ("logit_matching", "logit matching", step_losses.logit_matching_loss, 0.0),
-    )
-    return [
-        error_row(
-            context,
-            "mnist",
-            row,
-            _distil(
-                context, name, loss, {"temperature": net.temperature, "hard_weight": hard_weight}
-            ),
-        )
-        for name, row, loss, hard_weight in ways
-    ]
-
-
-def _distil(context: Context, name: str, loss: train_step.Loss, variant: Mapping[str, Any]) -> Net:
-    net = context.config.distilled
-    examples = training_set_with_targets(context, net)
-    return train(context, name, net, examples, loss, variants=[variant])
 
 
 def costs_of_nets(context: Context) -> list[Row]:
@@ -124,7 +93,7 @@ def sweep(context: Context) -> list[Row]:
     examples = with_soft_targets(context, load_data(config).train, None)
     variants = [{"temperature": t, "hard_weight": net.hard_weight} for t in net.temperatures]
     rows = []
-    for width in net.widths:
+    for width, times in zip(net.widths, net.times, strict=True):
         nets = train(
             context,
             f"width_{width}",
@@ -132,6 +101,7 @@ def sweep(context: Context) -> list[Row]:
             examples,
             step_losses.distillation_loss,
             variants=variants,
+            passes=times,
         )
         for temperature, errors in zip(
             net.temperatures, errors_by_variant(nets, len(variants)), strict=True

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import train_step
+from distill_jax import processes, train_step
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net
 from distill_jax.trainer import Stream
 from experiments.common import training
 from experiments.common.config import is_brought
 from experiments.common.study import Context, Row, make_row
-from experiments.mnist.data import open_data
+from experiments.mnist.data import load_data, open_data
 
 
 def train(
@@ -25,28 +25,32 @@ def train(
     *,
     variants: Sequence[Mapping[str, Any]] = ({},),
     passes: int = 1,
+    transforms: Sequence[train_step.Transform] = (),
+    seeds: Sequence[int] | None = None,
     number: int = 0,
 ) -> Net:
     """`training.train` for this study: counts errors on the test set and on what is held out.
 
-    `number` is the training's in the stage's random keys.
+    Of the config's seeds, or of other ones. `number` is the training's in the stage's random keys.
     """
     data = open_data(context.config)
+    seeds = tuple(seeds or context.config.seeds)
     evaluation = {"test_errors": data.test}
     if len(data.validation["id"]):
         evaluation["validation_errors"] = data.validation
     return training.train(
-        context.config,
+        ConfigDict({**context.config.to_dict(), "seeds": seeds}),
         net,
         training.build_model(net, data.num_classes),
         examples,
         loss,
-        keys=context.keys(context.config.seeds, number),
+        keys=context.keys(seeds, number),
         directory=context.directory / name,
         name=name,
         variants=variants,
         evaluation=evaluation,
         passes=passes,
+        transforms=transforms,
     )
 
 
@@ -74,6 +78,19 @@ def error_row(context: Context, table: str, row: str, nets: Net, paper: float | 
     errors, config = nets.history[-1]["test_errors"], context.config
     paper = of_mnist(config, paper)
     return make_row(config, table, row, "test_errors", errors, seconds=nets.seconds, paper=paper)
+
+
+def of_images(context: Context, what: str) -> bool:
+    """Whether the set is of images that can be shifted and distorted; if not, the stage has no rows."""
+    inputs = load_data(context.config).train["inputs"]
+    found = inputs.dtype == np.uint8 and inputs.ndim in (3, 4)
+    if not found and processes.is_main():
+        print(
+            f"{what}: left out, as they need images [N, H, W, ...] of bytes; "
+            f"{context.config.data.source} has {inputs.dtype} {list(inputs.shape)}",
+            flush=True,
+        )
+    return found
 
 
 def of_mnist(config: ConfigDict, paper: float | None) -> float | None:

@@ -15,6 +15,7 @@ def test_presets_have_the_same_fields(study):
         }
 
     presets = [fields(config.get_config(name).to_dict()) for name in config.PRESETS]
-    assert presets[0] == presets[1] == presets[2]
-    with pytest.raises(ValueError, match="no preset 'tiny'; there are smoke, default, paper"):
+    assert all(preset == presets[0] for preset in presets)
+    assert config.PRESETS == ("smoke", "default", "full", "paper")
+    with pytest.raises(ValueError, match="no preset 'tiny'; there are smoke, default, full, paper"):
         config.get_config("tiny")

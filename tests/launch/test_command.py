@@ -54,7 +54,7 @@ def message_of(tmp_path, monkeypatch):
         ("imports.py", "ModuleNotFoundError: No module named 'nosuch' (imports.py, line 1)"),
         ("raises.py", "KeyError: 'a' (raises.py, line 2)"),
         ("none.py", "has no attribute 'get_config'"),
-        (f"{CONFIG}:tiny", "error: no preset 'tiny'; there are smoke, default, paper"),
+        (f"{CONFIG}:tiny", "error: no preset 'tiny'; there are smoke, default, full, paper"),
     ],
 )
 def test_a_config_that_can_not_be_read(message_of, config, message, more):

@@ -1,0 +1,177 @@
+"""Students that see shifted or distorted images, each with the teacher's logits of just that view.
+
+The paper's transfer set is not moved. Beside every student stands its control: the same net on the
+labels of such views.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distill_jax import soft_targets, step_losses
+from distill_jax.data import augment
+from distill_jax.data.augment import Views
+from distill_jax.data.images import Examples
+from distill_jax.models import Model, Params
+from distill_jax.nets import Net, load
+from experiments.common.study import Context, Row, make_row
+from experiments.mnist.data import load_data
+from experiments.mnist.nets import changed, error_row, of_images, sizes, train
+
+_NEW = 2**31 - 1
+"""So many views that hardly one is ever seen twice."""
+
+
+def shift_targets(context: Context) -> list[Row]:
+    """Every seed's teacher's logits of all shifts of the training images."""
+    if of_images(context, "soft targets of shifted images"):
+        teachers = load(context.inputs["teacher"] / "teacher")
+        for s, seed in enumerate(context.config.seeds):
+            net, folder = teachers.member(s), context.directory / f"seed_{seed}"
+            _write(context, folder, net.model.apply, net, _shifts(context))
+    return []
+
+
+def shifts(context: Context) -> list[Row]:
+    """The small net on shifted images with the teacher's logits of each; controls on labels."""
+    if not of_images(context, "students of shifted images"):
+        return []
+    config, views, train_set = context.config, _shifts(context), load_data(context.config).train
+    net, table = config.shifts, "mnist_shifts"
+    stores = [context.inputs["shift_targets"] / f"seed_{seed}" for seed in config.seeds]
+    joined = [_attach(train_set, store, views) for store in stores]
+    on_views: dict[str, Any] = {"transforms": [augment.random_view(views)]}
+    numbers = {"temperature": net.temperature, "hard_weight": net.hard_weight}
+    distilled = train(
+        context, "views", net, joined, step_losses.distillation_loss, variants=[numbers], **on_views
+    )
+    alike = [train_set] * len(config.seeds)
+    labels = train(context, "labels", net, alike, step_losses.label_loss, **on_views)
+    numbers = {"temperature": config.distilled.temperature, "hard_weight": net.hard_weight}
+    averaged = train(
+        context,
+        "averaged",
+        net,
+        [_averaged(fields, views, config.shifts.pixels) for fields in joined],
+        step_losses.distillation_loss,
+        variants=[numbers],
+    )
+    moved = f"images moved by up to {net.pixels} pixels"
+    return [
+        error_row(context, table, f"{sizes(net)} on labels, {moved}", labels),
+        error_row(
+            context,
+            table,
+            f"distilled {sizes(net)}, T={net.temperature:g}, {moved}, logits of the same shift",
+            distilled,
+        ),
+        error_row(
+            context,
+            table,
+            f"distilled {sizes(net)}, T={config.distilled.temperature:g}, logits averaged over shifts",
+            averaged,
+        ),
+    ]
+
+
+def distorted(context: Context) -> list[Row]:
+    """Small nets on labels of ever new distorted images, and their ensemble (section 1)."""
+    if not of_images(context, "nets of distorted images"):
+        return []
+    config, data = context.config, load_data(context.config)
+    net, table = config.distorted, "mnist_distorted"
+    views = augment.handwriting(_NEW, config.data.seed)
+    members = train(
+        context,
+        "members",
+        net,
+        [data.train] * len(net.members),
+        step_losses.label_loss,
+        seeds=net.members,
+        transforms=[augment.random_view(views)],
+    )
+    mean = _mean_logits(members.model)
+    logits = soft_targets.logits_over(mean, members.params, data.test["inputs"])
+    together = float((logits.argmax(axis=-1) != data.test["label"]).sum())
+    count, seconds = len(net.members), members.seconds
+    ensemble = f"ensemble of {count} of them, geometric mean"
+    return [
+        error_row(context, table, f"{sizes(net)} on labels of distorted images", members),
+        make_row(config, table, ensemble, "test_errors", [together], seconds=seconds),
+    ]
+
+
+def distorted_targets(context: Context) -> list[Row]:
+    """The ensemble's logits of some distorted views of the training images."""
+    if of_images(context, "soft targets of distorted images"):
+        members = load(context.inputs["distorted"] / "members")
+        mean = _mean_logits(members.model)
+        _write(context, context.directory / "ensemble", mean, members, _distortions(context))
+    return []
+
+
+def distorted_students(context: Context) -> list[Row]:
+    """The small net, distilled from the ensemble on those views, without labels."""
+    if not of_images(context, "students of distorted images"):
+        return []
+    config, views = context.config, _distortions(context)
+    net = changed(config.distorted, epochs=config.distorted.student_epochs)
+    store = context.inputs["distorted_targets"] / "ensemble"
+    joined = _attach(load_data(config).train, store, views)
+    trained = train(
+        context,
+        "students",
+        net,
+        [joined] * len(config.seeds),
+        step_losses.distillation_loss,
+        variants=[{"temperature": net.temperature, "hard_weight": net.hard_weight}],
+        transforms=[augment.random_view(views)],
+    )
+    row = f"distilled {sizes(net)} from the ensemble, T={net.temperature:g}, {net.views} distorted views"
+    return [error_row(context, "mnist_distorted", row, trained)]
+
+
+def _shifts(context: Context) -> Views:
+    return augment.shifts(context.config.shifts.pixels)
+
+
+def _distortions(context: Context) -> Views:
+    return augment.handwriting(context.config.distorted.views, context.config.data.seed)
+
+
+def _mean_logits(model: Model) -> Any:
+    """The mean of members' logits: a geometric mean of their distributions at every temperature."""
+
+    def apply(params: Params, images: jax.Array) -> jax.Array:
+        return jnp.mean(jax.lax.map(lambda member: model.apply(member, images), params), axis=0)
+
+    return apply
+
+
+def _write(context: Context, folder: Any, apply: Any, net: Net, views: Views) -> None:
+    train_set = load_data(context.config).train
+    soft_targets.write_views(
+        folder,
+        apply,
+        net.params,
+        train_set["inputs"],
+        views,
+        teacher=net.fingerprint,
+        ids=train_set["id"],
+    )
+
+
+def _attach(examples: Examples, folder: Any, views: Views) -> Examples:
+    return soft_targets.attach(examples, soft_targets.load(folder), views=views)
+
+
+def _averaged(examples: Examples, views: Views, pixels: int) -> Examples:
+    """The images as they are, with the mean logits of their shifts, of which near ones weigh more."""
+    far = np.arange(-pixels, pixels + 1)
+    near = np.exp(-0.5 * np.square(far))  # a deviation of one pixel
+    weights = np.outer(near, near).ravel() / near.sum() ** 2
+    logits = np.tensordot(weights.astype(np.float32), examples[views.field], axes=(0, 1))
+    fields = {name: field for name, field in examples.items() if name != views.field}
+    return {**fields, "teacher_logits": logits}
