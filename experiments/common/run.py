@@ -2,7 +2,8 @@
 report is drawn of them.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from distill_jax import files, processes, sharding
 from distill_jax.errors import UserError
 from experiments.common import extension
 from experiments.common.config import check_config, refuse
+from experiments.common.published import Published
 from experiments.common.study import (
     Stage,
     check_needs,
@@ -37,13 +39,15 @@ class Study(NamedTuple):
     stages: in an order in which each stands behind those it needs. write_report: of a working directory.
     check_source: names the content of the config's data (None if those can't change); raises a UserError
     if they aren't there. data_conflicts: values of the config that don't fit the data, such as a batch
-    that is larger than the training set; they begin with the field.
+    that is larger than the training set; they begin with the field. published: the nets that are kept in
+    the project, by name.
     """
 
     stages: Sequence[Stage]
     write_report: Callable[[Path], None]
     check_source: Callable[[ConfigDict], str | None]
     data_conflicts: Callable[[ConfigDict], Iterable[str]] = lambda config: ()
+    published: Mapping[str, Published] = types.MappingProxyType({})
 
 
 class _Plan(NamedTuple):

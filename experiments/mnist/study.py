@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from distill_jax.nets import read_meta
+from distill_jax.data import images
+from distill_jax.nets import Net, read_meta
 from experiments.common.costs import CAPTION as COSTS
 from experiments.common.image_sets import check_source
+from experiments.common.published import Published
 from experiments.common.run import Study
 from experiments.common.study import Stage, draw_report, finished_rows, read_json
 from experiments.common.training import curve
@@ -106,4 +108,17 @@ STAGES = (
     Stage("distorted_students", views.distorted_students, ("distorted_targets",), number=16),
 )
 
-STUDY = Study(STAGES, write_report, check_source, data_conflicts)
+
+def test_errors(net: Net) -> float:
+    """A net's errors on MNIST's test set."""
+    test = images.load("embedded").test
+    return float((net.logits(test["inputs"]).argmax(axis=-1) != test["label"]).sum())
+
+
+PUBLISHED = {
+    "distilled": Published(
+        "distilled/distilled", ("mnist", "distilled 2x800, T=20", "test_errors"), test_errors
+    )
+}
+
+STUDY = Study(STAGES, write_report, check_source, data_conflicts, PUBLISHED)
