@@ -38,11 +38,16 @@ from experiments.common.report import load_rows
 _BEST_FOR_30 = (2.5, 4.0)
 _SIMILAR_ABOVE = 8.0
 
-_CURVES = ("teacher", "baseline", "distilled", "soft_only", "label_modified", "logit_matching")
+_CURVES = ("teacher", "baseline", "distilled", "shifts_soft", "distorted_labels", "distorted_soft")
 """The nets whose members are seeds alone, trained on the whole set; only their curves are drawn."""
 
 
+_NETS = ("mnist", "mnist_shifts", "mnist_distorted")
+"""The tables of the nets that `errors` compares."""
+
 _CAPTIONS = {
+    "errors": "Test errors of teachers, of small nets on labels, and of the same small nets distilled; "
+    "bars are one standard deviation over seeds.",
     "temperature": "Test errors of distilled nets against the temperature, a panel for each width; "
     "the vertical axes differ. Bars are one standard deviation over seeds. Shaded: the range that "
     "the paper found best for 30 units (2.5 to 4), and the one in which it found fairly similar "
@@ -65,6 +70,7 @@ def all_figures(
 ) -> list[tuple[str, str, Figure]]:
     """Every figure that the data allows, as (name, caption, figure)."""
     drawn = {
+        "errors": errors(rows),
         "temperature": temperature(rows),
         "bias_shift": bias_shift(rows),
         "fractions": fractions(rows),
@@ -72,6 +78,31 @@ def all_figures(
         "digits": digits(digit_data),
     }
     return [(name, _CAPTIONS[name], figure) for name, figure in drawn.items() if figure is not None]
+
+
+def errors(rows: Sequence[Row]) -> Figure | None:
+    """Test errors of teachers and small nets as bars, orange on labels; the paper's beside."""
+    kept = [row for table in _NETS for row in select(rows, table, "test_errors")]
+    if not kept:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.42 * len(kept)), layout="constrained")
+    axes, y = figure.subplots(), np.arange(len(kept))
+    style: dict[str, Any] = {"error_kw": {"linewidth": 1, "capsize": 2}}
+    if spreads(kept).any():
+        style["xerr"] = spreads(kept)
+    own = y - np.where([row["paper"] is None for row in kept], 0.0, 0.19)
+    colors = [OURS if "distilled" in row["row"] else OTHER for row in kept]
+    draw_bars(axes, own, [row["value"] for row in kept], color=colors, **style)
+    draw_bars(axes, y + 0.19, [row["paper"] for row in kept], color=PAPER)
+    tidy(axes, "", "errors of 10,000 test examples", "", grid="x")
+    axes.set_yticks(y, ["\n".join(textwrap.wrap(row["row"], 44)) for row in kept])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.12)
+    kinds = (("distilled", OURS), ("on labels", OTHER), ("the paper's", PAPER))
+    handles = [Patch(color=color, label=name) for name, color in kinds]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=SMALL)
+    return figure
 
 
 def temperature(rows: Sequence[Row]) -> Figure | None:
@@ -243,8 +274,10 @@ def _bias_label(row: Row, shift: Row | None) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":  # draws the figure of the project's README from the published run
+if __name__ == "__main__":  # draws the figures of the READMEs from the published run
     here = Path(__file__).parent
-    drawn = fractions(load_rows(here / "reference.json"))
-    assert drawn is not None
-    drawn.savefig(here / "fractions.png", dpi=110, facecolor="white", metadata={"Software": None})
+    published = load_rows(here / "reference.json")
+    for name, drawn in (("errors", errors(published)), ("fractions", fractions(published))):
+        assert drawn is not None
+        path = here / f"{name}.png"
+        drawn.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})

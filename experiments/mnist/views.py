@@ -45,14 +45,20 @@ def shifts(context: Context) -> list[Row]:
     on_views: dict[str, Any] = {"transforms": [augment.random_view(views)]}
     numbers = {"temperature": net.temperature, "hard_weight": net.hard_weight}
     distilled = train(
-        context, "views", net, joined, step_losses.distillation_loss, variants=[numbers], **on_views
+        context,
+        "shifts_soft",
+        net,
+        joined,
+        step_losses.distillation_loss,
+        variants=[numbers],
+        **on_views,
     )
     alike = [train_set] * len(config.seeds)
-    labels = train(context, "labels", net, alike, step_losses.label_loss, **on_views)
+    labels = train(context, "shifts_labels", net, alike, step_losses.label_loss, **on_views)
     numbers = {"temperature": config.distilled.temperature, "hard_weight": net.hard_weight}
     averaged = train(
         context,
-        "averaged",
+        "shifts_averaged",
         net,
         [_averaged(fields, views, config.shifts.pixels) for fields in joined],
         step_losses.distillation_loss,
@@ -85,7 +91,7 @@ def distorted(context: Context) -> list[Row]:
     views = augment.handwriting(_NEW, config.data.seed)
     members = train(
         context,
-        "members",
+        "distorted_labels",
         net,
         [data.train] * len(net.members),
         step_losses.label_loss,
@@ -106,7 +112,7 @@ def distorted(context: Context) -> list[Row]:
 def distorted_targets(context: Context) -> list[Row]:
     """The ensemble's logits of some distorted views of the training images."""
     if of_images(context, "soft targets of distorted images"):
-        members = load(context.inputs["distorted"] / "members")
+        members = load(context.inputs["distorted"] / "distorted_labels")
         mean = _mean_logits(members.model)
         _write(context, context.directory / "ensemble", mean, members, _distortions(context))
     return []
@@ -122,7 +128,7 @@ def distorted_students(context: Context) -> list[Row]:
     joined = _attach(load_data(config).train, store, views)
     trained = train(
         context,
-        "students",
+        "distorted_soft",
         net,
         [joined] * len(config.seeds),
         step_losses.distillation_loss,

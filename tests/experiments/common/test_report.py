@@ -54,7 +54,7 @@ def fraction_rows():
 def make_curves():
     several = [[400.0, 500.0, 480.0], [150.0, 160.0, 155.0]]
     return {
-        "soft_only": {"epoch": [1, 2], "test_errors": several},
+        "shifts_soft": {"epoch": [1, 2], "test_errors": several},
         "width_800": {"epoch": [1, 2], "test_errors": several},
         "teacher": {"epoch": [1, 2, 3], "test_errors": [[900.0], [500.0], [300.0]]},
     }
@@ -325,6 +325,21 @@ def test_no_rows_say_so(tmp_path):
 # The MNIST study's figures.
 
 
+def test_errors_puts_distilled_nets_beside_those_on_labels_and_the_papers():
+    rows = [
+        make_row(value=70.0, std=2.0, seeds=3, paper=67),
+        make_row("mnist_shifts", row="2x800 on labels, moved", value=90.0),
+        make_row("mnist_shifts", row="distilled 2x800, moved", value=80.0),
+        make_row("mnist_objectives", row="distilled, another table", value=1.0),
+    ]
+    (axes,) = figures.errors(rows).axes
+    ours, paper = np.split(np.array(axes.patches), 2)
+    assert [bar.get_width() for bar in ours] == [70.0, 90.0, 80.0]
+    assert [bar.get_width() for bar in paper] == [67.0, 0.0, 0.0]
+    colors = [bar.get_facecolor() for bar in ours]
+    assert colors[0] == colors[1] != colors[2]
+
+
 def test_temperature_has_a_panel_for_each_width_and_shades_the_papers_ranges():
     figure = figures.temperature(temperature_rows(widths=(300, 30, 100)))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -368,7 +383,7 @@ def test_fractions_has_a_line_for_hard_and_for_soft_targets():
 def test_curves_show_the_listed_nets_means_in_a_band_of_the_seeds():
     one, several = figures.curves(make_curves()).axes
     assert one.get_title(loc="left") == "teacher, ends at 300"
-    assert several.get_title(loc="left") == "soft only, ends at 155"
+    assert several.get_title(loc="left") == "shifts soft, ends at 155"
     assert several.lines[0].get_ydata().tolist() == [460.0, 155.0]
     band = several.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == (150.0, 500.0)
@@ -387,9 +402,9 @@ def test_digits_show_small_probabilities_on_a_logarithmic_axis():
 
 
 def test_all_figures_leaves_out_what_has_no_data():
-    rows = temperature_rows() + bias_rows() + fraction_rows()
+    rows = [make_row(), *temperature_rows(), *bias_rows(), *fraction_rows()]
     drawn = figures.all_figures(rows, make_curves(), make_digits())
-    names = ["temperature", "bias_shift", "fractions", "curves", "digits"]
+    names = ["errors", "temperature", "bias_shift", "fractions", "curves", "digits"]
     assert [name for name, _, _ in drawn] == names
     assert all(caption.endswith(".") and isinstance(fig, Figure) for _, caption, fig in drawn)
     assert [name for name, _, _ in figures.all_figures(bias_rows(), {}, [])] == ["bias_shift"]
