@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up the environment (once) and runs a study on this machine, whatever devices it has.
 #
-#   launch/local.sh mnist                        about 13 minutes on two CPU cores; report in runs/mnist
-#   launch/local.sh mnist smoke                  under a minute
+#   launch/local.sh mnist                        about 14 minutes on two CPU cores; report in runs/mnist
+#   launch/local.sh mnist smoke                  about a minute
 #   launch/local.sh speech                       under 20 minutes; sections 4 and 6 on recorded speech
 #   launch/local.sh specialists                  under 20 minutes; sections 5, 6.1 and 8 on Han characters
 #   launch/local.sh mnist paper --config.seeds='(0,)'
