@@ -12,6 +12,7 @@ from distill_jax.nets import load
 from experiments.common import costs
 from experiments.common.config import at
 from experiments.common.study import Context, Row, make_row, write_json
+from experiments.mnist import differences
 from experiments.mnist.data import (
     load_data,
     open_data,
@@ -103,21 +104,21 @@ def sweep(context: Context) -> list[Row]:
             variants=variants,
             passes=times,
         )
-        for temperature, errors in zip(
-            net.temperatures, errors_by_variant(nets, len(variants)), strict=True
-        ):
+        errors = errors_by_variant(nets, len(variants))
+        for temperature, found in zip(net.temperatures, errors, strict=True):
             rows.append(
                 make_row(
                     config,
                     "mnist_temperature",
                     f"2x{width}, T={temperature:g}",
                     "test_errors",
-                    errors,
+                    found,
                     seconds=nets.seconds / len(variants),
                     width=width,
                     temperature=temperature,
                 )
             )
+        rows += differences.of_temperatures(config, f"2x{width}", net.temperatures, errors)
     return rows
 
 

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from distill_jax import step_losses, train_step
 from experiments.common.study import Context, Row
 from experiments.mnist.data import training_set_with_targets
+from experiments.mnist.differences import difference_row
 from experiments.mnist.nets import error_row, sizes, train
 
 
@@ -53,14 +56,20 @@ OBJECTIVES = (
 
 def objectives(context: Context) -> list[Row]:
     """The small net by each objective; all begin alike and see the same batches."""
-    net = context.config.objectives
+    net, table = context.config.objectives, "mnist_objectives"
     examples = training_set_with_targets(context, net)
-    rows = []
+    rows: list[Row] = []
     for one in OBJECTIVES:
         numbers = {"temperature": net.temperature, "hard_weight": net.hard_weight, **one.numbers}
         trained = train(context, one.name, net, examples, one.loss, variants=[numbers])
         row = f"{one.row}, {sizes(net)}"
         if one.name != "logit_matching":  # it has no temperature
             row += f", T={numbers['temperature']:g}"
-        rows.append(error_row(context, "mnist_objectives", row, trained))
-    return rows
+        rows.append(error_row(context, table, row, trained))
+    first = np.array(rows[0]["values"])
+    return rows + [
+        difference_row(
+            context.config, table, f"{row['row']}, less the first", np.array(row["values"]) - first
+        )
+        for row in rows[1:]
+    ]
