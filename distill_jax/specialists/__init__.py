@@ -10,11 +10,12 @@ if TYPE_CHECKING:
         coverage,
         enrichment,
         eq5,
+        greedy,
         heads,
         inference,
         store,
     )
 
-__all__ = ["clustering", "coverage", "enrichment", "eq5", "heads", "inference", "store"]
+__all__ = ["clustering", "coverage", "enrichment", "eq5", "greedy", "heads", "inference", "store"]
 
 __getattr__, __dir__ = _lazy.attach(__name__, __all__)

@@ -3,7 +3,8 @@
 Classes that the generalist often predicts together form a cluster: on-line K-means on the columns of
 the covariance matrix of its predictions, which needs no labels. The set of a specialist is either the
 classes nearest to a centroid (sets of equal size, which may overlap: the paper's 61 sets of 300) or a
-whole cluster (a partition).
+whole cluster (a partition). Or sets grow greedily from pairs of classes that are confused
+(`greedy`).
 
 Class sets are int32 `[K, S]`, each row sorted; a smaller set is padded with C, which is no class.
 """

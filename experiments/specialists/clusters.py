@@ -1,6 +1,6 @@
 """Which classes each specialist gets (section 5.3); Table 2."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -9,20 +9,22 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax.errors import UserError
-from distill_jax.specialists import clustering, coverage
+from distill_jax.specialists import clustering, coverage, greedy
 from experiments.common.study import Context, Row, make_row, write_arrays, write_json
 from experiments.specialists import generalists
 from experiments.specialists.data import Data, load_data
 
 _BATCH = 2000
 _NAMED = 12  # classes of a set that are named in the report
+GREEDY = "by covariance, greedily"
 
 
 def cluster(context: Context) -> list[Row]:
     """Class sets for every seed's generalist, and what they cover of its mistakes.
 
-    By the covariance of its predictions, which needs no labels; and for comparison by its confusions
-    (section 7), and at random. All on training examples, but what is covered, on validation examples.
+    By the covariance of its predictions, which needs no labels, with K-means and greedily; and for
+    comparison by its confusions (section 7), and at random. All on training examples, but what is
+    covered, on validation examples.
     """
     config, data = context.config, load_data(context.config)
     found: dict[str, list[dict[str, float]]] = {}
@@ -50,8 +52,11 @@ def cluster(context: Context) -> list[Row]:
             )
             sets[name] = _class_sets(config, points, centroids, data.num_classes)
             if name == "covariance":
+                size = max(_size(config, data.num_classes), 2)
+                sets[GREEDY] = greedy.greedy_sets(matrix, config.clusters.count, size)
                 path = context.directory / f"seed_{seed}.npz"
-                _keep(path, data, matrix, (points, centroids), sets[name])
+                found_by = {"kmeans": sets[name], "greedy": sets[GREEDY]}
+                _keep(path, data, matrix, (points, centroids), found_by)
         sets["random"] = random_sets(config, seed, data.num_classes)
         for name, chosen in sets.items():
             statistics = coverage.statistics(chosen, data.num_classes)
@@ -69,7 +74,7 @@ def cluster(context: Context) -> list[Row]:
         make_row(
             config,
             "specialists_clusters",
-            f"by {name}" if name != "random" else "at random",
+            {"random": "at random", GREEDY: GREEDY}.get(name, f"by {name}"),
             metric,
             [one[metric] for one in values],
             seconds=0.0,
@@ -89,9 +94,23 @@ def random_sets(config: ConfigDict, seed: int, num_classes: int) -> np.ndarray:
 
 
 def load_sets(context: Context, seed: int) -> np.ndarray:
-    """The class sets `[K, S]` of a seed, from the stage of that name."""
+    """The class sets `[K, S]` of a seed, by the config's method."""
+    return _load_sets(context, seed, context.config.clusters.method)
+
+
+def load_other_sets(context: Context, seed: int) -> np.ndarray:
+    """Those by the other method."""
+    return _load_sets(context, seed, other_method(context.config))
+
+
+def other_method(config: ConfigDict) -> str:
+    """The way to make class sets that the config's specialists are not made by."""
+    return {"kmeans": "greedy", "greedy": "kmeans"}[config.clusters.method]
+
+
+def _load_sets(context: Context, seed: int, method: str) -> np.ndarray:
     path = context.inputs["clusters"] / f"seed_{context.config.seeds[seed]}.npz"
-    return np.load(path)["sets"]
+    return np.load(path)[method]
 
 
 def _sample(config: ConfigDict, size: int) -> np.ndarray:
@@ -131,17 +150,17 @@ def _keep(
     data: Data,
     matrix: jax.Array,
     clusters: tuple[jax.Array, jax.Array],
-    sets: np.ndarray,
+    sets: Mapping[str, np.ndarray],
 ) -> None:
     """What the other stages and the report need of a seed's clusters: their points and centroids."""
     points, centroids = clusters
     distances = jnp.sum(jnp.square(points[:, None] - centroids[None]), axis=-1)
-    central = np.asarray(jnp.argsort(distances, axis=0)[: sets.shape[1]].T, np.int32)
+    central = np.asarray(jnp.argsort(distances, axis=0)[: sets["kmeans"].shape[1]].T, np.int32)
     names = [[data.class_names[c] for c in row[:_NAMED]] for row in central]
     write_json(path.with_suffix(".json"), names)
     write_arrays(
         path,
-        sets=sets,
+        **sets,
         central=central,
         matrix=np.asarray(matrix, np.float32),
         assignment=np.asarray(jnp.argmin(distances, axis=1), np.int32),

@@ -3,9 +3,10 @@
     python -m launch.main --config=experiments/specialists/config.py:default --workdir=runs/specialists
 
 `smoke` takes a minute and shows that everything works; `default` under 20 minutes on two CPU cores, on
-the glyphs that are in the project; `paper` has the paper's 61 specialists of 300 classes, for an
-accelerator and a set of 2,965 characters (python -m experiments.specialists.prepare
---characters=2965): --config.data.source=DIR. Any field can be set: --config.data.difficulty=1.5
+the glyphs that are in the project; `full`, about two and a half hours there, has five seeds and all
+comparisons; `paper` has the paper's 61 specialists of 300 classes, for an accelerator and a set of
+2,965 characters (python -m experiments.specialists.prepare --characters=2965): --config.data.source=DIR.
+Any field can be set: --config.data.difficulty=1.5
 """
 
 from collections.abc import Iterator
@@ -24,13 +25,13 @@ from experiments.common.config import (
     zipped,
 )
 
-PRESETS = ("smoke", "default", "paper")
-_TRAINED = ("generalist", "specialists", "controls", "soft")
+PRESETS = ("smoke", "default", "full", "paper")
+_TRAINED = ("generalist", "specialists", "controls", "soft", "mixture", "distilled")
 _HEADS = ("unit", "logsumexp", "full_hard", "full_soft")
 
 
 def get_config(preset: str = "default") -> ConfigDict:
-    """The config of a preset: smoke, default or paper."""
+    """The config of a preset: smoke, default, full or paper."""
     if preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     config = ConfigDict()
@@ -68,6 +69,8 @@ def get_config(preset: str = "default") -> ConfigDict:
         "output_scale": 0.15,  # of the first output weights
     }
     config.clusters = {
+        "method": "kmeans",  # or greedy: sets grow from pairs of classes that are confused
+        "both_methods": False,  # True: specialists by the other method too, to compare
         "count": 20,  # specialists
         "size": 100,  # classes of each; sets may overlap
         "partition": False,  # True: every class in exactly one set, of whatever size
@@ -96,9 +99,18 @@ def get_config(preset: str = "default") -> ConfigDict:
         "epochs": 6,
         "report_every": 1,
         "temperature": 2.0,
+        "examples": 0,  # of those that specialists are trained on; 0: all
         "evaluated": 4000,  # examples of a set, while they learn; 0: all
     }
-    config.distilled = {  # from the generalist, for as many epochs as the controls
+    config.mixture = {  # of as many experts as there are specialists, with a learned gate
+        "epochs": 0,  # 0: none
+        "report_every": 1,
+        "learning_rate": 5e-3,
+        "batch_size": 256,
+        "warmup_epochs": 0,
+    }
+    config.distilled = {  # from the generalist
+        "epochs": 4,  # where these are the controls', their net is the control on labels
         "examples": 0,  # of those that specialists are trained on; 0: all
         "k": 64,  # largest probabilities kept of each example
         "hard_weight": 0.2,
@@ -107,7 +119,8 @@ def get_config(preset: str = "default") -> ConfigDict:
         "scratch_epochs": 4,
     }
     config.inference = {"examples": 256, "max_passes": 1000}
-    return {"smoke": _smoke, "default": lambda c: c, "paper": _paper}[preset](config)
+    changed = {"smoke": _smoke, "default": lambda c: c, "full": _full, "paper": _paper}
+    return changed[preset](config)
 
 
 _KIND = one_of(*_HEADS)
@@ -120,6 +133,8 @@ ALLOWED = {
     "generalist.strides": several(count()),
     "generalist.activation": one_of("gelu", "relu"),
     "generalist.output_scale": above(0),
+    "clusters.method": one_of("kmeans", "greedy"),
+    "clusters.both_methods": flag(),
     "clusters.count": count(),
     "clusters.size": count(),
     "clusters.partition": flag(),
@@ -130,7 +145,9 @@ ALLOWED = {
     "specialists.active_by": count(),
     "soft.kinds": several(_KIND, distinct=True),
     "soft.count": count(),
+    "soft.examples": count(0),
     "soft.evaluated": count(0),
+    "mixture.epochs": count(0),
     "distilled.examples": count(0),
     "distilled.scratch_epochs": count(),
     "inference.examples": count(),
@@ -146,7 +163,6 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
         [
             *((f"{net}.epochs", f"{net}.report_every") for net in _TRAINED),
             ("distilled.scratch_epochs", "distilled.report_every"),
-            ("controls.epochs", "distilled.report_every"),
         ],
     )
     at_once = config.generalist.at_once
@@ -174,6 +190,8 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
             f"specialists.batch_size is {config.specialists.batch_size}; allowed: even numbers, as half "
             "of a batch is of a specialist's classes"
         )
+    if clusters.partition and clusters.method != "kmeans":
+        yield f"clusters.partition is True; allowed: False for clusters.method {clusters.method}"
     if config.soft.count > clusters.count:
         yield f"soft.count is {config.soft.count}; allowed: up to clusters.count, {clusters.count}"
 
@@ -202,6 +220,7 @@ def sweep(name: str) -> list[Overrides]:
         "learning_rate": product({"specialists.learning_rate": [1e-3, 3e-3, 5e-3]}),
         "kind": product({"specialists.kind": ["unit", "logsumexp", "full_hard", "full_soft"]}),
         "active_by": product({"specialists.active_by": [1, 2, 3]}),
+        "method": product({"clusters.method": ["kmeans", "greedy"]}),
     }
     if name not in sweeps:
         raise ValueError(f"no sweep {name!r}; there are {', '.join(sweeps)}")
@@ -213,12 +232,25 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.seeds = (0, 1)
     config.data.update(classes=60, views=2, difficulty=1.0)
     config.generalist.update(hidden=(24,), channels=(8, 16), batch_size=64, epochs=6)
-    config.clusters.update(count=4, size=20, examples=2000)
+    config.clusters.update(count=4, size=20, examples=2000, both_methods=True)
     config.specialists.update(examples=0, epochs=2, report_every=2, batch_size=64, at_once=4)
     config.controls.update(epochs=2, report_every=2)
     config.soft.update(count=2, epochs=4, report_every=2, evaluated=500)
-    config.distilled.update(examples=3000, k=16, report_every=2, scratch_epochs=4)
+    config.mixture.update(epochs=2, batch_size=64)
+    config.distilled.update(examples=3000, k=16, epochs=2, report_every=2, scratch_epochs=4)
     config.inference.update(examples=32, max_passes=300)
+    return config
+
+
+def _full(config: ConfigDict) -> ConfigDict:
+    """Five generalists that are done learning, and all comparisons."""
+    config.seeds = (0, 1, 2, 3, 4)
+    config.data.difficulty = 1.8
+    config.generalist.epochs = 30
+    config.clusters.both_methods = True
+    config.mixture.epochs = 1
+    config.soft.update(epochs=40, report_every=2, examples=50_000)
+    config.distilled.update(epochs=12, scratch_epochs=12)
     return config
 
 
@@ -241,6 +273,6 @@ def _paper(config: ConfigDict) -> ConfigDict:
     )
     config.controls.update(epochs=5, report_every=5)
     config.soft.count = 61
-    config.distilled.update(learning_rate=1e-3, report_every=5, scratch_epochs=40)
+    config.distilled.update(epochs=5, learning_rate=1e-3, report_every=5, scratch_epochs=40)
     config.inference.update(examples=1024, max_passes=5000)
     return config

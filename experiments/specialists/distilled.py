@@ -17,7 +17,8 @@ from distill_jax.nets import Net
 from distill_jax.specialists import inference
 from experiments.common import costs
 from experiments.common.study import Context, Row, make_row
-from experiments.specialists import generalists, training
+from experiments.specialists import comparison, generalists, training
+from experiments.specialists.comparison import DISTILLED, LABELS
 from experiments.specialists.data import load_data
 
 
@@ -68,20 +69,23 @@ def distilled(context: Context) -> list[Row]:
         taught.append(soft_targets.attach(examples, stored, 1.0))
     before, after = teachers = _teachers(context)
     rows = _rows(config, "generalist", before, teachers)
-    rows += _rows(config, f"generalist + {config.clusters.count} specialists", after, teachers)
+    rows += _rows(config, comparison.system(config), after, teachers)
     trained = {
-        "distilled, from the generalist": _train(
+        DISTILLED: _train(
             context,
             "from_generalist",
-            config.controls.epochs,
+            config.distilled.epochs,
             taught,
             start=generalists.load_all(context).params,
         ),
         "distilled, from scratch": _train(
             context, "from_scratch", config.distilled.scratch_epochs, taught
         ),
-        "trained as long on labels": nets.load(context.inputs["longer"] / "longer"),
+        LABELS: _trained_on_labels(context, examples),
     }
+    comparison.keep(
+        context, {name: comparison.right_of(net, data.test) for name, net in trained.items()}
+    )
     for name, net in trained.items():
         values = list(generalists.accuracies(net, data)["test"])
         rows += _rows(config, name, values, teachers, net.seconds)
@@ -105,12 +109,12 @@ def costs_of_nets(context: Context) -> list[Row]:
     student = nets.load(context.inputs["distilled"] / "from_generalist")
     candidates = [
         costs.Candidate(
-            f"generalist + {config.clusters.count} specialists",
+            comparison.system(config),
             log_q,
             (net.params, found.net.params),
         ),
         costs.of_net("generalist", net),
-        costs.of_net("distilled, from the generalist", student),
+        costs.of_net(DISTILLED, student),
     ]
     return costs.rows(config, "specialists_costs", candidates, test["inputs"], test["label"])
 
@@ -142,6 +146,21 @@ def _train(
         loss=step_losses.top_k_distillation_loss(),
         variant={"temperature": 1.0, "hard_weight": config.distilled.hard_weight},
         start=start,
+    )
+
+
+def _trained_on_labels(context: Context, examples: Examples) -> Net:
+    """The generalist, trained on for as many epochs: the control of that length, or one of its own."""
+    config = context.config
+    if config.distilled.epochs == config.controls.epochs:
+        return nets.load(context.inputs["longer"] / "longer")
+    own = {"epochs": config.distilled.epochs, "report_every": config.distilled.report_every}
+    return generalists.train(
+        context,
+        "on_labels",
+        ConfigDict({**config.generalist.to_dict(), **own}),
+        [examples] * len(config.seeds),
+        start=generalists.load_all(context).params,
     )
 
 

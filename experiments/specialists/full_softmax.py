@@ -51,7 +51,7 @@ def _run(context: Context, seed: int, head: Head) -> _Run:
     """The first few specialists of a seed's generalist, with another head."""
     config, data = context.config, load_data(context.config)
     generalist, sets = generalists.load(context, seed), _sets(context, seed)
-    enriched = training.make_enriched(context, seed, sets, head)
+    enriched = training.make_enriched(context, seed, sets, head, config.soft.examples)
     evaluation = _evaluation(config, generalist, sets, head)
     net = training.train_group(
         context,

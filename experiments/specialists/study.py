@@ -8,7 +8,17 @@ import numpy as np
 from experiments.common.costs import CAPTION as COSTS
 from experiments.common.run import Study
 from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json
-from experiments.specialists import clusters, distilled, eq5_solvers, figures, full_softmax, table3
+from experiments.specialists import (
+    clusters,
+    comparison,
+    controls,
+    distilled,
+    eq5_solvers,
+    figures,
+    full_softmax,
+    mixture,
+    table3,
+)
 from experiments.specialists.data import check_source, data_conflicts
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 5, 6.1 and 8: specialists"
@@ -19,12 +29,18 @@ CAPTIONS = {
     "restricted to them, over all sets. n is the number of the generalist's most probable classes that "
     "make specialists active. Test has typefaces that no net has seen; seen, other characters of those "
     "that the nets learned from. Controls are meant to cost what the specialists did: compare training "
-    "seconds, which are per seed and include the features that specialists are fed.",
+    "seconds, which are per seed and include the features that specialists are fed. Experts of a "
+    "mixture learn together: in each step every expert sends the probability of each example's label, "
+    "and is sent its share (section 7); specialists exchange nothing.",
     "specialists_coverage": "Table 4. Accuracy improvements are larger when more specialists cover a "
     "class. By the number of specialists that cover the correct class.",
     "specialists_clusters": "Table 2 and section 5.3. Clusters by the covariance of predictions, which "
     "needs no labels, by confusions, and at random: how many classes are in some set, and which share "
     "of the generalist's mistakes on validation typefaces is between two classes of one set.",
+    "specialists_comparison": "What specialists add beyond other uses of the same time: differences of "
+    "test accuracy relative to the generalist's, paired, as a seed's systems begin with one generalist. "
+    "The same values with three intervals: over seeds (Student), over test examples and over test "
+    "typefaces (bootstrap). Typefaces are few and unlike each other, so theirs is the widest.",
     "specialists_soft": "Section 6.1. Specialists tend to overfit on their special classes. With a full "
     "softmax and the generalist's soft targets for all other classes they keep what it knows. Accuracy "
     "on examples of special classes restricted to these, and of the others restricted to those; test "
@@ -72,6 +88,7 @@ def _side_by_side(rows: Sequence[Row]) -> list[Row]:
 
 _DATA = ("seeds", "selection", "data")
 _SPECIALISTS = ("generalist", "clusters", "specialists")
+_COMPARED = ("specialists", "random", "longer", "ensemble", "other_sets", "mixture")
 STAGES = (
     Stage("generalist", table3.generalist, (), (*_DATA, "generalist"), number=1, extends=True),
     Stage("clusters", clusters.cluster, ("generalist",), ("clusters", "specialists"), number=2),
@@ -91,14 +108,29 @@ STAGES = (
         table3.random_groups,
         number=4,
     ),
-    Stage("longer", table3.longer, ("generalist",), ("controls",), number=5, extends=True),
+    Stage("longer", controls.longer, ("generalist",), ("controls",), number=5, extends=True),
     Stage(
         "ensemble",
-        table3.ensemble,
+        controls.ensemble,
         ("generalist",),
         ("controls", "specialists"),
         number=6,
         extends=True,
+    ),
+    Stage(
+        "other_sets",
+        table3.other_sets,
+        ("generalist", "clusters"),
+        ("specialists",),
+        table3.other_groups,
+        number=12,
+    ),
+    Stage(
+        "mixture",
+        mixture.train_mixture,
+        ("generalist",),
+        ("clusters", "specialists", "mixture"),
+        number=13,
     ),
     Stage("soft", full_softmax.soft, ("generalist", "clusters"), ("specialists", "soft"), number=7),
     Stage("soft_targets", distilled.make_soft_targets, _SPECIALISTS, ("distilled",), number=8),
@@ -109,6 +141,7 @@ STAGES = (
         ("distilled",),
         number=9,
     ),
+    Stage("comparison", comparison.compare, (*_COMPARED, "clusters", "distilled")),
     Stage(
         "costs",
         distilled.costs_of_nets,

@@ -7,13 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import losses, soft_targets
-from distill_jax.models import Params
+from distill_jax import losses
 from distill_jax.nets import Net
 from distill_jax.specialists import coverage, inference, store
 from experiments.common.study import Context, Row, make_row, write_arrays
-from experiments.specialists import generalists, training
-from experiments.specialists.clusters import load_sets, random_sets
+from experiments.specialists import comparison, generalists, training
+from experiments.specialists.clusters import (
+    load_other_sets,
+    load_sets,
+    other_method,
+    random_sets,
+)
+from experiments.specialists.comparison import system
 from experiments.specialists.data import Data, load_data
 
 PAPER = types.MappingProxyType(
@@ -48,11 +53,11 @@ def generalist(context: Context) -> list[Row]:
     trained = generalists.train_generalists(context)
     measured = generalists.accuracies(trained, load_data(context.config))
     return [
-        _row(context.config, "generalist", f"{split}_accuracy", values, trained.seconds)
+        row_of(context.config, "generalist", f"{split}_accuracy", values, trained.seconds)
         for split, values in measured.items()
         if split != "validation"
     ] + [
-        _row(
+        row_of(
             context.config,
             "generalist",
             "training_seconds",
@@ -65,25 +70,26 @@ def generalist(context: Context) -> list[Row]:
 def specialists(context: Context) -> list[Row]:
     """The specialists, their gain by Eq. 5, and Table 4."""
     config, data = context.config, load_data(context.config)
-    rows, tables = [], []
-    runs = []
+    runs, tables = [], []
     for s in range(len(config.seeds)):
         sets = load_sets(context, s)
         found = training.train(context, "specialists", s, sets)
         runs.append(_measure(context, s, found))
-        tables.append(_coverage(data, sets, runs[-1]["correct"]))
+        tables.append(_coverage(data, sets, runs[-1]["right"]))
         if s == 0:
             _keep_gallery(context, data, runs[-1])
         print(
             f"seed {config.seeds[s]}: {runs[-1]['before']['test']:.2f} to "
             f"{runs[-1]['after']['test']:.2f} % of test"
         )
-    name = f"generalist + {config.clusters.count} specialists"
-    rows += _rows(context, name, runs, paper=True)
+    name = system(config)
+    rows = _rows(context, name, runs, paper=True)
+    kept = {"generalist": "before", name: "after", f"{name}, n = 1": "one"}
+    comparison.keep(context, {n: [run["right"][key] for run in runs] for n, key in kept.items()})
     if config.specialists.active_by != 1:
         rows += _gain_rows(config, f"{name}, n = 1", runs)
     rows += [
-        _row(
+        row_of(
             config,
             "generalist",
             f"conditional_{split}_accuracy",
@@ -107,14 +113,36 @@ def random_specialists(context: Context) -> list[Row]:
     for s in range(len(config.seeds)):
         found = training.train(context, "random", s, _random_sets(context, s))
         runs.append(_measure(context, s, found))
-    return _rows(
-        context, f"generalist + {config.clusters.count} specialists of random classes", runs
-    )
+    return _others(context, f"{system(config)} of random classes", runs)
+
+
+def other_sets(context: Context) -> list[Row]:
+    """The same with sets by the other method, K-means or greedy; nothing if it isn't asked for."""
+    config = context.config
+    if not config.clusters.both_methods:
+        return []
+    seeds = range(len(config.seeds))
+    found = [training.train(context, "other", s, load_other_sets(context, s)) for s in seeds]
+    runs = [_measure(context, s, one) for s, one in enumerate(found)]
+    how = {"greedy": "greedily made", "kmeans": "K-means"}[other_method(config)]
+    return _others(context, f"{system(config)} of {how} sets", runs)
+
+
+def _others(context: Context, name: str, runs: Sequence[dict]) -> list[Row]:
+    """Rows of specialists of other sets."""
+    comparison.keep(context, {name: [run["right"]["after"] for run in runs]})
+    return _rows(context, name, runs)
 
 
 def random_groups(context: Context) -> list[Callable[[], Net]]:
     """What trains each group of all seeds' specialists of random classes."""
     return _groups(context, "random", _random_sets)
+
+
+def other_groups(context: Context) -> list[Callable[[], Net]]:
+    """What trains each group of all seeds' specialists by the other method."""
+    wanted = context.config.clusters.both_methods
+    return _groups(context, "other", load_other_sets) if wanted else []
 
 
 def _groups(
@@ -130,38 +158,6 @@ def _groups(
 def _random_sets(context: Context, seed: int) -> np.ndarray:
     config = context.config
     return random_sets(config, config.seeds[seed], load_data(config).num_classes)
-
-
-def longer(context: Context) -> list[Row]:
-    """The generalist, trained on for as long as its specialists took."""
-    start = generalists.load_all(context).params
-    trained = _train_control(context, "longer", start)
-    measured = generalists.accuracies(trained, load_data(context.config))
-    return _control_rows(context, "generalist, trained as much longer", measured, trained.seconds)
-
-
-def _train_control(context: Context, name: str, start: Params | None = None) -> Net:
-    config = context.config
-    net = ConfigDict({**config.generalist.to_dict(), **config.controls.to_dict()})
-    examples = [load_data(config).train] * len(config.seeds)
-    return generalists.train(context, name, net, examples, start=start)
-
-
-def ensemble(context: Context) -> list[Row]:
-    """The generalist and what second one the specialists' time pays for: their mean prediction."""
-    data, second = load_data(context.config), _train_control(context, "second")
-    measured: dict[str, list[float]] = {}
-    for s in range(len(context.config.seeds)):
-        generalist = generalists.load(context, s)
-        for split, part in data.evaluation().items():
-            first = generalist.net.logits(generalist.inputs(part["inputs"]))
-            both = np.stack([first, second.member(s).logits(part["inputs"])])
-            mean = soft_targets.mean_probs(jnp.asarray(both), 1.0, "arithmetic")
-            right = np.asarray(mean).argmax(axis=-1) == part["label"]
-            measured.setdefault(split, []).append(100.0 * float(right.mean()))
-    return _control_rows(
-        context, "ensemble of 2 generalists at equal cost", measured, second.seconds
-    )
 
 
 def _measure(context: Context, seed: int, chosen: store.Specialists) -> dict:
@@ -181,13 +177,14 @@ def _measure(context: Context, seed: int, chosen: store.Specialists) -> dict:
             conditional(np.asarray(chosen.class_sets), scores, part["label"])
             for scores in (logits, q)
         ]
-        found["one"][split] = found["after"][split]
+        one = after
         if config.specialists.active_by != 1:
             alone = inference.predict(chosen, logits, inputs, n=1)
-            right = alone.argmax(axis=-1) == part["label"]
-            found["one"][split] = 100.0 * float(right.mean())
+            one = alone.argmax(axis=-1) == part["label"]
+        found["one"][split] = 100.0 * float(one.mean())
         if split == "test":
-            found |= {"correct": (before, after), "logits": logits, "q": q}
+            right = {"before": before, "after": after, "one": one}
+            found |= {"right": right, "logits": logits, "q": q}
     return found
 
 
@@ -223,46 +220,25 @@ def _rows(context: Context, name: str, runs: Sequence[dict], paper: bool = False
                 values.setdefault(f"conditional_{split}_accuracy", []).append(
                     run["conditional"][split][1]
                 )
-        for metric, value in _gains(run["before"], run["after"]).items():
+        for metric, value in gains(run["before"], run["after"]).items():
             values.setdefault(metric, []).append(value)
         values.setdefault("training_seconds", []).append(run["seconds"])
     kind = "specialists" if paper else ""
     return [
-        _row(config, name, metric, numbers, seconds, paper=PAPER.get((kind, metric)))
+        row_of(config, name, metric, numbers, seconds, paper=PAPER.get((kind, metric)))
         for metric, numbers in values.items()
     ]
 
 
 def _gain_rows(config: ConfigDict, name: str, runs: Sequence[dict]) -> list[Row]:
     """The same specialists, but active by the most probable class alone, as the paper's were."""
-    gains = [_gains(run["before"], run["one"]) for run in runs]
+    changes = [gains(run["before"], run["one"]) for run in runs]
     values = {"test_accuracy": [run["one"]["test"] for run in runs]}
-    values |= {metric: [gain[metric] for gain in gains] for metric in gains[0]}
-    return [_row(config, name, metric, numbers, 0.0) for metric, numbers in values.items()]
+    values |= {metric: [one[metric] for one in changes] for metric in changes[0]}
+    return [row_of(config, name, metric, numbers, 0.0) for metric, numbers in values.items()]
 
 
-def _control_rows(
-    context: Context, name: str, after: Mapping[str, Sequence[float] | np.ndarray], seconds: float
-) -> list[Row]:
-    config, data = context.config, load_data(context.config)
-    before = generalists.accuracies(generalists.load_all(context), data)
-    values = {
-        f"{split}_accuracy": list(numbers)
-        for split, numbers in after.items()
-        if split != "validation"
-    }
-    for s in range(len(config.seeds)):
-        gains = _gains(
-            {split: before[split][s] for split in after},
-            {split: after[split][s] for split in after},
-        )
-        for metric, value in gains.items():
-            values.setdefault(metric, []).append(value)
-    values["training_seconds"] = [seconds / len(config.seeds)]
-    return [_row(config, name, metric, numbers, seconds) for metric, numbers in values.items()]
-
-
-def _gains(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+def gains(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
     """Relative changes, per cent; but none of an accuracy, or of errors, that were 0."""
     change = {split: after[split] - before[split] for split in after}
     shares = {
@@ -274,7 +250,7 @@ def _gains(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str,
 
 
 def _coverage(
-    data: Data, sets: np.ndarray, correct: tuple[np.ndarray, np.ndarray]
+    data: Data, sets: np.ndarray, right: Mapping[str, np.ndarray]
 ) -> dict[int, tuple[int, int, int]]:
     """By the number of specialists that cover the correct class: examples, right before and after."""
     covers = coverage.sets_per_class(sets, data.num_classes)[data.test["label"]]
@@ -282,8 +258,8 @@ def _coverage(
     return {
         int(cover): (
             int((covers == cover).sum()),
-            int(correct[0][covers == cover].sum()),
-            int(correct[1][covers == cover].sum()),
+            int(right["before"][covers == cover].sum()),
+            int(right["after"][covers == cover].sum()),
         )
         for cover in np.unique(covers)
     }
@@ -320,7 +296,7 @@ def _coverage_rows(
 
 def _keep_gallery(context: Context, data: Data, run: dict) -> None:
     """Some of the examples that the specialists corrected and broke, in the order of the test set."""
-    before, after = run["correct"]
+    before, after = run["right"]["before"], run["right"]["after"]
     chosen = []
     for mask in (~before & after, before & ~after):
         rows = np.flatnonzero(mask)
@@ -342,7 +318,7 @@ def _keep_gallery(context: Context, data: Data, run: dict) -> None:
     )
 
 
-def _row(
+def row_of(
     config: ConfigDict,
     row: str,
     metric: str,
@@ -351,6 +327,7 @@ def _row(
     *,
     paper: float | None = None,
 ) -> Row:
+    """A row of Table 3 (`make_row`)."""
     if row == "generalist":
         paper = PAPER.get((row, metric))
     return make_row(config, "specialists", row, metric, values, seconds=seconds, paper=paper)

@@ -107,13 +107,15 @@ def load_stage(context: Context, seed: int) -> store.Specialists:
 
 
 def make_enriched(
-    context: Context, seed: int, class_sets: np.ndarray, head: Head
+    context: Context, seed: int, class_sets: np.ndarray, head: Head, size: int = 0
 ) -> enrichment.Enriched:
-    """What the specialists of a seed's generalist are trained on."""
+    """What the specialists of a seed's generalist are trained on: all, or `size` at random."""
     part = generalists.specialist_part(context.config)
     inputs, _ = generalists.training_inputs(context, seed)
+    random = np.random.default_rng(context.config.data.seed)
+    rows = np.sort(random.permutation(len(inputs))[: size or None])
     return enrichment.enrich(
-        {"inputs": inputs, "label": part["label"]},
+        {"inputs": inputs[rows] if size else inputs, "label": part["label"][rows]},
         class_sets,
         load_data(context.config).num_classes,
         head=head,

@@ -22,7 +22,7 @@ from distill_jax import (
 )
 from distill_jax.data import augment, distortion, images, transfer
 from distill_jax.soft_targets import class_maps, compare, encodings, ensemble
-from distill_jax.specialists import clustering, coverage, enrichment, eq5, heads, inference
+from distill_jax.specialists import clustering, coverage, enrichment, eq5, greedy, heads, inference
 from fuzz.inputs import (
     BATCH,
     EXAMPLES,
@@ -406,6 +406,9 @@ def calls() -> dict[str, Call]:
             lambda labels, logits: clustering.confusion([(labels, logits)]),
             {"labels": LABELS, "logits": LOGITS},
             traced=False,
+        ),
+        "greedy_sets": Call(
+            lambda matrix: greedy.greedy_sets(matrix, K, S), {"matrix": floats(C, C)}, traced=False
         ),
         "partition": Call(
             clustering.partition,

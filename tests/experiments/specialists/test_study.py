@@ -26,6 +26,8 @@ CONTROLS = (
     f"{FULL} of random classes",
     "generalist, trained as much longer",
     "ensemble of 2 generalists at equal cost",
+    f"{FULL} of greedily made sets",
+    f"mixture of {CONFIG.clusters.count} experts, from the generalist",
 )
 TO_SPECIALISTS = "--stages=generalist,clusters,specialists"
 FIGURES = ("table3", "coverage", "clusters", "covariance", "gallery", "soft", "distilled")
@@ -106,7 +108,20 @@ def test_every_table_has_its_rows(rows):
     assert "covered by 1" in covers
     assert found == {
         "specialists": {"generalist", FULL, f"{FULL}, n = 1", *CONTROLS},
-        "specialists_clusters": {"by covariance", "by confusions", "at random"},
+        "specialists_clusters": {
+            "by covariance",
+            "by covariance, greedily",
+            "by confusions",
+            "at random",
+        },
+        "specialists_comparison": {
+            *(f"{FULL}, against {name}" for name in ("generalist", *CONTROLS)),
+            f"{FULL}, n = 1, against generalist",
+            "generalist, trained as much longer, against generalist",
+            "distilled, from the generalist, against generalist",
+            "distilled, from the generalist, against trained as long on labels",
+            "gain with each further specialist of a covered class (slope of Table 4)",
+        },
         "specialists_soft": {"generalist"}
         | {f"{name}{end}" for name in dustbins | full for end in ("", ", early stopping")},
         "specialists_distilled": {
@@ -167,6 +182,20 @@ def test_changes_agree_with_the_accuracies(rows, name):
     )
     removed = find(rows, "specialists", name, "errors_removed_percent")["value"]
     assert_one_of(removed, means(lambda old, new: 100 * (new - old) / (100 - old), before, after))
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_comparisons_are_differences_of_changes(rows, name):
+    whole, other = (
+        find(rows, "specialists", one, "relative_change_percent")["value"] for one in (FULL, name)
+    )
+    for end in ("", "_over_examples", "_over_typefaces"):
+        found = find(
+            rows, "specialists_comparison", f"{FULL}, against {name}", f"difference_percent{end}"
+        )
+        assert found["value"] == pytest.approx(whole - other)
+        low, high = found["interval"]
+        assert low < found["value"] < high
 
 
 def test_coverage_adds_up_to_the_whole(rows):
