@@ -45,7 +45,13 @@ def right_of(net: Net, examples: Examples) -> np.ndarray:
 def compare(context: Context) -> list[Row]:
     """Differences of systems with their intervals, and how the gain grows with the coverage."""
     config, test = context.config, load_data(context.config).test
-    kept = {stage: _load(context, stage) for stage in context.inputs if stage != "clusters"}
+    wanted = {
+        "clusters": False,
+        "other_sets": config.clusters.both_methods,
+        "mixture": config.mixture.epochs or config.mixture.scratch_epochs,
+    }
+    stages = [stage for stage in context.inputs if wanted.get(stage, True)]
+    kept = {stage: _load(context, stage) for stage in stages}
     right = {name: each for found in kept.values() for name, each in found.items()}
     whole = system(config)
     others = [name for stage in kept if stage != "distilled" for name in kept[stage]]

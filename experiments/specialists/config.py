@@ -103,7 +103,8 @@ def get_config(preset: str = "default") -> ConfigDict:
         "evaluated": 4000,  # examples of a set, while they learn; 0: all
     }
     config.mixture = {  # of as many experts as there are specialists, with a learned gate
-        "epochs": 0,  # 0: none
+        "epochs": 0,  # from the generalist; 0: none
+        "scratch_epochs": 0,  # 0: none
         "report_every": 1,
         "learning_rate": 5e-3,
         "batch_size": 256,
@@ -148,6 +149,7 @@ ALLOWED = {
     "soft.examples": count(0),
     "soft.evaluated": count(0),
     "mixture.epochs": count(0),
+    "mixture.scratch_epochs": count(0),
     "distilled.examples": count(0),
     "distilled.scratch_epochs": count(),
     "inference.examples": count(),
@@ -162,6 +164,7 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
         config,
         [
             *((f"{net}.epochs", f"{net}.report_every") for net in _TRAINED),
+            ("mixture.scratch_epochs", "mixture.report_every"),
             ("distilled.scratch_epochs", "distilled.report_every"),
         ],
     )
@@ -236,7 +239,7 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.specialists.update(examples=0, epochs=2, report_every=2, batch_size=64, at_once=4)
     config.controls.update(epochs=2, report_every=2)
     config.soft.update(count=2, epochs=4, report_every=2, evaluated=500)
-    config.mixture.update(epochs=2, batch_size=64)
+    config.mixture.update(epochs=2, scratch_epochs=2, batch_size=64)
     config.distilled.update(examples=3000, k=16, epochs=2, report_every=2, scratch_epochs=4)
     config.inference.update(examples=32, max_passes=300)
     return config
@@ -248,7 +251,7 @@ def _full(config: ConfigDict) -> ConfigDict:
     config.data.difficulty = 1.8
     config.generalist.epochs = 30
     config.clusters.both_methods = True
-    config.mixture.epochs = 1
+    config.mixture.update(epochs=1, scratch_epochs=6)
     config.soft.update(epochs=40, report_every=2, examples=50_000)
     config.distilled.update(epochs=12, scratch_epochs=12)
     return config

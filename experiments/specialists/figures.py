@@ -37,6 +37,9 @@ _CAPTIONS = {
     "cost as much, and its relative change, beside the paper's (diamonds; its data set is another). "
     "Conditional accuracy is that on examples of special classes with predictions restricted to these. "
     "The lines are the generalist's; bars are one standard deviation over seeds.",
+    "comparison": "What specialists, and single nets taught by them, add to other systems: differences "
+    "of test accuracy relative to the generalist's, with 95 % confidence intervals over seeds and over "
+    "test typefaces (grey). Right of the line the first is better; a bar that meets it leaves it open.",
     "coverage": "Relative change of top-1 accuracy against the number of specialists whose classes "
     "include the true one, beside the paper's Table 4, and the share of the test examples at each "
     "number: where that is small, the change is uncertain. Bars are one standard deviation over seeds.",
@@ -76,6 +79,7 @@ def all_figures(
     clusters = clusters or {}
     drawn = {
         "table3": table3(rows),
+        "comparison": comparison(rows),
         "coverage": coverage(rows),
         "clusters": pictures.clusters(clusters),
         "covariance": pictures.covariance(clusters),
@@ -111,6 +115,29 @@ def table3(rows: Sequence[Row]) -> Figure | None:
             _draw_systems(axes, kept, systems, ".1f")
         tidy(axes, "", wanted[metric], "", grid="x")
         _widen_across(axes, 1.0)
+    return figure
+
+
+def comparison(rows: Sequence[Row]) -> Figure | None:
+    """Differences of pairs of systems, with their intervals."""
+    table, metric = "specialists_comparison", "difference_percent"
+    found = {
+        end: {row["row"]: row for row in select(rows, table, metric + end)}
+        for end in ("", "_over_typefaces")
+    }
+    if not any(row.get("interval") for row in found[""].values()):
+        return None
+    figure, (axes,) = _make_columns(names := list(found[""]), 1, 5.0)
+    axes.set_yticks(range(len(names)), ["\n".join(textwrap.wrap(name, 44)) for name in names])
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    for end, place, color in (("", 0.0, OURS), ("_over_typefaces", 0.2, PAPER)):
+        for row in found[end].values():
+            (low, high), value = row["interval"], row["value"]
+            line = names.index(row["row"]) + place
+            bar = [[value - low], [high - value]]
+            axes.errorbar(value, line, xerr=bar, marker="o", markersize=4, color=color, capsize=2)
+    tidy(axes, "", "difference of accuracy (%)", "", grid="x")
+    _widen_across(axes, 1.0)
     return figure
 
 
@@ -240,9 +267,11 @@ def _color(system: str) -> str:
     return OURS if ours else OTHER
 
 
-def _make_columns(systems: Sequence[str], count: int) -> tuple[Figure, list[Axes]]:
+def _make_columns(
+    systems: Sequence[str], count: int, width: float = 2.1
+) -> tuple[Figure, list[Axes]]:
     """Panels side by side with a line for each system, the first at the top."""
-    figure = Figure(figsize=(2.0 + 2.1 * count, 0.7 + 0.42 * len(systems)), layout="constrained")
+    figure = Figure(figsize=(2.0 + width * count, 0.7 + 0.42 * len(systems)), layout="constrained")
     grid = {"wspace": 0.08}  # between a panel's numbers and the next panel
     panels = list(figure.subplots(1, count, sharey=True, squeeze=False, gridspec_kw=grid)[0])
     names = ["\n".join(textwrap.wrap(system, 28)) for system in systems]

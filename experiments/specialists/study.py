@@ -127,7 +127,7 @@ STAGES = (
     ),
     Stage(
         "mixture",
-        mixture.train_mixture,
+        mixture.mixtures,
         ("generalist",),
         ("clusters", "specialists", "mixture"),
         number=13,

@@ -12,7 +12,5 @@ def test_the_paper_preset_has_the_papers_specialists():
 
 
 def test_no_other_sweep():
-    with pytest.raises(
-        ValueError, match=r"no sweep 'colour'; there are size, count, .*, active_by$"
-    ):
+    with pytest.raises(ValueError, match=r"no sweep 'colour'; there are size, count, .*, method$"):
         sweep("colour")

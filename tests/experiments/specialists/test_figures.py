@@ -12,7 +12,16 @@ from experiments.common import report
 from experiments.common.plots import OTHER, OURS, PAPER
 from experiments.specialists import figures
 
-NAMES = ["table3", "coverage", "clusters", "covariance", "gallery", "soft", "distilled"]
+NAMES = [
+    "table3",
+    "comparison",
+    "coverage",
+    "clusters",
+    "covariance",
+    "gallery",
+    "soft",
+    "distilled",
+]
 SYSTEMS = {
     "generalist": "#000000",
     "generalist + 20 specialists": OURS,
@@ -97,6 +106,20 @@ def distilled_rows():
     ]
 
 
+def comparison_rows():
+    """The same values with another interval."""
+    return [
+        make_row(
+            "specialists_comparison", name, metric, value, interval=(value - half, value + half)
+        )
+        for name, value in (("specialists, against generalist", 4.0), ("a, against b", -1.0))
+        for metric, half in (
+            ("difference_percent", 1.5),
+            ("difference_percent_over_typefaces", 3.0),
+        )
+    ]
+
+
 def make_curves():
     special = [[64.0, 68.0], [70.0, 72.0], [67.0, 68.0]]
     return {
@@ -110,7 +133,7 @@ def make_curves():
 
 
 def every_row():
-    return system_rows() + coverage_rows() + soft_rows() + distilled_rows()
+    return system_rows() + comparison_rows() + coverage_rows() + soft_rows() + distilled_rows()
 
 
 def everything():
@@ -136,6 +159,14 @@ def reference_lines(axes):
     return found
 
 
+def test_comparisons_are_drawn_with_both_intervals():
+    (axes,) = figures.comparison(comparison_rows()).axes
+    ends = [container.lines[2][0].get_segments()[0][:, 0] for container in axes.containers]
+    assert np.round(ends, 6).tolist() == [[2.5, 5.5], [-2.5, 0.5], [1.0, 7.0], [-4.0, 2.0]]
+    one_seed = [{**row, "interval": None} for row in comparison_rows()]
+    assert figures.comparison(one_seed) is None
+
+
 def test_all_figures_have_names_captions_and_figures():
     drawn = everything()
     assert [name for name, _, _ in drawn] == NAMES
@@ -154,7 +185,7 @@ def test_all_figures_have_names_captions_and_figures():
         (distilled_rows(), {}, ["distilled"]),
         ([], {"clusters": make_clusters()}, ["clusters", "covariance"]),
         ([], {"gallery": make_gallery()}, []),  # without pictures of the classes
-        ([], {"clusters": make_clusters(), "gallery": make_gallery(())}, NAMES[2:4]),
+        ([], {"clusters": make_clusters(), "gallery": make_gallery(())}, NAMES[3:5]),
         ([], {"curves": make_curves()}, ["soft"]),
         ([], {"curves": {"generalist": make_curves()["generalist"]}}, []),
         ([row | {"value": None} for row in every_row()], {"clusters": {}, "curves": {}}, []),

@@ -28,9 +28,19 @@ CONTROLS = (
     "ensemble of 2 generalists at equal cost",
     f"{FULL} of greedily made sets",
     f"mixture of {CONFIG.clusters.count} experts, from the generalist",
+    f"mixture of {CONFIG.clusters.count} experts, from scratch",
 )
 TO_SPECIALISTS = "--stages=generalist,clusters,specialists"
-FIGURES = ("table3", "coverage", "clusters", "covariance", "gallery", "soft", "distilled")
+FIGURES = (
+    "table3",
+    "comparison",
+    "coverage",
+    "clusters",
+    "covariance",
+    "gallery",
+    "soft",
+    "distilled",
+)
 PAPER = {
     ("generalist", "test_accuracy"): 25.0,
     ("generalist", "conditional_test_accuracy"): 43.1,
