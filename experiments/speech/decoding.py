@@ -1,4 +1,4 @@
-"""Decoding: from a net's log-probabilities of states to words, and word error rates.
+"""Decoding: from a net's log-probabilities of states to words.
 
 The scores are those of a hybrid system (section 4 of the paper): the log-probability of a state minus
 its log prior replaces the log-likelihood of a frame. This module uses no JAX: its inputs are NumPy
@@ -8,7 +8,6 @@ arrays, and the decoders run in threads that release the interpreter's lock.
 import contextlib
 import os
 import queue
-import re
 import shutil
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distill_jax.errors import UserError
-from experiments.speech import sphinx
+from experiments.speech import sphinx, word_errors
 from experiments.speech.language_model import LanguageModel
 
 
@@ -272,49 +271,6 @@ def _print_progress(name: str, size: int) -> Callable[[int], None]:
     return show
 
 
-def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
-    """Counts word errors, by an alignment with the fewest errors.
-
-    Fillers such as "<sil>" or "[NOISE]" and marks of alternative pronunciations, as in "read(2)", are
-    removed from the hypotheses first.
-
-    Args:
-        references: the correct words of each utterance, separated by spaces.
-        hypotheses: the decoded words of each utterance.
-
-    Returns:
-        "words" (of the references), "substitutions", "deletions", "insertions", and
-        "word_error_rate": their sum per 100 words.
-
-    Raises:
-        UserError: if the numbers of utterances differ, if the references have no words, or if jiwer is
-            not installed.
-    """
-    if len(references) != len(hypotheses):
-        raise UserError(f"{len(hypotheses)} hypotheses for {len(references)} references")
-    try:
-        import jiwer
-    except ImportError as error:
-        raise UserError(
-            "counting word errors needs the package jiwer: pip install -e '.[speech]'"
-        ) from error
-    words = sum(len(reference.split()) for reference in references)
-    if not words:
-        raise UserError("the references have no words")
-    found = jiwer.process_words(list(references), [_spoken(words) for words in hypotheses])
-    errors = {
-        "substitutions": found.substitutions,
-        "deletions": found.deletions,
-        "insertions": found.insertions,
-    }
-    return {"words": words, **errors, "word_error_rate": 100 * sum(errors.values()) / words}
-
-
-def _spoken(hypothesis: str) -> str:
-    words = re.sub(r"\(\d+\)(?=\s|$)", "", hypothesis).split()
-    return " ".join(word for word in words if not re.fullmatch(r"<.*>|\[.*\]|\+\+.*\+\+", word))
-
-
 def tune(
     score_sets: Sequence[np.ndarray],
     references: Sequence[str],
@@ -342,7 +298,7 @@ def tune(
         progress: see `decode`; also a line for each point of the grid.
 
     Returns:
-        The best weights, and for each point that was tried its weights and `word_errors`, by name.
+        The best weights, and for each point that was tried its weights and `word_errors.total`.
 
     Raises:
         UserError: if a name in the grid is not one of the weights.
@@ -362,7 +318,7 @@ def tune(
                 search=search,
                 progress=progress,
             )
-            tried[weights] = word_errors(references, hypotheses)
+            tried[weights] = word_errors.total(word_errors.count(references, hypotheses))
             if progress:
                 values = ", ".join(f"{name} {value:g}" for name, value in weights._asdict().items())
                 print(

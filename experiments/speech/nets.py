@@ -163,9 +163,15 @@ def accuracies(net: Net, examples: Examples) -> np.ndarray:
     return 100.0 * (1.0 - np.asarray(errors) / known_frames(examples))
 
 
-def accuracy(log_probs: np.ndarray, examples: Examples) -> float:
-    """Frame accuracy of log-probabilities `[N, C]`, per cent."""
-    right = log_probs.argmax(axis=-1) == examples["label"]  # false for unknown labels
+def states(net: Net, examples: Examples) -> list[np.ndarray]:
+    """Each member's most probable state of all examples, int `[N]`."""
+    each = (net.some(m, 1) for m in range(net.members or 1))
+    return [log_probs(one, examples).argmax(axis=-1) for one in each]
+
+
+def accuracy(states: np.ndarray, examples: Examples) -> float:
+    """Frame accuracy of a state for each example `[N]`, per cent."""
+    right = states == examples["label"]  # false for unknown labels
     return 100.0 * float(right.sum() / known_frames(examples))
 
 

@@ -50,7 +50,7 @@ _FRAMES = {
 }
 _AUDIO_WORDS = flags.DEFINE_integer(
     "audio_words",
-    2000,
+    10_000,
     "Words of test whose recordings are kept in the set, for the decoder's own acoustic model to be "
     "compared with; -1 for all.",
     lower_bound=-1,

@@ -1,15 +1,23 @@
 """From frames to words: word error rates with a real decoder, and one utterance as an example."""
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distill_jax import processes
 from distill_jax.nets import Net
 from experiments.common.study import Context, Row, make_row, write_json
-from experiments.speech import decoding, frames, language_model, nets
+from experiments.speech import (
+    decoding,
+    differences,
+    frames,
+    intervals,
+    language_model,
+    nets,
+    word_errors,
+)
 from experiments.speech.data import Data, load_data
 from experiments.speech.speech_frames import Utterance
 
@@ -38,10 +46,10 @@ def _recognise(context: Context, teacher: Net, students: Net) -> list[Row]:
     references = [" ".join(one.words) for one in spoken]
     _print_unknown(spoken, transcripts)
 
-    def rates(name: str, row: str, net: Net, count: int, paper: float) -> list[Row]:
-        """The rows of `count` single members; for 0, of the mean of all members."""
+    def counted(name: str, net: Net, members: int) -> _Counted:
+        """Of so many single members; for 0, of the mean of all."""
         begun = time.monotonic()
-        parts = [net.some(m, 1) for m in range(count)] if count else [net]
+        parts = [net.some(m, 1) for m in range(members)] if members else [net]
         found = []
         for number, one in enumerate(parts):
             hypotheses = decoding.decode(
@@ -50,19 +58,39 @@ def _recognise(context: Context, teacher: Net, students: Net) -> list[Row]:
                 data.class_of_state,
                 model,
                 weights,
-                progress=f"{name} {number}" if count else name,
+                progress=f"{name} {number}" if members else name,
             )
-            found.append(decoding.word_errors(references, hypotheses))
-        return _rows(context, row, found, (time.monotonic() - begun) / len(parts), paper=paper)
+            found.append(word_errors.count(references, hypotheses))
+        return _Counted(found, (time.monotonic() - begun) / len(parts))
 
-    together = f"{teacher.members}xEnsemble"
-    distilled = f"distilled, T={config.distilled.temperature:g}"
+    kinds = {
+        "baseline": counted("member", teacher, config.decoding.members),
+        f"{teacher.members}xEnsemble": counted("ensemble", teacher, 0),
+        f"distilled, T={config.distilled.temperature:g}": counted(
+            "student", students, students.members or 1
+        ),
+    }
+    wrong = {
+        row: np.stack([word_errors.by_utterance(one) for one in own.found])
+        for row, own in kinds.items()
+    }
+    words = np.array([len(one.words) for one in spoken])
     return [
-        *rates("member", "baseline", teacher, config.decoding.members, 10.9),
-        *rates("ensemble", together, teacher, 0, 10.7),
-        *rates("student", distilled, students, students.members or 1, 10.7),
+        *(
+            line
+            for (row, own), paper in zip(kinds.items(), (10.9, 10.7, 10.7), strict=True)
+            for line in _rows(context, row, own, paper=paper)
+        ),
         *_own_model(context, spoken, references, model),
+        *differences.rows(config, "word_error_rate", wrong, words, selection=_selection(context)),
     ]
+
+
+class _Counted(NamedTuple):
+    """The word errors of nets of one kind, as `word_errors.count` gives them, and the time of each."""
+
+    found: Sequence[Mapping[str, np.ndarray]]
+    seconds: float
 
 
 def _own_model(
@@ -81,9 +109,10 @@ def _own_model(
         search=decoding.WIDE,
         progress="decoder's own model",
     )
-    found = decoding.word_errors(references, hypotheses)
-    row, seconds = "the decoder's own acoustic model", time.monotonic() - begun
-    return _rows(context, row, [found], seconds, paper=None, selection="last")
+    found = word_errors.count(references, hypotheses)
+    counted = _Counted([found], time.monotonic() - begun)
+    row = "the decoder's own acoustic model"
+    return _rows(context, row, counted, paper=None, selection="last")
 
 
 def _print_unknown(spoken: Sequence[Utterance], transcripts: Sequence[Sequence[str]]) -> None:
@@ -109,26 +138,35 @@ def first_words(utterances: Sequence[Utterance], words: int) -> list[Utterance]:
 def _rows(
     context: Context,
     row: str,
-    found: Sequence[dict[str, float]],
-    seconds: float,
+    counted: _Counted,
     *,
     paper: float | None,
     selection: str | None = None,
 ) -> list[Row]:
-    tuned = "validation" if context.config.decoding.tuning_words else None
+    totals = [word_errors.total(one) for one in counted.found]
+    wrong = np.mean([word_errors.by_utterance(one) for one in counted.found], axis=0)
+    more: dict[str, Any] = {
+        "paper": paper,
+        "interval": intervals.percent(wrong, counted.found[0]["words"]),
+    }
     return [
         make_row(
             context.config,
             "speech",
             row,
             metric,
-            [one[metric] for one in found],
-            seconds=seconds,
-            paper=paper if metric == "word_error_rate" else None,
-            selection=selection or tuned,
+            [one[metric] for one in totals],
+            seconds=counted.seconds,
+            selection=selection or _selection(context),
+            **(more if metric == "word_error_rate" else {}),
         )
-        for metric in ("word_error_rate", "substitutions", "deletions", "insertions", "words")
+        for metric in ("word_error_rate", *word_errors.KINDS, "words")
     ]
+
+
+def _selection(context: Context) -> str | None:
+    """On what the decoder's weights were chosen."""
+    return "validation" if context.config.decoding.tuning_words else None
 
 
 def _with_audio(data: Data) -> Sequence[Utterance]:

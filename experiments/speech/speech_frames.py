@@ -21,7 +21,7 @@ KIND = prepared.Kind(
     "speech_frames",
     "Recorded utterances with log-mel frames and the tied HMM state of each.",
     Path(__file__).with_name("embedded"),
-    "python -m experiments.speech.prepare --corpus=...",
+    "python -m experiments.speech.prepare --corpus=debian",
 )
 
 

@@ -14,7 +14,10 @@ CAPTIONS = {
     "speech": "Table 1. One net; the average of ten that differ in their seeds alone; and one net of "
     "the same size distilled from the ten. More than 80 % of the ensemble's gain in frame accuracy is "
     "transferred (86 % by the table). The paper's nets had 2000 hours of speech; read differences here, "
-    "not levels.",
+    "not levels. The standard error of the share is over members and students.",
+    "speech_differences": "How far the nets are apart on the same test utterances: percentages of "
+    "frames, or of words; positive where the first has more. Utterances are drawn anew for the "
+    "intervals: one without 0 is a difference beyond the chance of which utterances were spoken.",
     "speech_costs": COSTS,
     "speech_temperature": "The paper tried temperatures 1, 2, 5 and 10 and used 2.",
     "speech_mean": "Section 1: the members' predictions are averaged by an arithmetic or a geometric "
@@ -88,7 +91,7 @@ STAGES = (
         extends=True,
     ),
     Stage("costs", comparisons.costs_of_nets, ("ensemble", "distilled"), number=9),
-    Stage("temperature", comparisons.temperature, _DISTILLED, number=4),
+    Stage("temperature", comparisons.temperature, _DISTILLED, ("temperature",), number=4),
     Stage("compression", comparisons.compression, ("ensemble",), ("seeds", *_TARGETS), number=5),
     Stage(
         "fractions",

@@ -3,17 +3,21 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from scipy import stats
 
 from distill_jax import models, soft_targets, step_losses
 from distill_jax.nets import Net, stack
-from distill_jax.soft_targets import Mean
 from distill_jax.soft_targets.reduction import array_name
-from experiments.common.study import Context, Row, make_row, read_json, write_json
-from experiments.speech import frames, nets, training_set
+from experiments.common.study import Context, Row, make_row, read_json, write_arrays, write_json
+from experiments.speech import differences, frames, intervals, nets, training_set
 from experiments.speech.data import Data, load_data
+
+RIGHT = "right.npz"
+"""What the stage "ensemble" keeps: by utterance, the right frames of members and ensemble, and all."""
 
 _SHARD_RUNS = 64  # at most so many groups of the stage that writes soft targets
 
@@ -26,22 +30,28 @@ def ensemble(context: Context) -> list[Row]:
     size = models.parameter_count(net.params) // count
     print(f"{data.num_classes} states, {size:,} parameters in each of {count} nets")
     seconds, single = net.seconds, nets.frame_accuracies(net, data)
-    log_probs = _member_log_probs(net, data)
-    arithmetic = {
-        number: [
-            nets.accuracy(_mean(log_probs[start : start + number], "arithmetic"), data.test)
-            for start in range(0, count - number + 1, number)
-        ]
-        for number in sorted({1, 2, 5, count})
-        if number <= count
-    }
-    together = arithmetic[count][0]
+    arithmetic, geometric = states_of_means(net, data)
+    together = nets.accuracy(arithmetic[count][0], data.test)
     write_json(
         context.directory / "accuracy.json", {"baseline": single.mean(), "ensemble": together}
     )
+    members, frame_counts = _right(arithmetic[1], data), intervals.count_frames(data.test)
+    ensemble_right = intervals.count_right(arithmetic[count][0], data.test)
+    write_arrays(
+        context.directory / RIGHT, members=members, ensemble=ensemble_right, frames=frame_counts
+    )
     each = seconds / count
     rows = [
-        make_row(config, "speech", "baseline", "frame_accuracy", single, seconds=each, paper=58.9),
+        make_row(
+            config,
+            "speech",
+            "baseline",
+            "frame_accuracy",
+            single,
+            seconds=each,
+            paper=58.9,
+            interval=intervals.percent(members.mean(axis=0), frame_counts),
+        ),
         make_row(
             config,
             "speech",
@@ -50,27 +60,26 @@ def ensemble(context: Context) -> list[Row]:
             [together],
             seconds=seconds,
             paper=61.1,
+            interval=intervals.percent(ensemble_right, frame_counts),
         ),
         *unheard_rows(context, "baseline", net, each),
     ]
     for number, found in arithmetic.items():
-        row = f"ensemble of {number}, arithmetic mean"
         rows.append(
             make_row(
                 config,
                 "speech_mean",
-                row,
+                f"ensemble of {number}, arithmetic mean",
                 "frame_accuracy",
-                found,
+                [nets.accuracy(states, data.test) for states in found],
                 seconds=each * number,
                 size=number,
             )
         )
-    geometric = nets.accuracy(_mean(log_probs, "geometric"), data.test)
-    row = f"ensemble of {count}, geometric mean"
+    row, accuracy = f"ensemble of {count}, geometric mean", nets.accuracy(geometric, data.test)
     return [
         *rows,
-        make_row(config, "speech_mean", row, "frame_accuracy", [geometric], seconds=seconds),
+        make_row(config, "speech_mean", row, "frame_accuracy", [accuracy], seconds=seconds),
     ]
 
 
@@ -131,14 +140,46 @@ def distilled(context: Context) -> list[Row]:
     gain = before["ensemble"] - before["baseline"]
     share = 100.0 * (found - before["baseline"]) / gain
     row, seconds = f"distilled, T={net.temperature:g}", trained.seconds / len(config.seeds)
+    counts = {
+        "baseline": (right := np.load(context.inputs["ensemble"] / RIGHT))["members"],
+        f"{len(config.ensemble.members)}xEnsemble": right["ensemble"][None],
+        row: _right(nets.states(trained, data.test), data),
+    }
+    base, top, own = (each.mean(axis=0) for each in counts.values())
+    error = error_of_share(counts["baseline"], top, counts[row])
+
+    def of_students(metric: str, values: Sequence[float] | np.ndarray, **more: Any) -> Row:
+        return make_row(config, "speech", row, metric, values, seconds=seconds, **more)
+
     return [
-        make_row(config, "speech", row, "frame_accuracy", found, seconds=seconds, paper=60.8),
-        make_row(
-            config, "speech", row, "gain_transferred_percent", share, seconds=seconds, paper=86.4
+        of_students(
+            "frame_accuracy", found, paper=60.8, interval=intervals.percent(own, right["frames"])
         ),
+        of_students(
+            "gain_transferred_percent",
+            share,
+            paper=86.4,
+            interval=intervals.percent(own - base, top - base),
+        ),
+        *([of_students("gain_transferred_standard_error", [error])] if error is not None else []),
         *unheard_rows(context, row, trained, seconds),
         *_control(context),
+        *differences.rows(config, "frame_accuracy", counts, right["frames"]),
     ]
+
+
+def error_of_share(base: np.ndarray, top: np.ndarray, own: np.ndarray) -> float | None:
+    """The standard error of the share of the gain, per cent, from the spread of members and students.
+
+    The share is (own - base) / (top - base), with right frames of nets `[M, U]` and of the one ensemble
+    `[U]`. The ensemble is taken as it is. None where there is one net of a kind.
+    """
+    if min(len(base), len(own)) < 2:
+        return None
+    members, students = base.sum(axis=1), own.sum(axis=1)
+    gain = top.sum() - members.mean()
+    of_members = stats.sem(members) * (top.sum() - students.mean()) / gain**2
+    return 100.0 * float(np.hypot(stats.sem(students) / gain, of_members))
 
 
 def _control(context: Context) -> list[Row]:
@@ -174,12 +215,31 @@ def unheard_rows(context: Context, row: str, net: Net, seconds: float) -> list[R
     return rows
 
 
-def _member_log_probs(net: Net, data: Data) -> np.ndarray:
-    """Every member's log-probabilities of the test frames `[M, N, C]`."""
-    each = [net.some(m, 1) for m in range(net.members or 0)]
-    return np.stack([nets.log_probs(one, data.test) for one in each])
+def states_of_means(net: Net, data: Data) -> tuple[dict[int, list[np.ndarray]], np.ndarray]:
+    """The most probable states of the test frames `[N]`, by ensembles of the members.
+
+    One member after another: all members' probabilities would not fit in memory.
+
+    Returns:
+        By size of the arithmetic mean those of each ensemble, no member in two of a size; and those of
+        the geometric mean of all.
+    """
+    count = net.members or 1
+    sizes = sorted({size for size in (1, 2, 5, count) if size <= count})
+    sums: dict[int, Any] = dict.fromkeys(sizes, 0.0)
+    states: dict[int, list[np.ndarray]] = {size: [] for size in sizes}
+    logs: Any = 0.0
+    for number in range(count):
+        log_probs = nets.log_probs(net.some(number, 1), data.test)
+        logs = logs + log_probs
+        for size in sizes:
+            sums[size] = sums[size] + np.exp(log_probs)
+            if (number + 1) % size == 0:
+                states[size].append((sums[size] / size).argmax(axis=-1))
+                sums[size] = 0.0
+    return states, (logs / count).argmax(axis=-1)
 
 
-def _mean(log_probs: np.ndarray, mean: Mean) -> np.ndarray:
-    """The members' mean `[N, C]`, up to a constant: enough for the most probable state."""
-    return np.exp(log_probs).mean(axis=0) if mean == "arithmetic" else log_probs.mean(axis=0)
+def _right(states: Sequence[np.ndarray], data: Data) -> np.ndarray:
+    """Of each net's states, how many are right in each test utterance `[M, U]`."""
+    return np.stack([intervals.count_right(own, data.test) for own in states])

@@ -10,7 +10,7 @@ from distill_jax.data.images import Examples
 from distill_jax.loop import Record
 from distill_jax.nets import Net
 from experiments.common.study import Context, Row, make_row, write_json
-from experiments.speech import nets, training_set
+from experiments.speech import intervals, nets, table1, training_set
 from experiments.speech.data import load_data
 
 _METRICS = ("train_frame_accuracy", "frame_accuracy")
@@ -79,7 +79,28 @@ def fractions(context: Context) -> list[Row]:
                     selection=selection,
                 )
             )
-    return rows
+    return [*rows, _kept(context, trained, soft, f"soft targets, {few}, last epoch", seconds)]
+
+
+def _kept(context: Context, trained: Net, soft: slice, row: str, seconds: float) -> Row:
+    """The share of the full data's accuracy that soft targets on few of them reach, per cent."""
+    config, test = context.config, load_data(context.config).test
+    few = trained._replace(
+        params=jax.tree.map(lambda leaf: leaf[soft], trained.params),
+        members=soft.stop - soft.start,
+    )
+    right = np.stack([intervals.count_right(own, test) for own in nets.states(few, test)])
+    whole = np.load(context.inputs["ensemble"] / table1.RIGHT)["members"].mean(axis=0)
+    return make_row(
+        config,
+        "speech_fraction",
+        row,
+        "kept_percent_of_all_data",
+        100.0 * right.sum(axis=1) / whole.sum(),
+        seconds=seconds,
+        paper=96.8,
+        interval=intervals.percent(right.mean(axis=0), whole),
+    )
 
 
 def _on_own_parts(trained: Net, examples: Sequence[Examples]) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from distill_jax.errors import UserError
-from experiments.speech import decoding, language_model, sphinx
+from experiments.speech import decoding, language_model, sphinx, word_errors
 from experiments.speech.decoding import Search, Weights
 
 SPEECH = Path(__file__).parent / "recordings"
@@ -83,7 +83,7 @@ def test_own_scores_give_the_words_of_the_decoder_itself(own, model):
     words, scores = own
     found = decoding.decode(scores, *identity(), model, Weights(), search=TIGHT, progress=None)
     assert found == words
-    assert decoding.word_errors(REFERENCES, found)["word_error_rate"] < 30
+    assert word_errors.total(word_errors.count(REFERENCES, found))["word_error_rate"] < 30
     # The same scores are no longer those words where they are of other senones.
     shifted = [np.roll(utterance, 500, axis=1) for utterance in scores[:2]]
     wrong = decoding.decode(shifted, *identity(), model, Weights(), search=TIGHT, progress=None)
@@ -219,26 +219,6 @@ def test_wrong_scores(change, message, model):
 def test_audio_must_be_int16(model):
     with pytest.raises(UserError, match="utterance 0: audio must be int16"):
         decoding.decode_audio([np.zeros(1600, np.float32)], model, progress=None)
-
-
-def test_word_errors_by_hand():
-    references = ["the cat sat on the mat", "go", "stay here", "i read it"]
-    # A substitution (sat, sit) and a deletion (the); an insertion; everything deleted; all right.
-    hypotheses = ["the cat sit on mat", "go now", "", "<s> i read(2) [NOISE] it <sil> ++um++"]
-    assert decoding.word_errors(references, hypotheses) == {
-        "words": 12,
-        "substitutions": 1,
-        "deletions": 3,
-        "insertions": 1,
-        "word_error_rate": pytest.approx(100 * 5 / 12),
-    }
-
-
-def test_word_errors_of_nothing():
-    with pytest.raises(UserError, match="2 hypotheses for 1 references"):
-        decoding.word_errors(["a"], ["a", "b"])
-    with pytest.raises(UserError, match="no words"):
-        decoding.word_errors(["", ""], ["a", "b"])
 
 
 def ngrams(path):

@@ -126,7 +126,7 @@ def test_no_set(tmp_path):
     for source in (tmp_path, tmp_path / "absent"):
         message = fails(source)
         assert str(source) in message and message.startswith("data.source: ")
-        assert f"python -m experiments.speech.prepare --corpus=... --out={source}" in message
+        assert f"python -m experiments.speech.prepare --corpus=debian --out={source}" in message
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def test_all_tables_have_their_rows(workdir):
         value(rows, "speech", row, "frame_accuracy")
         for row in ("baseline", "3xEnsemble", "distilled")
     )
-    assert value(rows, "speech", "baseline, 2 epochs", "frame_accuracy") > 0
+    assert value(rows, "speech", "baseline, 6 epochs", "frame_accuracy") > 0
+    assert base < min(student, top)  # what the paper shows, in seconds too
     share = value(rows, "speech", "distilled", "gain_transferred_percent")
     assert share == pytest.approx(100 * (student - base) / (top - base))
     picked = value(rows, "speech_temperature", "picked", "temperature")
@@ -79,6 +80,24 @@ def test_all_tables_have_their_rows(workdir):
         "soft targets",
     ):
         assert value(rows, "speech_fraction", row, "train_frame_accuracy") > 0
+    soft, hard, every = (
+        value(rows, "speech_fraction", f"{row}", "frame_accuracy")
+        for row in (
+            "soft targets, 10 %",
+            "hard targets, 10 % of the training set, last",
+            "hard targets, all",
+        )
+    )
+    assert hard < soft < every
+    kept = value(rows, "speech_fraction", "soft targets, 10 %", "kept_percent_of_all_data")
+    assert kept == pytest.approx(100 * soft / every, rel=1e-3)
+    compared = {
+        (row["row"], row["metric"]): row for row in rows if row["table"] == "speech_differences"
+    }
+    assert len(compared) == 6
+    gain = compared["3xEnsemble less baseline", "frame_accuracy"]
+    assert gain["value"] == pytest.approx(top - base, rel=1e-3) and gain["seeds"] == 3
+    assert gain["interval"][0] < gain["value"] < gain["interval"][1]
     states = (value(rows, "speech_compression", "dense", "bytes_per_frame") - 8) // 4
     draws = [f"draws={soft_targets.most_draws(size, int(states))}" for size in (36, 68)]
     for row, size in (("k=8", 44), (draws[0], 44), ("k=16", 76), (draws[1], 76)):
@@ -99,6 +118,7 @@ def test_all_tables_have_their_rows(workdir):
     assert not [row for row in drawn if row["metric"] == "kl"]  # it is infinite
     assert {row["table"] for row in rows} == {
         "speech",
+        "speech_differences",
         "speech_costs",
         "speech_mean",
         "speech_temperature",

@@ -11,7 +11,7 @@ from distill_jax.errors import UserError
 from distill_jax.nets import Net
 from experiments.common import training
 from experiments.common.study import Context
-from experiments.speech import frames, nets, recognition, training_set
+from experiments.speech import frames, nets, recognition, table1, training_set
 from experiments.speech.data import load_data
 
 
@@ -156,8 +156,17 @@ def test_ensemble_log_probs_and_accuracy(resident, ensemble):
     np.testing.assert_allclose(np.exp(found).sum(axis=1), 1, rtol=1e-4)
     single = [nets.log_probs(ensemble.some(m, 1), data.test) for m in range(3)]
     np.testing.assert_allclose(np.exp(found), np.exp(single).mean(axis=0), atol=1e-6)
-    expected = [nets.accuracy(one, data.test) for one in single]
+    expected = [nets.accuracy(one.argmax(axis=-1), data.test) for one in single]
     np.testing.assert_allclose(nets.accuracies(ensemble, data.test), expected, rtol=1e-5)
+    states, geometric = table1.states_of_means(ensemble, data)
+    assert {size: len(each) for size, each in states.items()} == {1: 3, 2: 1, 3: 1}
+    for each, of in (
+        (states[1][2], single[2:]),
+        (states[2][0], single[:2]),
+        (states[3][0], single),
+    ):
+        np.testing.assert_array_equal(each, np.exp(of).mean(axis=0).argmax(axis=-1))
+    np.testing.assert_array_equal(geometric, np.mean(single, axis=0).argmax(axis=-1))
 
 
 def test_words_to_decode_and_to_learn_from(resident):
