@@ -4,6 +4,7 @@
 #   launch/local.sh mnist                        about 14 minutes on two CPU cores; report in runs/mnist
 #   launch/local.sh mnist smoke                  about a minute
 #   launch/local.sh speech                       under 20 minutes; sections 4 and 6 on recorded speech
+#   launch/local.sh speech full                  some hours; first python -m experiments.speech.prepare --out=runs/debian
 #   launch/local.sh specialists                  under 20 minutes; sections 5, 6.1 and 8 on Han characters
 #   launch/local.sh mnist paper --config.seeds='(0,)'
 #   launch/local.sh --dry-run mnist              prints the commands and runs nothing

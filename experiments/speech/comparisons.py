@@ -26,7 +26,7 @@ def temperature(context: Context) -> list[Row]:
     length = "" if epochs in (0, students) else f", {epochs} epochs"
     rows, validation = [], {}
     for value in config.soft_targets.temperatures:
-        trained = _at_temperature(context, value)
+        trained = at_temperature(context, value)
         validation[value] = nets.frame_accuracies(trained, data, "validation")
         for metric, found in (
             ("frame_accuracy", nets.frame_accuracies(trained, data)),
@@ -169,7 +169,7 @@ def costs_of_nets(context: Context) -> list[Row]:
     return costs.rows(config, "speech_costs", candidates, inputs, test["label"][rows])
 
 
-def _at_temperature(context: Context, value: float) -> Net:
+def at_temperature(context: Context, value: float) -> Net:
     """Students of the first seeds; or those of Table 1, which are finished, if they are like them."""
     net, own = context.config.distilled, context.config.temperature
     epochs = own.epochs or net.epochs

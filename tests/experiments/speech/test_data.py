@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from distill_jax.errors import UserError
 from experiments.speech import data as speech
 from experiments.speech import speech_frames
+from experiments.speech.config import get_config
 from experiments.speech.corpus import pipeline
 from experiments.speech.corpus.recordings import Recording
 
@@ -169,6 +170,13 @@ def _ordered(order):
 def test_limits_that_leave_nothing(source, limit, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load(source, train=limit)
+
+
+def test_the_preset_full_names_the_command_that_prepares_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = "python -m experiments.speech.prepare --corpus=debian --out=.*runs/debian"
+    with pytest.raises(UserError, match=command):
+        speech.check_source(get_config("full"))
 
 
 def test_the_fingerprint_is_of_the_classes_too(source):
