@@ -68,6 +68,13 @@ def load_data(config: ConfigDict) -> Data:
     return _load(FrozenConfigDict(data))
 
 
+def load_test(config: ConfigDict) -> Examples:
+    """The test examples of glyphs alone, the same as `load_data` makes."""
+    found = glyphs.load(config.data.source)
+    _, splits = _first_classes(len(found.characters), dict(found.splits), config.data.classes)
+    return _distorted(config.data, "test", splits["test"])
+
+
 @functools.cache
 def _load(data: FrozenConfigDict) -> Data:
     views, difficulty, seed = data.views, data.difficulty, data.seed
@@ -82,21 +89,22 @@ def _load(data: FrozenConfigDict) -> Data:
     digest = hashlib.sha256(repr((data.source, num_classes, views, difficulty, seed)).encode())
     for name, examples in splits.items():
         digest.update(name.encode() + examples["id"].tobytes() + examples["inputs"].tobytes())
-    # Held-out typefaces are few: two views of them make the accuracies steadier.
-    counts = {"train": views, "seen": min(views, 2), "validation": min(views, 2), "test": 1}
-    made = {
-        name: augment.views(examples, counts[name], difficulty, seed)
-        if len(examples["id"])  # an image set has none that are seen
-        else examples
-        for name, examples in splits.items()
-    }
     return Data(
         num_classes,
-        **made,
+        **{name: _distorted(data, name, examples) for name, examples in splits.items()},
         class_images=_class_images([typical, splits["train"]], num_classes),
         class_names=names[:num_classes],
         fingerprint=digest.hexdigest()[:16],
     )
+
+
+def _distorted(data: ConfigDict, split: str, examples: Examples) -> Examples:
+    """The distorted views of a split; an image set has no examples that are seen."""
+    if not len(examples["id"]):
+        return examples
+    # Held-out typefaces are few: two views of them make the accuracies steadier.
+    count = {"train": data.views, "test": 1}.get(split, min(data.views, 2))
+    return augment.views(examples, count, data.difficulty, data.seed)
 
 
 def _image_set(data: FrozenConfigDict) -> tuple[tuple[str, ...], dict[str, Examples]]:

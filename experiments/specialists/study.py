@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from distill_jax.nets import Net
 from experiments.common.costs import CAPTION as COSTS
+from experiments.common.published import PRESET, Published
 from experiments.common.run import Study
 from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json
 from experiments.specialists import (
@@ -19,7 +21,8 @@ from experiments.specialists import (
     mixture,
     table3,
 )
-from experiments.specialists.data import check_source, data_conflicts
+from experiments.specialists.config import get_config
+from experiments.specialists.data import check_source, data_conflicts, load_test
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 5, 6.1 and 8: specialists"
 CAPTIONS = {
@@ -151,4 +154,20 @@ STAGES = (
     Stage("inference", eq5_solvers.compare_solvers, _SPECIALISTS, ("inference",), number=10),
 )
 
-STUDY = Study(STAGES, write_report, check_source, data_conflicts)
+
+def test_accuracy(net: Net) -> float:
+    """A net's accuracy on the published run's test examples, per cent."""
+    test = load_test(get_config(PRESET))
+    return 100.0 * float((net.logits(test["inputs"]).argmax(axis=-1) == test["label"]).mean())
+
+
+PUBLISHED = {
+    "generalist": Published(
+        "generalist/generalist",
+        ("specialists", "generalist", "test_accuracy"),
+        test_accuracy,
+        within=0.02,  # convolutions round differently on another machine
+    )
+}
+
+STUDY = Study(STAGES, write_report, check_source, data_conflicts, PUBLISHED)

@@ -9,7 +9,7 @@ from tfds_sets import prepare_tiny
 from distill_jax.errors import UserError
 from experiments.specialists import glyphs
 from experiments.specialists.config import get_config
-from experiments.specialists.data import load_data
+from experiments.specialists.data import load_data, load_test
 
 CLASSES, VIEWS = 5, 3
 SPLITS = ("train", "seen", "validation", "test")
@@ -88,6 +88,12 @@ def test_without_distortion_glyphs_are_as_drawn(embedded):
     for name in SPLITS:
         for field in ("id", "inputs", "label"):
             np.testing.assert_array_equal(getattr(plain, name)[field], embedded[name][field])
+
+
+def test_the_test_examples_alone_are_the_same(data):
+    alone = load_test(config_of())
+    for name, field in data.test.items():
+        np.testing.assert_array_equal(alone[name], field)
 
 
 def test_data_is_made_once(data):
