@@ -41,12 +41,11 @@ def of_temperatures(
         for a, b in pairs
         if a in means and b in means
     ]
-    hot = np.flatnonzero(np.array(temperatures) > 8)
+    hot = sorted((t, v) for v, t in enumerate(temperatures) if t > 8)
     if len(hot) > 1:
-        ordered = sorted(hot, key=lambda v: temperatures[v])
-        coolest, hottest = errors[ordered[0]], errors[ordered[-1]]
+        (_, coolest), (_, hottest) = hot[0], hot[-1]
         row = f"{net}, highest T less lowest T above 8"
-        found.append(difference_row(config, table, row, hottest - coolest))
+        found.append(difference_row(config, table, row, errors[hottest] - errors[coolest]))
     return found
 
 
