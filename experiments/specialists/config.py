@@ -239,7 +239,7 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.specialists.update(examples=0, epochs=2, report_every=2, batch_size=64, at_once=4)
     config.controls.update(epochs=2, report_every=2)
     config.soft.update(count=2, epochs=4, report_every=2, evaluated=500)
-    config.mixture.update(epochs=2, scratch_epochs=2, batch_size=64)
+    config.mixture.update(epochs=1, batch_size=64)
     config.distilled.update(examples=3000, k=16, epochs=2, report_every=2, scratch_epochs=4)
     config.inference.update(examples=32, max_passes=300)
     return config

@@ -46,3 +46,12 @@ def test_an_experts_gradient_is_its_own_times_its_share_of_the_likelihood():
 
 def loss_of_each(params):
     return losses.hard_cross_entropy(MODEL.apply(params, INPUTS), LABELS)
+
+
+def test_a_mixture_has_a_trunk_of_its_own():
+    whole = models.chain(models.conv_trunk((2,), (2,)), MODEL)
+    images = jnp.zeros((2, 4, 4), jnp.uint8)
+    params = whole.init(jax.random.key(0), images)
+    assert sorted(params) == ["conv_0", "experts", "gate"]
+    total = jnp.exp(whole.apply(params, images)).sum(axis=1)
+    np.testing.assert_allclose(total, 1.0, rtol=1e-5)

@@ -13,11 +13,12 @@ import tensorflow_datasets as tfds
 from command import fails, kill_when, run
 from tfds_sets import prepare_tiny
 
+from distill_jax import nets
 from distill_jax.specialists import store
 from experiments.common import report
 from experiments.specialists import glyphs
 from experiments.specialists.config import get_config
-from experiments.specialists.study import STAGES
+from experiments.specialists.study import PUBLISHED, STAGES
 
 SMOKE = "--config=experiments/specialists/config.py:smoke"
 CONFIG = get_config("smoke")
@@ -28,7 +29,6 @@ CONTROLS = (
     "ensemble of 2 generalists at equal cost",
     f"{FULL} of greedily made sets",
     f"mixture of {CONFIG.clusters.count} experts, from the generalist",
-    f"mixture of {CONFIG.clusters.count} experts, from scratch",
 )
 TO_SPECIALISTS = "--stages=generalist,clusters,specialists"
 FIGURES = (
@@ -260,6 +260,12 @@ def test_the_report_has_the_figures(workdir):
         assert f"{name}-" in page  # of the ids within its drawing
     for number in ("43.1", "45.9", "141993"):
         assert f">{number}<" in page
+
+
+def test_what_is_published_is_among_nets_and_rows(workdir, rows):
+    for one in PUBLISHED.values():
+        assert nets.read_meta(workdir / "stages" / one.training)["members"] == len(CONFIG.seeds)
+        assert len(find(rows, *one.row)["values"]) == len(CONFIG.seeds)
 
 
 def test_a_second_run_does_nothing(workdir):
