@@ -66,6 +66,13 @@ def compare(context: Context) -> list[Row]:
     for first, second in pairs:
         fields = (right[first], right[second], right["generalist"])
         rows += _difference(config, f"{first}, against {second}", fields, test)
+    whole_gain, own_gain = (
+        right[name].mean(axis=1) - right["generalist"].mean(axis=1) for name in (whole, DISTILLED)
+    )
+    if whole_gain.all():  # of nothing there is no share
+        share = 100.0 * own_gain / whole_gain
+        interval = statistics.mean_interval(share)
+        rows += _rows(config, DISTILLED, [("gain_kept_percent", interval)], share)
     slopes = [
         _slope(
             coverage.sets_per_class(load_sets(context, s), load_data(config).num_classes),

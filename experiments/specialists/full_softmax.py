@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from distill_jax.specialists import heads, store
 from distill_jax.specialists.heads import Head
+from experiments.common import statistics
 from experiments.common.study import Context, Row, make_row, write_json
 from experiments.specialists import generalists, training
 from experiments.specialists.clusters import load_sets
@@ -44,7 +45,26 @@ def soft(context: Context) -> list[Row]:
         rows.append(_row(config, NAMES[kind], "test_accuracy", accuracies, seconds=seconds))
         curves[NAMES[kind]] = _curve(histories)
     write_json(context.directory / "curves.json", curves)
-    return rows
+    return rows + _differences(config, rows)
+
+
+def _differences(config: ConfigDict, rows: Sequence[Row]) -> list[Row]:
+    """What soft targets add to hard ones, and what was lost to overfitting: paired, with intervals."""
+    values = {(row["row"], row["metric"]): np.array(row["values"]) for row in rows}
+    hard, soft = NAMES["full_hard"], NAMES["full_soft"]
+    found = []
+    for name, one, other in (
+        ("soft less hard targets", soft, hard),
+        ("hard targets, the last epoch less early stopping", hard, f"{hard}, early stopping"),
+        ("soft targets, the last epoch less early stopping", soft, f"{soft}, early stopping"),
+    ):
+        for group in ("special", "other"):
+            pair = [values.get((x, f"{group}_accuracy")) for x in (one, other)]
+            if pair[0] is None or pair[1] is None:
+                continue
+            row = _row(config, name, f"{group}_difference", difference := pair[0] - pair[1])
+            found.append({**row, "interval": statistics.mean_interval(difference)})
+    return found
 
 
 def _run(context: Context, seed: int, head: Head) -> _Run:

@@ -128,12 +128,15 @@ def test_every_table_has_its_rows(rows):
             *(f"{FULL}, against {name}" for name in ("generalist", *CONTROLS)),
             f"{FULL}, n = 1, against generalist",
             "generalist, trained as much longer, against generalist",
+            "distilled, from the generalist",
             "distilled, from the generalist, against generalist",
             "distilled, from the generalist, against trained as long on labels",
             "gain with each further specialist of a covered class (slope of Table 4)",
         },
         "specialists_soft": {"generalist"}
-        | {f"{name}{end}" for name in dustbins | full for end in ("", ", early stopping")},
+        | {f"{name}{end}" for name in dustbins | full for end in ("", ", early stopping")}
+        | {"soft less hard targets"}
+        | {f"{how} targets, the last epoch less early stopping" for how in ("hard", "soft")},
         "specialists_distilled": {
             "generalist",
             FULL,
@@ -147,7 +150,7 @@ def test_every_table_has_its_rows(rows):
     # A dustbin does not tell the other classes apart.
     of_others = {row["row"] for row in rows if row["metric"] == "other_accuracy"}
     assert of_others >= full and not of_others & dustbins
-    stopped = [row for row in rows if "early stopping" in row["row"]]
+    stopped = [row for row in rows if row["row"].endswith(", early stopping")]
     assert {row["selection"] for row in stopped} == {"validation"}
 
 
