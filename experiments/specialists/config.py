@@ -251,7 +251,7 @@ def _full(config: ConfigDict) -> ConfigDict:
     config.data.difficulty = 1.8
     config.generalist.epochs = 30
     config.clusters.both_methods = True
-    config.mixture.update(epochs=1, scratch_epochs=6)
+    config.mixture.update(epochs=1, scratch_epochs=4)
     config.soft.update(epochs=40, report_every=2, examples=50_000)
     config.distilled.update(epochs=12, scratch_epochs=12)
     return config
