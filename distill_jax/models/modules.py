@@ -25,6 +25,7 @@ class MLP(nn.Module):
     scaling: tuple[float, float]
     activation: Activation
     output_scale: float
+    hidden_scale: float = 1.0
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
@@ -40,13 +41,10 @@ class MLP(nn.Module):
         shapes.check(inputs=(inputs, "any B *"))
         x = from_bytes(inputs.reshape(inputs.shape[0], -1), self.dtype, self.scaling)
         x = self._drop(x, self.input_dropout)
+        variance = 2 * self.hidden_scale**2  # He's at a scale of 1
+        start = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
         for i, units in enumerate(self.hidden):
-            x = nn.Dense(
-                units,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.he_normal(),
-                name=f"hidden_{i}",
-            )(x)
+            x = nn.Dense(units, dtype=self.dtype, kernel_init=start, name=f"hidden_{i}")(x)
             x = self._drop(self.activation(x), self.hidden_dropout)
         return x
 

@@ -100,6 +100,7 @@ COMMON: dict[str, Allowed] = {
     "optimizer": one_of("adam", "sgd", "dropout_2012"),
     "warmup_epochs": count(0),
     "at_once": count(),
+    "init_scale": above(0),
     "temperature_ramp": several(ranges.any_number(), least=0),
     "hard_weight_ramp": several(ranges.any_number(), least=0),
 }

@@ -108,6 +108,7 @@ def build_model(
     net: ConfigDict, num_classes: int, scaling: tuple[float, float] = (0.0, 255.0)
 ) -> models.Model:
     """The net of a config section; `scaling` as for `models.mlp`."""
+    scale = net.get("init_scale", 1.0)  # not every section has one
     return models.mlp(
         net.hidden,
         num_classes,
@@ -115,6 +116,8 @@ def build_model(
         hidden_dropout=net.hidden_dropout,
         dtype=dtype_of(net),
         scaling=scaling,
+        output_scale=scale,
+        hidden_scale=scale,
     )
 
 

@@ -131,6 +131,19 @@ def test_output_scale_is_on_the_first_output_weights_alone(key):
     assert abs(deviation - 0.15) < 0.15 * 5 / np.sqrt(2 * 20_000)
 
 
+def test_hidden_scale_is_on_the_first_hidden_weights_alone(key):
+    ones = jnp.ones((1, 400))
+    plain, small = (models.mlp([50, 30], 4, hidden_scale=s).init(key, ones) for s in (1.0, 0.3))
+    tiny.assert_equal(small["output"], plain["output"])
+    for layer in ("hidden_0", "hidden_1"):
+        tiny.assert_close(small[layer]["kernel"], 0.3 * plain[layer]["kernel"])
+    described = models.build(models.mlp([50, 30], 4, hidden_scale=0.3).description)
+    tiny.assert_equal(described.init(key, ones), small)
+    assert "hidden_scale" not in models.mlp([50], 4).description  # as in nets of before
+    with pytest.raises(UserError, match="hidden_scale is 0"):
+        models.mlp([50], 4, hidden_scale=0)
+
+
 def pictures(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
 

@@ -100,7 +100,7 @@ CONFLICTS = [
     (
         "mnist",
         {"omissions.report_every": 3, "omissions.epochs": 6},
-        "omissions.only_7_8_epochs is 8",
+        "omissions.only_7_8_epochs is 40",
     ),
     ("mnist", {"selection": "validation"}, "data.validation is 0"),
     ("mnist", {"sweep.jitter": 1}, "sweep.jitter is 1; allowed: 0"),
