@@ -176,8 +176,6 @@ def at_temperature(context: Context, value: float) -> Net:
     if value == net.temperature and epochs == net.epochs:
         return nets.load_students(context)
     shorter = ConfigDict({**net.to_dict(), "epochs": epochs})
-    if epochs != net.epochs:
-        shorter.report_every = epochs
     seeds = context.config.seeds[: own.seeds]
     return nets.distil(context, f"temperature_{value:g}", shorter, value, seeds=seeds)
 

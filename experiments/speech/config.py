@@ -140,7 +140,9 @@ ALLOWED = {
 
 def conflicts(config: ConfigDict) -> Iterator[str]:
     """Values that don't fit each other."""
-    yield from report_conflicts(config, [(f"{net}.epochs", f"{net}.report_every") for net in _NETS])
+    reports = [(f"{net}.epochs", f"{net}.report_every") for net in _NETS]
+    reports.append(("temperature.epochs", "distilled.report_every"))
+    yield from report_conflicts(config, reports)
     yield from no_jitter(config, _NETS[1:])
     made_at = config.soft_targets.temperatures
     for net in ("distilled", "fractions"):
@@ -206,8 +208,8 @@ def _full(config: ConfigDict) -> ConfigDict:
     """What is published: the whole corpus, on two CPU cores. README.md says how it was chosen."""
     net = {"hidden": (384, 384, 384), "batch_size": 512}
     config.data.update(source="runs/debian", min_frames=600)
-    config.ensemble.update(net)
-    config.distilled.update(net, epochs=6, report_every=3)
+    config.ensemble.update(net, report_every=1)
+    config.distilled.update(net, epochs=6)
     config.temperature.update(seeds=3, epochs=2)
     config.fractions.update(hidden=net["hidden"], epochs=24, report_every=6)
     config.compression.update(hidden=net["hidden"], percent=1.2)

@@ -140,6 +140,8 @@ CONFLICTS = [
         "fractions.batch_size is 128; its training set has at most 100",
     ),
     ("speech", {"decoding.members": 4}, "the ensemble has 3"),
+    ("speech", {"unlabelled.seeds": 3}, "unlabelled.seeds is 3; there are 2 seeds"),
+    ("speech", {"temperature.epochs": 3}, "temperature.epochs is 3; allowed: multiples of"),
     ("speech", {"unlabelled.jitter": 1}, "unlabelled.jitter is 1; allowed: 0"),
     ("specialists", {"generalist.strides": (2,)}, "strides is (2,); allowed: one for each of chan"),
     ("specialists", {"generalist.input_dropout": 0.1}, "use hidden_dropout"),
