@@ -231,9 +231,10 @@ def states_of_means(net: Net, data: Data) -> tuple[dict[int, list[np.ndarray]], 
     logs: Any = 0.0
     for number in range(count):
         log_probs = nets.log_probs(net.some(number, 1), data.test)
+        probabilities = np.exp(log_probs)
         logs = logs + log_probs
         for size in sizes:
-            sums[size] = sums[size] + np.exp(log_probs)
+            sums[size] = sums[size] + probabilities
             if (number + 1) % size == 0:
                 states[size].append((sums[size] / size).argmax(axis=-1))
                 sums[size] = 0.0
