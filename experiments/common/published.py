@@ -3,7 +3,7 @@
 A study's folder then holds
 
     reference.json          the rows, with the name of the machine
-    history.json            the errors of the published nets by epoch
+    history.json            the errors of its nets by epoch
     published/NAME/         one trained net of each kind that is small enough
 """
 
@@ -12,11 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from distill_jax import files, nets
 from distill_jax.errors import UserError
 from distill_jax.nets import Net
 from experiments.common.report import Row, load_rows
 from experiments.common.training import curve
+
+_RECORDS = 50
 
 PRESET = "full"
 """The preset whose results are published."""
@@ -63,15 +67,21 @@ def publish(workdir: Path, study: Path, published: Mapping[str, Published], devi
         first = first._replace(history=first.history[-1:])
         nets.save(study / "published" / name, first, inputs=inputs, overwrite=True)
     _write_lines(study / "reference.json", [{**row, "device": device} for row in rows])
-    files.write_json(study / "history.json", history(workdir, published))
+    files.write_json(study / "history.json", history(workdir))
 
 
-def history(workdir: Path, published: Mapping[str, Published]) -> dict[str, Any]:
-    """The epochs and the errors of each published net's training, of all its members."""
+def history(workdir: Path) -> dict[str, Any]:
+    """The epochs and the errors of each training and member: up to `_RECORDS` of its reports."""
     found = {}
-    for name, one in published.items():
-        columns = curve(nets.read_meta(workdir / "stages" / one.training)["history"])
-        found[name] = {key: x for key, x in columns.items() if key == "epoch" or "errors" in key}
+    for path in sorted(workdir.glob("stages/*/*/net.json")):
+        columns = curve(nets.read_meta(path.parent)["history"])
+        size = len(columns["epoch"])
+        kept = sorted({round(x) for x in np.linspace(0, size - 1, min(size, _RECORDS))})
+        found[path.parent.name] = {
+            name: [column[i] for i in kept]
+            for name, column in columns.items()
+            if name == "epoch" or "errors" in name
+        }
     return found
 
 

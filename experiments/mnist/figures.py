@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from distill_jax.files import read_json
 from experiments.common.plots import (
     OTHER,
     OURS,
@@ -277,7 +278,13 @@ def _bias_label(row: Row, shift: Row | None) -> str:
 if __name__ == "__main__":  # draws the figures of the READMEs from the published run
     here = Path(__file__).parent
     published = load_rows(here / "reference.json")
-    for name, drawn in (("errors", errors(published)), ("fractions", fractions(published))):
+    figures = {
+        "errors": errors(published),
+        "fractions": fractions(published),
+        "temperature": temperature(published),
+        "curves": curves(read_json(here / "history.json")),
+    }
+    for name, drawn in figures.items():
         assert drawn is not None
         path = here / f"{name}.png"
         drawn.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
