@@ -58,6 +58,7 @@ def compare(context: Context) -> list[Row]:
     pairs = [
         *((whole, name) for name in others if not name.startswith(f"{whole}, n") and name != whole),
         (f"{whole}, n = 1", "generalist"),
+        *((name, "generalist") for name in kept.get("other_sets", ())),
         ("generalist, trained as much longer", "generalist"),
         (DISTILLED, "generalist"),
         (DISTILLED, LABELS),

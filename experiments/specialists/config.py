@@ -250,7 +250,7 @@ def _full(config: ConfigDict) -> ConfigDict:
     config.seeds = (0, 1, 2, 3, 4)
     config.data.difficulty = 1.8
     config.generalist.epochs = 30
-    config.clusters.both_methods = True
+    config.clusters.update(method="greedy", both_methods=True)
     config.mixture.update(epochs=1, scratch_epochs=4)
     config.soft.update(epochs=40, report_every=2, examples=50_000)
     config.distilled.update(epochs=12, scratch_epochs=12)

@@ -76,7 +76,9 @@ def write_report(workdir: Path) -> None:
     if pictures:
         named = read_json(pictures[0].with_suffix(".json"))
         sets = "; ".join(f"{i}: {', '.join(names)}" for i, names in enumerate(named, 1))
-        captions["specialists_clusters"] += f" The classes nearest to each centroid are {sets}."
+        captions["specialists_clusters"] += (
+            f" The classes nearest to each centroid of K-means are {sets}."
+        )
     draw_report(workdir, rows, drawn, title=TITLE, captions=captions, reference=reference)
 
 

@@ -127,6 +127,7 @@ def test_every_table_has_its_rows(rows):
         "specialists_comparison": {
             *(f"{FULL}, against {name}" for name in ("generalist", *CONTROLS)),
             f"{FULL}, n = 1, against generalist",
+            f"{FULL} of greedily made sets, against generalist",
             "generalist, trained as much longer, against generalist",
             "distilled, from the generalist",
             "distilled, from the generalist, against generalist",
