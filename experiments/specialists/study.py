@@ -146,7 +146,7 @@ STAGES = (
         ("distilled",),
         number=9,
     ),
-    Stage("comparison", comparison.compare, (*_COMPARED, "clusters", "distilled")),
+    Stage("comparison", comparison.compare, (*_COMPARED, "clusters", "distilled"), number=14),
     Stage(
         "costs",
         distilled.costs_of_nets,

@@ -265,7 +265,10 @@ def calls() -> dict[str, Call]:
             {"inputs": EXAMPLES["inputs"]},
         ),
         "random_view": Call(
-            lambda batch: augment.random_view(VIEWS)(batch, jax.random.key(0)),
+            lambda batch: [
+                augment.random_view(VIEWS)(batch, jax.random.key(0))[name]
+                for name in ("inputs", "teacher_logits")  # others are passed on as they are
+            ],
             {"batch": {**EXAMPLES, VIEWS.field: floats(B, 9, C)}},
         ),
         "write_top_k": Call(

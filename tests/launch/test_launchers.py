@@ -196,7 +196,7 @@ def test_study_on_two_processes(tmp_path):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert re.findall(r"process (\d) of 2 is \d+ on .* 1 of 2 devices", output)
-    assert output.count("baseline: 4/4") == 1  # process 0 alone prints
+    assert output.count("baseline: 8/8") == 1  # process 0 alone prints
     assert (tmp_path / "runs/mnist-smoke/results.json").exists()
 
 

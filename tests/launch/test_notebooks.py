@@ -77,7 +77,9 @@ def check_speech(rows: list[dict], printed: dict[str, str], pictures: dict[str, 
     [accuracy] = [
         row["value"]
         for row in rows
-        if row["row"].startswith("distilled") and row["metric"] == "frame_accuracy"
+        if row["table"] == "speech"
+        and row["row"].startswith("distilled")
+        and row["metric"] == "frame_accuracy"
     ]
     assert printed["student"] == f"2 students, frame accuracy {accuracy:.2f} %\n"
     assert re.search(r"^aligned: .+\nfound: +.+\n\d+\.\d %", printed["utterance"], re.MULTILINE)

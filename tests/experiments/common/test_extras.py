@@ -44,7 +44,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch, study, package
 
 
 def test_a_study_does_not_need_another_study_s_packages(monkeypatch):
-    hide(monkeypatch, "pocketsphinx", "scipy")
+    hide(monkeypatch, "pocketsphinx", "fonttools")
     extras.import_study("experiments.mnist.study")
 
 

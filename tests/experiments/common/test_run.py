@@ -62,7 +62,7 @@ def test_the_folder_of_a_sweep_stands_for_its_points(tmp_path):
 
 def test_what_is_wrong_ends_before_anything_is_run(tmp_path, monkeypatch):
     config, other = get_config("smoke"), get_config("smoke")
-    other.teacher.epochs = 16
+    other.teacher.epochs = 20
     finish(tmp_path / "there", other)
     (tmp_path / "file").touch()
     elsewhere = get_config("smoke")
@@ -77,7 +77,7 @@ def test_what_is_wrong_ends_before_anything_is_run(tmp_path, monkeypatch):
             "distilled needs soft_targets, not finished",
         ),
         ((wrong, tmp_path / "new"), {}, "--config.teacher.learning_rate is -1.0; allowed: above 0"),
-        ((config, tmp_path / "there"), {}, "teacher.epochs is 16 there and 8 now"),
+        ((config, tmp_path / "there"), {}, "teacher.epochs is 20 there and 16 now"),
         ((config, tmp_path / "file"), {}, f"{tmp_path / 'file'} is no folder"),
         ((config, tmp_path / "file/run"), {}, f"{tmp_path / 'file'} is no folder"),
         ((config, "/proc/run"), {}, "--workdir=/proc/run: /proc can't be written to"),
