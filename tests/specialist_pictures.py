@@ -3,6 +3,16 @@
 import numpy as np
 
 C = 24
+FIGURES = [
+    "table3",
+    "comparison",
+    "coverage",
+    "clusters",
+    "covariance",
+    "gallery",
+    "soft",
+    "distilled",
+]
 
 
 def make_pictures(count, shape=(8, 8)):

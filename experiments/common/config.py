@@ -154,6 +154,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def changed(net: ConfigDict, **changes: Any) -> ConfigDict:
+    """A section of the config with some fields changed."""
+    return ConfigDict({**net.to_dict(), **changes})
+
+
 def at(net: ConfigDict, name: str) -> Any:
     """A section's number, such as its "temperature"; or a dict of how it changes, if it has a ramp."""
     ramp = net[f"{name}_ramp"]

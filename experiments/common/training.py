@@ -31,6 +31,7 @@ def train(
     keys: Array,
     directory: Path,
     name: str,
+    seeds: Sequence[int] | None = None,
     variants: Sequence[Mapping[str, Any]] = ({},),
     evaluation: Mapping[str, Examples | Sequence[Examples]] = types.MappingProxyType({}),
     passes: int = 1,
@@ -49,6 +50,7 @@ def train(
         keys: one for each seed (`study.Context.keys`); a seed's variants share theirs.
         directory: this training's own.
         name: shown in progress.
+        seeds: where they are others than the config's.
         variants: further traced numbers per net ("temperature", "hard_weight", "learning_rate"), or
             their ramps (`config.at`). Member `v * len(keys) + s` is variant v of seed s.
         evaluation: sets to count errors on.
@@ -76,7 +78,7 @@ def train(
         config={
             "data": config.get("data", ConfigDict()).to_dict(),
             "net": json.loads(net.to_json()),
-            "seeds": list(config.seeds),
+            "seeds": list(seeds or config.seeds),
             "variants": [dict(variant) for variant in variants],
         },
     )

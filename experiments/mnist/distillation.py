@@ -10,7 +10,7 @@ from distill_jax import losses, soft_targets, step_losses
 from distill_jax.data.images import Examples
 from distill_jax.nets import load
 from experiments.common import costs
-from experiments.common.config import at
+from experiments.common.config import at, changed
 from experiments.common.study import Context, Row, make_row, write_json
 from experiments.mnist import differences
 from experiments.mnist.data import (
@@ -21,7 +21,7 @@ from experiments.mnist.data import (
     training_set_with_targets,
     with_soft_targets,
 )
-from experiments.mnist.nets import changed, error_row, errors_by_variant, shown, sizes, train
+from experiments.mnist.nets import error_row, errors_by_variant, shown, sizes, train
 
 
 def teacher(context: Context) -> list[Row]:

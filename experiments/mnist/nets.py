@@ -39,7 +39,7 @@ def train(
     if len(data.validation["id"]):
         evaluation["validation_errors"] = data.validation
     return training.train(
-        ConfigDict({**context.config.to_dict(), "seeds": seeds}),
+        context.config,
         net,
         training.build_model(net, data.num_classes),
         examples,
@@ -47,16 +47,12 @@ def train(
         keys=context.keys(seeds, number),
         directory=context.directory / name,
         name=name,
+        seeds=seeds,
         variants=variants,
         evaluation=evaluation,
         passes=passes,
         transforms=transforms,
     )
-
-
-def changed(net: ConfigDict, **changes: Any) -> ConfigDict:
-    """A section of the config with some fields changed."""
-    return ConfigDict({**net.to_dict(), **changes})
 
 
 def sizes(net: ConfigDict) -> str:

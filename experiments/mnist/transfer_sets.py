@@ -10,10 +10,11 @@ from distill_jax import processes, step_losses
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net
+from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row
 from experiments.mnist import bias
 from experiments.mnist.data import load_data, with_soft_targets
-from experiments.mnist.nets import changed, error_row, errors_by_variant, of_mnist, train
+from experiments.mnist.nets import error_row, errors_by_variant, of_mnist, train
 
 
 class Omission(NamedTuple):

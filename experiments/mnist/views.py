@@ -16,9 +16,10 @@ from distill_jax.data.augment import Views
 from distill_jax.data.images import Examples
 from distill_jax.models import Model, Params
 from distill_jax.nets import Net, load
+from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row
 from experiments.mnist.data import load_data
-from experiments.mnist.nets import changed, error_row, of_images, sizes, train
+from experiments.mnist.nets import error_row, of_images, sizes, train
 
 _NEW = 2**31 - 1
 """So many views that hardly one is ever seen twice."""

@@ -12,7 +12,7 @@ from distill_jax.errors import UserError
 from distill_jax.specialists import clustering, coverage, greedy
 from experiments.common.study import Context, Row, make_row, write_arrays, write_json
 from experiments.specialists import generalists
-from experiments.specialists.data import Data, load_data
+from experiments.specialists.data import Data, load_data, some_rows
 
 _BATCH = 2000
 _NAMED = 12  # classes of a set that are named in the report
@@ -31,7 +31,7 @@ def cluster(context: Context) -> list[Row]:
     for s, seed in enumerate(config.seeds):
         generalist = generalists.load(context, s)
         part = generalists.specialist_part(config)
-        rows = _sample(config, len(part["id"]))
+        rows = some_rows(config, len(part["id"]), config.clusters.examples)
         inputs = generalists.training_inputs(context, s)[0][rows]
         logits, labels = generalist.net.logits(inputs), part["label"][rows]
         held_out = generalist.inputs(data.validation["inputs"])
@@ -111,11 +111,6 @@ def other_method(config: ConfigDict) -> str:
 def _load_sets(context: Context, seed: int, method: str) -> np.ndarray:
     path = context.inputs["clusters"] / f"seed_{context.config.seeds[seed]}.npz"
     return np.load(path)[method]
-
-
-def _sample(config: ConfigDict, size: int) -> np.ndarray:
-    random = np.random.default_rng(config.data.seed)
-    return np.sort(random.permutation(size)[: config.clusters.examples or size])
 
 
 def _batches(array: np.ndarray) -> Iterator[np.ndarray]:

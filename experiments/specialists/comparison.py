@@ -21,6 +21,7 @@ from experiments.specialists.data import load_data
 
 DISTILLED = "distilled, from the generalist"
 LABELS = "trained as long on labels"
+LONGER = "generalist, trained as much longer"
 _TABLE, _KEPT = "specialists_comparison", "right.npz"
 
 
@@ -59,7 +60,7 @@ def compare(context: Context) -> list[Row]:
         *((whole, name) for name in others if not name.startswith(f"{whole}, n") and name != whole),
         (f"{whole}, n = 1", "generalist"),
         *((name, "generalist") for name in kept.get("other_sets", ())),
-        ("generalist, trained as much longer", "generalist"),
+        (LONGER, "generalist"),
         (DISTILLED, "generalist"),
         (DISTILLED, LABELS),
     ]

@@ -4,18 +4,18 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from distill_jax import soft_targets
 from distill_jax.models import Params
 from distill_jax.nets import Net
+from experiments.common.config import changed
 from experiments.common.study import Context, Row
 from experiments.specialists import comparison, generalists
+from experiments.specialists.comparison import LONGER
 from experiments.specialists.data import load_data
 from experiments.specialists.table3 import gains, row_of
 
 ENSEMBLE = "ensemble of 2 generalists at equal cost"
-LONGER = "generalist, trained as much longer"
 
 
 def longer(context: Context) -> list[Row]:
@@ -29,7 +29,7 @@ def longer(context: Context) -> list[Row]:
 
 def _train_control(context: Context, name: str, start: Params | None = None) -> Net:
     config = context.config
-    net = ConfigDict({**config.generalist.to_dict(), **config.controls.to_dict()})
+    net = changed(config.generalist, **config.controls)
     examples = [load_data(config).train] * len(config.seeds)
     return generalists.train(context, name, net, examples, start=start)
 

@@ -68,6 +68,12 @@ def load_data(config: ConfigDict) -> Data:
     return _load(FrozenConfigDict(data))
 
 
+def some_rows(config: ConfigDict, count: int, size: int) -> np.ndarray:
+    """So many rows of a set, at random and in order, the same ones every time; all for a size of 0."""
+    random = np.random.default_rng(config.data.seed)
+    return np.sort(random.permutation(count)[: size or None])
+
+
 def load_test(config: ConfigDict) -> Examples:
     """The test examples of glyphs alone, the same as `load_data` makes."""
     found = glyphs.load(config.data.source)

@@ -16,10 +16,11 @@ from distill_jax.models import Params
 from distill_jax.nets import Net
 from distill_jax.specialists import inference
 from experiments.common import costs
+from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row
 from experiments.specialists import comparison, generalists, training
 from experiments.specialists.comparison import DISTILLED, LABELS
-from experiments.specialists.data import load_data
+from experiments.specialists.data import load_data, some_rows
 
 
 def make_soft_targets(context: Context) -> list[Row]:
@@ -121,9 +122,8 @@ def costs_of_nets(context: Context) -> list[Row]:
 
 def transfer_set(config: ConfigDict) -> tuple[Examples, np.ndarray]:
     """Some of the examples that specialists are trained on, with ids 0..n-1, and their rows there."""
-    whole, size = generalists.specialist_part(config), config.distilled.examples
-    random = np.random.default_rng(config.data.seed)
-    rows = np.sort(random.permutation(len(whole["id"]))[: size or None])
+    whole = generalists.specialist_part(config)
+    rows = some_rows(config, len(whole["id"]), config.distilled.examples)
     part = transfer.select(whole, rows)
     return {**part, "id": np.arange(len(rows), dtype=np.int32)}, rows
 
@@ -154,11 +154,11 @@ def _trained_on_labels(context: Context, examples: Examples) -> Net:
     config = context.config
     if config.distilled.epochs == config.controls.epochs:
         return nets.load(context.inputs["longer"] / "longer")
-    own = {"epochs": config.distilled.epochs, "report_every": config.distilled.report_every}
+    own = config.distilled
     return generalists.train(
         context,
         "on_labels",
-        ConfigDict({**config.generalist.to_dict(), **own}),
+        changed(config.generalist, epochs=own.epochs, report_every=own.report_every),
         [examples] * len(config.seeds),
         start=generalists.load_all(context).params,
     )

@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 from distill_jax.specialists import heads, store
 from distill_jax.specialists.heads import Head
 from experiments.common import statistics
+from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row, write_json
 from experiments.specialists import generalists, training
 from experiments.specialists.clusters import load_sets
-from experiments.specialists.data import load_data
+from experiments.specialists.data import load_data, some_rows
 from experiments.specialists.generalists import Generalist
 
 NAMES = {
@@ -79,7 +80,7 @@ def _run(context: Context, seed: int, head: Head) -> _Run:
         seed,
         enriched,
         range(len(sets)),
-        net=ConfigDict({**config.specialists.to_dict(), **config.soft.to_dict()}),
+        net=changed(config.specialists, **config.soft),
         head=head,
         evaluation=evaluation,
     )
@@ -105,7 +106,7 @@ def _evaluation(
     data = load_data(config)
     evaluation = {}
     for split, part in (("validation", data.validation), ("test", data.test)):
-        rows = _sample(config, len(part["id"]))
+        rows = some_rows(config, len(part["id"]), config.soft.evaluated)
         inputs, label = generalist.inputs(part["inputs"][rows]), part["label"][rows]
         for group in ("special", "other"):
             if group == "other" and head.has_dustbin:
@@ -150,7 +151,7 @@ def _accuracies(
 def _generalist(context: Context, seed: int) -> dict[str, float]:
     """The generalist's accuracy on special and other classes, restricted alike; mean over the sets."""
     data, generalist = load_data(context.config), generalists.load(context, seed)
-    rows = _sample(context.config, len(data.test["id"]))
+    rows = some_rows(context.config, len(data.test["id"]), context.config.soft.evaluated)
     logits = generalist.net.logits(generalist.inputs(data.test["inputs"][rows]))
     label = data.test["label"][rows]
     found: dict[str, list[float]] = {"special_accuracy": [], "other_accuracy": []}
@@ -198,11 +199,6 @@ def _curve(histories: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
             )
             curve[f"{group}_accuracy"] = means.tolist()
     return curve
-
-
-def _sample(config: ConfigDict, size: int) -> np.ndarray:
-    random = np.random.default_rng(config.data.seed)
-    return np.sort(random.permutation(size)[: config.soft.evaluated or size])
 
 
 def _row(

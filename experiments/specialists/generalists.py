@@ -17,7 +17,7 @@ from distill_jax.data.images import Examples
 from distill_jax.nets import Net
 from experiments.common import training
 from experiments.common.study import Context
-from experiments.specialists.data import BYTE, Data, load_data
+from experiments.specialists.data import BYTE, Data, load_data, some_rows
 
 _CHUNK = 20_000  # examples whose features are in memory as float32
 
@@ -89,12 +89,13 @@ def train(
         folders.append(context.directory / name / f"seeds_{seeds[0]}_to_{seeds[-1]}")
         parts.append(
             training.train(
-                ConfigDict({**config.to_dict(), "seeds": seeds}),
+                config,
                 net,
                 net_of(net, data.num_classes),
                 examples[group],
                 loss,
                 keys=context.keys(seeds),
+                seeds=seeds,
                 directory=folders[-1],
                 name=name,
                 variants=[variant],
@@ -154,9 +155,8 @@ def _features(trunk: models.Model, params: models.Params, images: np.ndarray) ->
 
 def specialist_part(config: ConfigDict) -> Examples:
     """The training examples that specialists are trained on: all, or a random part."""
-    train, size = load_data(config).train, config.specialists.examples
-    random = np.random.default_rng(config.data.seed)
-    return transfer.select(train, np.sort(random.permutation(len(train["id"]))[: size or None]))
+    train = load_data(config).train
+    return transfer.select(train, some_rows(config, len(train["id"]), config.specialists.examples))
 
 
 def training_inputs(context: Context, seed: int) -> tuple[np.ndarray, float]:

@@ -160,12 +160,13 @@ def _train(
     config, number = context.config, context.config.seeds[seed]
     part = generalists.specialist_part(config)
     return common.train(
-        ConfigDict({**config.to_dict(), "seeds": (number,)}),
+        config,
         net,
         model,
         [{**part, "inputs": inputs}],
         step_losses.label_loss,
         keys=context.keys([number]),
+        seeds=[number],
         directory=context.directory / name / f"seed_{number}",
         name=f"mixture, {name}",
         start=jax.tree.map(lambda leaf: np.asarray(leaf)[None], start),

@@ -18,10 +18,11 @@ from distill_jax.data.images import Examples
 from distill_jax.nets import Net
 from distill_jax.specialists import enrichment, heads, inference, store
 from distill_jax.specialists.heads import Head
+from experiments.common.config import changed
 from experiments.common.study import Context
 from experiments.common.training import make_recipe
 from experiments.specialists import generalists
-from experiments.specialists.data import load_data
+from experiments.specialists.data import load_data, some_rows
 from experiments.specialists.generalists import Generalist
 
 
@@ -112,8 +113,7 @@ def make_enriched(
     """What the specialists of a seed's generalist are trained on: all, or `size` at random."""
     part = generalists.specialist_part(context.config)
     inputs, _ = generalists.training_inputs(context, seed)
-    random = np.random.default_rng(context.config.data.seed)
-    rows = np.sort(random.permutation(len(inputs))[: size or None])
+    rows = some_rows(context.config, len(inputs), size)
     return enrichment.enrich(
         {"inputs": inputs[rows] if size else inputs, "label": part["label"][rows]},
         class_sets,
@@ -160,7 +160,7 @@ def train_group(
     classes = load_data(config).num_classes
     constants = [enriched.constants[m] for m in group]
     sets = jnp.asarray(np.stack([one["class_set"] for one in constants]))
-    section = ConfigDict({**config.generalist.to_dict(), **net.to_dict()})
+    section = changed(config.generalist, **net)
     numbers = [1000 * config.seeds[seed] + m for m in group]
     last = len(enriched.examples)
     print(f"specialists {group[0]} to {group[-1]} of {last}, seed {config.seeds[seed]}")

@@ -14,6 +14,7 @@ from distill_jax.nets import Net
 from distill_jax.soft_targets import Kept
 from distill_jax.soft_targets.compare import against_dense
 from experiments.common import costs
+from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row
 from experiments.speech import frames, nets, training_set
 from experiments.speech.data import load_data
@@ -175,7 +176,7 @@ def at_temperature(context: Context, value: float) -> Net:
     epochs = own.epochs or net.epochs
     if value == net.temperature and epochs == net.epochs:
         return nets.load_students(context)
-    shorter = ConfigDict({**net.to_dict(), "epochs": epochs})
+    shorter = changed(net, epochs=epochs)
     seeds = context.config.seeds[: own.seeds]
     return nets.distil(context, f"temperature_{value:g}", shorter, value, seeds=seeds)
 

@@ -46,17 +46,16 @@ def train(
 
     `number` is the training's in the stage's random keys.
     """
-    data = load_data(context.config)
-    config = context.config
-    if seeds is not None:
-        config = ConfigDict({**config.to_dict(), "seeds": tuple(seeds)})
+    config, data = context.config, load_data(context.config)
+    seeds = tuple(seeds or config.seeds)
     return training.train(
         config,
         net,
         training.build_model(net, data.num_classes, data.byte),
         examples,
         loss,
-        keys=context.keys(config.seeds, number),
+        seeds=seeds,
+        keys=context.keys(seeds, number),
         directory=(directory or context.directory) / name,
         name=name,
         variants=variants,

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 from scipy import stats
 
 from distill_jax import models, soft_targets, step_losses
 from distill_jax.nets import Net, stack
 from distill_jax.soft_targets.reduction import array_name
+from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row, read_json, write_arrays, write_json
 from experiments.speech import differences, frames, intervals, nets, training_set
 from experiments.speech.data import Data, load_data
@@ -191,7 +191,7 @@ def _control(context: Context) -> list[Row]:
     trained = nets.train(
         context,
         "control",
-        ConfigDict({**net.to_dict(), "epochs": epochs, "report_every": 1}),
+        changed(net, epochs=epochs, report_every=1),
         training_set.labelled(config, net, 1),
         step_losses.label_loss,
         seeds=net.members[:1],

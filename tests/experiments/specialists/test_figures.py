@@ -6,22 +6,12 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from specialist_pictures import make_clusters, make_gallery, texts
+from specialist_pictures import FIGURES, make_clusters, make_gallery, texts
 
 from experiments.common import report
 from experiments.common.plots import OTHER, OURS, PAPER
 from experiments.specialists import figures
 
-NAMES = [
-    "table3",
-    "comparison",
-    "coverage",
-    "clusters",
-    "covariance",
-    "gallery",
-    "soft",
-    "distilled",
-]
 SYSTEMS = {
     "generalist": "#000000",
     "generalist + 20 specialists": OURS,
@@ -169,9 +159,9 @@ def test_comparisons_are_drawn_with_both_intervals():
 
 def test_all_figures_have_names_captions_and_figures():
     drawn = everything()
-    assert [name for name, _, _ in drawn] == NAMES
+    assert [name for name, _, _ in drawn] == FIGURES
     assert all(caption.endswith(".") and isinstance(one, Figure) for _, caption, one in drawn)
-    assert len({caption for _, caption, _ in drawn}) == len(NAMES)
+    assert len({caption for _, caption, _ in drawn}) == len(FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +175,7 @@ def test_all_figures_have_names_captions_and_figures():
         (distilled_rows(), {}, ["distilled"]),
         ([], {"clusters": make_clusters()}, ["clusters", "covariance"]),
         ([], {"gallery": make_gallery()}, []),  # without pictures of the classes
-        ([], {"clusters": make_clusters(), "gallery": make_gallery(())}, NAMES[3:5]),
+        ([], {"clusters": make_clusters(), "gallery": make_gallery(())}, FIGURES[3:5]),
         ([], {"curves": make_curves()}, ["soft"]),
         ([], {"curves": {"generalist": make_curves()["generalist"]}}, []),
         ([row | {"value": None} for row in every_row()], {"clusters": {}, "curves": {}}, []),
@@ -306,7 +296,7 @@ def test_a_report_is_written_with_every_figure(tmp_path):
     report.write(
         tmp_path, "Specialists", {}, every_row(), reference_rows=[], figures=drawn, seconds=1.0
     )
-    assert sorted(p.stem for p in (tmp_path / "figures").iterdir()) == sorted(NAMES)
+    assert sorted(p.stem for p in (tmp_path / "figures").iterdir()) == sorted(FIGURES)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert re.findall('<figure id="figure-([^"]*)"', text) == NAMES
+    assert re.findall('<figure id="figure-([^"]*)"', text) == FIGURES
     assert "currentColor" in text and not re.search("#000000|https?:", text)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from command import fails, kill_when, run
+from specialist_pictures import FIGURES
 from tfds_sets import prepare_tiny
 
 from distill_jax import nets
@@ -31,16 +32,6 @@ CONTROLS = (
     f"mixture of {CONFIG.clusters.count} experts, from the generalist",
 )
 TO_SPECIALISTS = "--stages=generalist,clusters,specialists"
-FIGURES = (
-    "table3",
-    "comparison",
-    "coverage",
-    "clusters",
-    "covariance",
-    "gallery",
-    "soft",
-    "distilled",
-)
 PAPER = {
     ("generalist", "test_accuracy"): 25.0,
     ("generalist", "conditional_test_accuracy"): 43.1,
