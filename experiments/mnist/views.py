@@ -4,7 +4,8 @@ The paper's transfer set is not moved. Beside every student stands its control: 
 labels of such views.
 """
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,47 +41,33 @@ def shifts(context: Context) -> list[Row]:
     if not of_images(context, "students of shifted images"):
         return []
     config, views, train_set = context.config, _shifts(context), load_data(context.config).train
-    net, table = config.shifts, "mnist_shifts"
+    net, warm = config.shifts, config.distilled.temperature
     stores = [context.inputs["shift_targets"] / f"seed_{seed}" for seed in config.seeds]
     joined = [_attach(train_set, store, views) for store in stores]
-    on_views: dict[str, Any] = {"transforms": [augment.random_view(views)]}
+    averaged = [_averaged(fields, views, net.pixels) for fields in joined]
+    show, soft_loss = [augment.random_view(views)], step_losses.distillation_loss
     numbers = {"temperature": net.temperature, "hard_weight": net.hard_weight}
-    distilled = train(
-        context,
-        "shifts_soft",
-        net,
-        joined,
-        step_losses.distillation_loss,
-        variants=[numbers],
-        **on_views,
-    )
-    alike = [train_set] * len(config.seeds)
-    labels = train(context, "shifts_labels", net, alike, step_losses.label_loss, **on_views)
-    numbers = {"temperature": config.distilled.temperature, "hard_weight": net.hard_weight}
-    averaged = train(
-        context,
-        "shifts_averaged",
-        net,
-        [_averaged(fields, views, config.shifts.pixels) for fields in joined],
-        step_losses.distillation_loss,
-        variants=[numbers],
-    )
     moved = f"images moved by up to {net.pixels} pixels"
-    return [
-        error_row(context, table, f"{sizes(net)} on labels, {moved}", labels),
-        error_row(
-            context,
-            table,
-            f"distilled {sizes(net)}, T={net.temperature:g}, {moved}, logits of the same shift",
-            distilled,
-        ),
-        error_row(
-            context,
-            table,
-            f"distilled {sizes(net)}, T={config.distilled.temperature:g}, logits averaged over shifts",
-            averaged,
-        ),
-    ]
+    on_labels = train(
+        context,
+        "shifts_labels",
+        net,
+        [train_set] * len(stores),
+        step_losses.label_loss,
+        transforms=show,
+    )
+    on_shifts = train(
+        context, "shifts_soft", net, joined, soft_loss, variants=[numbers], transforms=show
+    )
+    numbers = {**numbers, "temperature": warm}
+    on_means = train(context, "shifts_averaged", net, averaged, soft_loss, variants=[numbers])
+    small = f"distilled {sizes(net)}"
+    rows = {
+        f"{sizes(net)} on labels, {moved}": on_labels,
+        f"{small}, T={net.temperature:g}, {moved}, logits of the same shift": on_shifts,
+        f"{small}, T={warm:g}, logits averaged over shifts": on_means,
+    }
+    return [error_row(context, "mnist_shifts", row, trained) for row, trained in rows.items()]
 
 
 def distorted(context: Context) -> list[Row]:
@@ -148,7 +135,7 @@ def _distortions(context: Context) -> Views:
     return augment.handwriting(context.config.distorted.views, context.config.data.seed)
 
 
-def _mean_logits(model: Model) -> Any:
+def _mean_logits(model: Model) -> Callable[[Params, jax.Array], jax.Array]:
     """The mean of members' logits: a geometric mean of their distributions at every temperature."""
 
     def apply(params: Params, images: jax.Array) -> jax.Array:
@@ -157,7 +144,13 @@ def _mean_logits(model: Model) -> Any:
     return apply
 
 
-def _write(context: Context, folder: Any, apply: Any, net: Net, views: Views) -> None:
+def _write(
+    context: Context,
+    folder: Path,
+    apply: Callable[[Params, jax.Array], jax.Array],
+    net: Net,
+    views: Views,
+) -> None:
     train_set = load_data(context.config).train
     soft_targets.write_views(
         folder,
@@ -170,7 +163,7 @@ def _write(context: Context, folder: Any, apply: Any, net: Net, views: Views) ->
     )
 
 
-def _attach(examples: Examples, folder: Any, views: Views) -> Examples:
+def _attach(examples: Examples, folder: Path, views: Views) -> Examples:
     return soft_targets.attach(examples, soft_targets.load(folder), views=views)
 
 

@@ -63,8 +63,10 @@ def _differences(config: ConfigDict, rows: Sequence[Row]) -> list[Row]:
             pair = [values.get((x, f"{group}_accuracy")) for x in (one, other)]
             if pair[0] is None or pair[1] is None:
                 continue
-            row = _row(config, name, f"{group}_difference", difference := pair[0] - pair[1])
-            found.append({**row, "interval": statistics.mean_interval(difference)})
+            difference = pair[0] - pair[1]
+            interval = statistics.mean_interval(difference)
+            metric = f"{group}_difference"
+            found.append(_row(config, name, metric, difference, interval=interval))
     return found
 
 
@@ -205,11 +207,10 @@ def _row(
     config: ConfigDict,
     row: str,
     metric: str,
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     *,
     seconds: float = 0.0,
-    selection: str = "last",
+    **more: Any,
 ) -> Row:
-    return make_row(
-        config, "specialists_soft", row, metric, values, seconds=seconds, selection=selection
-    )
+    """A row of the table of section 6.1 (`make_row`)."""
+    return make_row(config, "specialists_soft", row, metric, values, seconds=seconds, **more)
