@@ -295,10 +295,14 @@ def _in_a_line(error: Exception) -> str:
     return str(error).partition("\n")[0].partition(" See full TensorStore")[0]
 
 
+# What orbax writes in the folder of a step. A run killed while it deletes one may leave any of them.
+_ENTRIES = {"state", "notes", "metrics", "_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
 def _is_own(path: Path) -> bool:
-    """Whether a name in the folder is of a checkpoint, of one that is half written, or put aside."""
-    if path.name.isdigit():
-        return not path.is_file() and ((path / "state").exists() or (path / "notes").exists())
+    """Whether a name in the folder is of a checkpoint, of one half written or deleted, or put aside."""
+    if path.name.isdigit() and path.is_dir():
+        return {entry.name for entry in path.iterdir()} <= _ENTRIES
     return re.fullmatch(r"\d+\.(damaged|orbax-checkpoint-tmp.*)", path.name) is not None
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ import tiny
 from command import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
-from distill_jax import checkpoints, sharding
+from distill_jax import checkpoints, files, sharding
 from distill_jax.errors import UserError
 from distill_jax.train_step import TrainState
 
@@ -190,6 +191,28 @@ def test_what_a_killed_save_left_is_cleaned_up(tmp_path):
         assert checkpoints.restore_newest(manager, make_state()) is None
         save(manager, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("metric", [None, "error"])
+def test_what_a_killed_deletion_left_is_cleaned_up(tmp_path, metric):
+    """Whatever is left of an old checkpoint, an empty folder too, the run resumes from the newest."""
+    with checkpoints.open_dir(tmp_path / "good", metric) as manager:
+        for step in (1, 2):
+            save(manager, step, **({metric: 1 / step} if metric else {}))
+    entries = sorted(path.name for path in (tmp_path / "good" / "1").iterdir())
+    assert len(entries) >= 4
+    for removed in range(1, len(entries) + 1):
+        folder = tmp_path / str(removed)
+        shutil.copytree(tmp_path / "good", folder)
+        for name in entries[:removed]:
+            files.remove(folder / "1" / name)
+        with checkpoints.open_dir(folder, metric) as manager:
+            assert_restored(checkpoints.restore_newest(manager, make_state()), 2)
+            if metric:
+                assert_restored(checkpoints.restore_best(manager, make_state(), metric), 2)
+            for step in (3, 4):
+                save(manager, step, **({metric: 1 / step} if metric else {}))
+        assert {3, 4} <= set(steps_in(folder))
 
 
 def test_a_state_of_another_shape_deletes_nothing(tmp_path):
