@@ -8,6 +8,7 @@ A study's folder then holds
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,12 +32,14 @@ class Published(NamedTuple):
 
     training: its folder in a working directory. row: its table, name and metric. measure: that
     metric of the net alone, on data of the project. within: what another machine's rounding may change.
+    beside: files of its stage that are kept with it.
     """
 
     training: str
     row: tuple[str, str, str]
     measure: Callable[[Net], float]
     within: float = 0.0
+    beside: Sequence[str] = ()
 
 
 class Checked(NamedTuple):
@@ -65,7 +68,10 @@ def publish(workdir: Path, study: Path, published: Mapping[str, Published], devi
         inputs = nets.load_inputs(folder)
         first = net if net.members is None else net.member(0)
         first = first._replace(history=first.history[-1:])
-        nets.save(study / "published" / name, first, inputs=inputs, overwrite=True)
+        kept = study / "published" / name
+        nets.save(kept, first, inputs=inputs, overwrite=True)
+        for path in one.beside:
+            shutil.copyfile(workdir / "stages" / path, kept / Path(path).name)
     _write_lines(study / "reference.json", [{**row, "device": device} for row in rows])
     files.write_json(study / "history.json", history(workdir))
 

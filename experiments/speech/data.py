@@ -68,7 +68,7 @@ def _load(source: str, limits: tuple[int, ...], min_frames: int, streamed: bool)
     counts = count_states(parts["train"], len(phone_states))
     class_of_state, num_classes = tie(counts, phone_states, min_frames)
     packed = {
-        name: {} if streamed and name == "train" else _pack(part, class_of_state)
+        name: {} if streamed and name == "train" else pack(part, class_of_state)
         for name, part in parts.items()
     }
     shares = np.bincount(class_of_state, counts, minlength=num_classes)
@@ -130,7 +130,8 @@ def tie(counts: np.ndarray, phone_states: np.ndarray, min_frames: int) -> tuple[
     return class_of_state.astype(np.int32), len(classes)
 
 
-def _pack(utterances: Sequence[Utterance], class_of_state: np.ndarray) -> Examples:
+def pack(utterances: Sequence[Utterance], class_of_state: np.ndarray) -> Examples:
+    """The utterances' frames as `experiments.speech.frames` has them, labelled with classes."""
     return frames.pack(
         [one.frames for one in utterances], [class_of_state[one.states] for one in utterances]
     )

@@ -8,6 +8,7 @@ from experiments.common.run import Study
 from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json
 from experiments.speech import comparisons, figures, nets, recognition, table1, table5
 from experiments.speech.data import check_source
+from experiments.speech.embedded_test import PUBLISHED
 
 TITLE = "Distilling the Knowledge in a Neural Network, sections 4 and 6: speech"
 CAPTIONS = {
@@ -105,4 +106,4 @@ STAGES = (
     Stage("recognition", recognition.recognise, _DISTILLED, ("decoding",), number=8),
 )
 
-STUDY = Study(STAGES, write_report, check_source)
+STUDY = Study(STAGES, write_report, check_source, published=PUBLISHED)

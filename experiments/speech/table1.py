@@ -13,7 +13,7 @@ from distill_jax.nets import Net, stack
 from distill_jax.soft_targets.reduction import array_name
 from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row, read_json, write_arrays, write_json
-from experiments.speech import differences, frames, intervals, nets, training_set
+from experiments.speech import differences, embedded_test, frames, intervals, nets, training_set
 from experiments.speech.data import Data, load_data
 
 RIGHT = "right.npz"
@@ -163,6 +163,7 @@ def distilled(context: Context) -> list[Row]:
         ),
         *([of_students("gain_transferred_standard_error", [error])] if error is not None else []),
         *unheard_rows(context, row, trained, seconds),
+        *embedded_test.rows(context, row, trained, seconds),
         *_control(context),
         *differences.rows(config, "frame_accuracy", counts, right["frames"]),
     ]

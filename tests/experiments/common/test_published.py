@@ -22,7 +22,7 @@ def total(net):
     return float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(net.params)))
 
 
-PUBLISHED = {"small": Published("train/small", ROW, total)}
+PUBLISHED = {"small": Published("train/small", ROW, total, beside=("train/classes.json",))}
 
 
 @pytest.fixture
@@ -40,6 +40,7 @@ def workdir(tmp_path):
     values = [total(both.member(m)) for m in range(2)]
     row = make_row(CONFIG, *ROW, values, seconds=2.0)
     (tmp_path / "run/results.json").write_text(json.dumps([row]))
+    (tmp_path / "run/stages/train/classes.json").write_text("[0, 1, 1]")
     return tmp_path / "run"
 
 
@@ -54,6 +55,7 @@ def test_what_was_copied_is_measured_to_be_what_was_published(workdir, tmp_path)
     assert found.agrees
     assert found.measured == found.published == row["values"][0]
     assert nets.load(study / "published/small").members == 1
+    assert (study / "published/small/classes.json").read_text() == "[0, 1, 1]"
 
 
 def test_a_net_that_is_not_the_published_one_is_found(workdir, tmp_path):
