@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from distill_jax import ranges, shapes
+from distill_jax import platforms, ranges, shapes
 from distill_jax.batches import check_rows
 from distill_jax.errors import UserError
 
@@ -74,7 +74,7 @@ def chunk_rows(batch_size: int, units: int) -> int:
         >>> fused_loss.chunk_rows(batch_size=16, units=2560)
         16
     """
-    parts, fewest = (16, max(128, units // 8)) if jax.default_backend() == "cpu" else (8, 1024)
+    parts, fewest = (16, max(128, units // 8)) if platforms.current() == "cpu" else (8, 1024)
     rows = min(max(batch_size // parts, fewest), _MOST_ROWS)
     return -(-batch_size // max(batch_size // rows, 1))
 

@@ -8,6 +8,7 @@ them, and puts in the communication.
 """
 
 import functools
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,6 +29,7 @@ from distill_jax.fused_loss import on_one_device
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
 AXES = ("member", "data", "model")
+_LARGE = 2**16  # values of a weight: the update of fewer takes less time than to send them
 
 
 def make_mesh(member: int = 1, data: int = -1, model: int = 1) -> Mesh:
@@ -57,7 +60,12 @@ def state_shardings(state: TrainState, mesh: Mesh, *leading: str) -> TrainState:
     gives is what the next one, split by inputs, needs, and a pair takes one reduction in each
     direction. With an odd number of them the first is split by the network's inputs. If "model"
     doesn't divide the classes, the output layer is whole. All else is whole too, such as a
-    convolutional trunk and the model's state. What an optimizer keeps of a weight lies as it does.
+    convolutional trunk and the model's state.
+
+    What an optimizer keeps of a weight lies as it does, and if it is large it is split over "data" too:
+    each replica updates its own part of the weight, and all get the new parts (weight-update sharding,
+    Xu et al., arXiv 2004.13336; stage 1 of ZeRO, arXiv 1910.02054). Not on TPUs, whose compiler sends
+    all gradients to all replicas of a slice even so: sending the parts takes longer than the update.
 
     Args:
         state: of arrays, or of their shapes.
@@ -81,6 +89,8 @@ def state_shardings(state: TrainState, mesh: Mesh, *leading: str) -> TrainState:
         split: tuple[str | None, ...] = ()
         if layer in depths and weights in ("kernel", "bias"):
             split = _split_layer(layer, depths[layer], weights, leaf.shape, mesh.shape["model"])
+        if path[0] == jax.tree_util.GetAttrKey("opt_state"):
+            split = _split_update(split, leaf.shape[len(leading) :], mesh)
         return NamedSharding(mesh, PartitionSpec(*leading, *split))
 
     found = jax.tree.map_with_path(sharding, state)
@@ -197,6 +207,46 @@ def compile_epoch(
     )
 
 
+def keep_layout(step: TrainStep, mesh: Mesh) -> TrainStep:
+    """The step, whose state stays where `state_shardings` has it: for steps inside of a program.
+
+    Else XLA chooses, and may leave new weights where they were updated and send them at each use.
+    """
+
+    def run(
+        state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
+    ) -> tuple[TrainState, dict[str, Array]]:
+        shardings = state_shardings(state, mesh)
+        state = jax.lax.with_sharding_constraint(state, shardings)
+        state, metrics = step(state, batch, key, hyper, constants)
+        return jax.lax.with_sharding_constraint(state, shardings), metrics
+
+    return run
+
+
+def split_update(
+    optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, whose updates are computed where `state_shardings` has its state.
+
+    The gradients are made as their weights lie, and then cut. Left to itself XLA may make them where
+    the update is, and send activations there; or send the weights for each of an update's operations.
+    """
+    put = jax.lax.with_sharding_constraint
+
+    def update(gradients: Any, state: Any, params: Any = None, **numbers: Any) -> Any:
+        _, whole, parts, _ = state_shardings(
+            TrainState(jnp.zeros(()), gradients, {"gradients": gradients}), mesh
+        )
+        parts = parts["gradients"]
+        gradients = put(put(gradients, whole), parts)
+        params = None if params is None else put(params, parts)
+        updates, state = optimizer.update(gradients, state, params, **numbers)
+        return put(updates, parts), state
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
 def init_members(init: Callable[[Any], TrainState], starts: Any, mesh: Mesh) -> TrainState:
     """M fresh states `[M, ...]`, split over "member", and each over "model" (`state_shardings`).
 
@@ -219,19 +269,22 @@ def put_examples(examples: Mapping[str, Any], mesh: Mesh, per_member: Mapping[st
 
     Every process brings all of them, and they must be the same on all: nothing is sent or compared.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
-    member = _split(mesh, "member")
 
     def put(leaf: Any, sharding: NamedSharding) -> Array:
         array = np.asarray(leaf)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
+    shardings = example_shardings(mesh, per_member)
     return {  # a field may be a tree, such as a frozen net's parameters
-        name: jax.tree.map(
-            functools.partial(put, sharding=member if per_member[name] else whole), field
-        )
+        name: jax.tree.map(functools.partial(put, sharding=shardings[name]), field)
         for name, field in examples.items()
     }
+
+
+def example_shardings(mesh: Mesh, per_member: Mapping[str, bool]) -> dict[str, NamedSharding]:
+    """Where each field of examples lies: split over "member", or whole on all devices."""
+    whole, member = NamedSharding(mesh, PartitionSpec()), _split(mesh, "member")
+    return {name: member if own else whole for name, own in per_member.items()}
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -399,6 +452,23 @@ def _split_layer(
     if weights == "bias":
         return ("model",)
     return (None, "model") if by_units else ("model", None)
+
+
+def _split_update(
+    split: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
+) -> tuple[str | None, ...]:
+    """The split of what an optimizer keeps of a weight, over "data" too, by units where it can be.
+
+    A limit on the incoming weights needs all of a unit's in one place.
+    """
+    parts = mesh.shape["data"]
+    if parts == 1 or math.prod(shape) < _LARGE or mesh.devices.flat[0].platform == "tpu":
+        return split
+    split = (*split, *[None] * (len(shape) - len(split)))
+    for axis, size in reversed(list(enumerate(shape))):
+        if mesh.shape.get(split[axis], 1) == 1 and size % parts == 0:
+            return (*split[:axis], "data", *split[axis + 1 :])
+    return split
 
 
 def _split(mesh: Mesh, axis: str) -> NamedSharding:

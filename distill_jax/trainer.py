@@ -10,7 +10,7 @@ import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,9 @@ from distill_jax import (
     loop,
     nets,
     processes,
+    program,
     ramps,
     ranges,
-    shapes,
     sharding,
     train_checks,
     train_step,
@@ -52,14 +52,6 @@ _SAMPLE_BYTES = 4_000_000
 
 BEST = "validation_errors"
 """The metric that the checkpoint chosen by validation has the least of, as a mean over members."""
-
-
-class _Plan(NamedTuple):
-    """How a training is cut. steps: in an epoch. units: dispatches in all. epochs: in a unit."""
-
-    steps: int
-    units: int
-    epochs: float
 
 
 def train(
@@ -154,26 +146,19 @@ def train(
         return _finished(directory, model, len(keys), config)
     files.check_writable(directory, "directory")
     mesh = sharding.make_mesh() if mesh is None else mesh
-    plan = _cut(recipe, sets, reader, name)
-    sample = _sample_input(sets, reader.gather)
-    classes = _num_classes(model, sample)
+    plan = program.cut(recipe, sets, reader, name)
+    sample = program.sample_input(sets, reader.gather)
+    classes = program.num_classes(model, sample)
     sets = _checked(sets, classes, name)
     train_checks.check_evaluation(evaluation, classes, name)
-    optimizer = recipe.optimizer(plan.steps, recipe.epochs)
-    objective = _fuse(recipe, model, loss, classes, mesh)
-    step = train_step.make_train_step(
-        model,
-        optimizer,
-        objective,
-        transforms=recipe.transforms,
-        micro_batches=recipe.micro_batches,
-        schedules=schedules,
+    made = program.make(
+        model, loss, recipe, steps=plan.steps, classes=classes, mesh=mesh, schedules=schedules
     )
     init_keys, train_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    states = _start(model, optimizer, mesh, init_keys if start is None else start, sample)
+    states = _start(model, made.optimizer, mesh, init_keys if start is None else start, sample)
     nets.check_storable(states.variables)
     shared = (train_keys, numbers, units.stack(constants))
-    scanned = not _is_slow_in_loops(model, sample)
+    scanned = not program.is_slow_in_loops(model, sample)
     advance_of = functools.partial(
         units.advance_of, mesh=mesh, examples=sets, scanned=scanned, shared=shared
     )
@@ -183,7 +168,7 @@ def train(
     training_note.write(directory, note, recipe.epochs)
     with checkpoints.open_dir(directory / "checkpoints", best) as manager:
         states, history = loop.fit(
-            advance_of(recipe, step, reader=reader),
+            advance_of(recipe, made.step, reader=reader),
             states,
             plan.units,
             evaluate=_evaluator(model, evaluation, reader, mesh),
@@ -195,7 +180,7 @@ def train(
         seconds = history[-1]["seconds"]
         if not model.description and not isinstance(states.variables, Variables):
             loss_step = train_step.make_loss_step(
-                model, objective, transforms=recipe.transforms, schedules=schedules
+                model, made.objective, transforms=recipe.transforms, schedules=schedules
             )
             one_batch = reader._replace(size=lambda examples: recipe.batch_size)
             measure = advance_of(recipe, loss_step, reader=one_batch)
@@ -268,50 +253,6 @@ def _each(examples: Examples | Sequence[Examples], count: int) -> Sequence[Examp
     return sets
 
 
-def _cut(recipe: Recipe, examples: Sequence[Examples] | Stream, reader: Reader, name: str) -> _Plan:
-    if isinstance(examples, Stream):  # a unit is a block
-        units = recipe.epochs * examples.blocks
-        return _Plan(examples.steps * examples.blocks, units, 1 / examples.blocks)
-    if recipe.epochs % recipe.report_every:
-        raise UserError(
-            f"{name}: epochs {recipe.epochs} is not a multiple of report_every {recipe.report_every}"
-        )
-    steps = epochs.steps_per_epoch(reader.size(examples[0]), recipe.batch_size)
-    return _Plan(steps, recipe.epochs // recipe.report_every, recipe.report_every)
-
-
-def _sample_input(examples: Sequence[Examples] | Stream, gather: epochs.Gather) -> Any:
-    """An input, or a tree of them, each `[1, ...]` of zeros, for its shape and dtype."""
-    if isinstance(examples, Stream):
-        return jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), examples.inputs)
-    row = jax.ShapeDtypeStruct((1,), jnp.int32)
-    inputs = jax.eval_shape(gather, dict(examples[0]), row)["inputs"]
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
-
-
-def _num_classes(model: Model, sample: Any) -> int:
-    logits = jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0), x), x), sample)
-    return shapes.check(**{"what the model returns": (logits, "float ... C")})["C"]
-
-
-def _is_slow_in_loops(model: Model, sample: Any) -> bool:
-    """Whether a model has convolutions, of which XLA runs the gradient slowly in a CPU's loops."""
-    if jax.default_backend() != "cpu":
-        return False
-    variables = jax.eval_shape(model.init, jax.random.key(0), sample)
-    return "conv_general_dilated" in str(jax.make_jaxpr(model.apply)(variables, sample))
-
-
-def _fuse(
-    recipe: Recipe, model: Model, loss: Loss, classes: int, mesh: Any
-) -> Loss | train_step.Fused:
-    """The loss fused with the output layer, if a batch has as many logits as the recipe says."""
-    size = recipe.batch_size // recipe.micro_batches * classes
-    if model.hidden is None or not 0 < recipe.fused_logits <= size:
-        return loss
-    return train_step.Fused(loss, over=sharding.over_data(mesh))
-
-
 def _start(model: Model, optimizer: Any, mesh: Any, starts: Any, sample: Any) -> Any:
     """The members' states at step 0, of keys `[M]` or of variables with a leading axis."""
     if isinstance(starts, Array):
@@ -365,11 +306,7 @@ def _evaluator(
     reader: Reader,
     mesh: Any,
 ) -> Callable[[train_step.TrainState], dict[str, Array]]:
-    @jax.jit
-    def count(variables: Params | Variables, own: Batch, shared: Batch) -> Array:
-        return jax.vmap(lambda member, own: reader.count_errors(model, member, {**own, **shared}))(
-            variables, own
-        )
+    count = units.compile_errors(model, reader)
 
     def put(examples: Examples | Sequence[Examples]) -> tuple[Batch, Batch]:
         """On the devices: the fields that each member has of its own `[M, ...]`, and those of all."""

@@ -11,7 +11,9 @@ from jax import Array
 
 from distill_jax import epochs, loop, processes, sharding, train_step, training_note
 from distill_jax.data.stream import make_advance
+from distill_jax.models import Model, Params, Variables
 from distill_jax.recipe import Examples, Reader, Recipe, Stream
+from distill_jax.train_step import Batch
 
 
 def advance_of(
@@ -33,7 +35,7 @@ def advance_of(
     constants = sharding.put_examples(constants, mesh, own_constants)
     shard = sharding.shard_batch(mesh, recipe.batch_size)
     if isinstance(examples, Stream):
-        run = examples.make_run(step, shard)
+        run = examples.make_run(sharding.keep_layout(step, mesh), shard)
         compiled = sharding.compile_epoch(run, mesh, examples.per_member, own_constants)
         return make_advance(
             lambda states, block: compiled(states, block, keys, hyper, constants),
@@ -42,19 +44,20 @@ def advance_of(
         )
     fields, per_member = stack(examples)
     resident = sharding.put_examples(fields, mesh, per_member)
+    if scanned:
+        compiled = compile_epochs(recipe, step, mesh, reader, per_member, own_constants)
+        return lambda states, unit: compiled(states, resident, keys, hyper, constants)
     rows: dict[str, Any] = {"draw": reader.draw, "size": reader.size}
     batch: dict[str, Any] = {"shard_batch": shard, "gather": reader.gather}
     size, passes = recipe.batch_size, recipe.report_every
-    if scanned:
-        run = epochs.make_epoch(step, size, passes=passes, **rows, **batch)
-        compiled = sharding.compile_epoch(run, mesh, per_member, own_constants)
-        return lambda states, unit: compiled(states, resident, keys, hyper, constants)
     compiled_of = functools.partial(
         sharding.compile_epoch, mesh=mesh, constants_per_member=own_constants, vmapped=False
     )
     order = compiled_of(epochs.make_order(size, **rows), per_member=per_member)
     with_rows = {**per_member, epochs.ROWS: True}
-    one = compiled_of(epochs.make_one_step(step, **batch), per_member=with_rows)
+    one = compiled_of(
+        epochs.make_one_step(sharding.keep_layout(step, mesh), **batch), per_member=with_rows
+    )
 
     def advance(states: train_step.TrainState, unit: int) -> Any:
         found = []
@@ -67,6 +70,39 @@ def advance_of(
         return states, jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *found)
 
     return advance
+
+
+def compile_epochs(
+    recipe: Recipe,
+    step: train_step.TrainStep,
+    mesh: Any,
+    reader: Reader,
+    per_member: Mapping[str, bool],
+    own_constants: Mapping[str, bool],
+) -> epochs.Epoch:
+    """The epochs of one unit as one program (`sharding.compile_epoch`)."""
+    run = epochs.make_epoch(
+        sharding.keep_layout(step, mesh),
+        recipe.batch_size,
+        passes=recipe.report_every,
+        shard_batch=sharding.shard_batch(mesh, recipe.batch_size),
+        gather=reader.gather,
+        draw=reader.draw,
+        size=reader.size,
+    )
+    return sharding.compile_epoch(run, mesh, per_member, own_constants)
+
+
+def compile_errors(model: Model, reader: Reader) -> Any:
+    """`(variables [M, ...], own fields [M, ...], shared fields) -> errors int32 [M]` of a set."""
+
+    @jax.jit
+    def count(variables: Params | Variables, own: Batch, shared: Batch) -> Array:
+        return jax.vmap(lambda member, own: reader.count_errors(model, member, {**own, **shared}))(
+            variables, own
+        )
+
+    return count
 
 
 def stack(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, bool]]:

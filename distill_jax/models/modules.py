@@ -1,5 +1,6 @@
 """The Flax modules of the models that are ready made, and what they compute with."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,70 @@ from distill_jax.errors import UserError
 Activation = Callable[[Array], Array]
 
 
+def dense(
+    features: int,
+    dtype: Any,
+    gradient_dtype: Any,
+    kernel_init: nn.initializers.Initializer,
+    name: str,
+) -> nn.Module:
+    """A layer that computes in `dtype`; its gradients have, and are summed in, `gradient_dtype`.
+
+    `nn.Dense` rounds them to the dtype of the arithmetic, in which they are then summed over devices.
+    """
+    if dtype == gradient_dtype:
+        return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+    return Dense(features, dtype, gradient_dtype, kernel_init, name=name)
+
+
+class Dense(nn.Module):
+    """`nn.Dense` with gradients in another dtype than that of the arithmetic."""
+
+    features: int
+    dtype: Any
+    gradient_dtype: Any
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[..., D]` -> `[..., features]`, in `dtype`."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return affine(self.gradient_dtype, x.astype(self.dtype), kernel, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def affine(gradient_dtype: Any, x: Array, kernel: Array, bias: Array) -> Array:
+    """`x @ kernel + bias` in the dtype of x.
+
+    Args:
+        gradient_dtype: that the gradients of the kernel and the bias are summed in.
+        x: `[..., D]`.
+        kernel: `[D, units]`.
+        bias: `[units]`.
+    """
+    product = x @ kernel.astype(x.dtype)
+    return product + jnp.broadcast_to(bias.astype(x.dtype), product.shape)
+
+
+def _affine(gradient_dtype: Any, x: Array, kernel: Array, bias: Array) -> tuple[Array, Any]:
+    return affine(gradient_dtype, x, kernel, bias), (x, kernel, bias)
+
+
+def _affine_gradients(gradient_dtype: Any, kept: Any, cotangent: Array) -> tuple[Array, ...]:
+    x, kernel, bias = kept
+    slope = cotangent.reshape(-1, cotangent.shape[-1])
+    of_kernel = jnp.matmul(
+        x.reshape(-1, x.shape[-1]).T, slope, preferred_element_type=gradient_dtype
+    )
+    of_bias = jnp.sum(slope, axis=0, dtype=gradient_dtype)
+    back = cotangent @ kernel.astype(x.dtype).T
+    return back, of_kernel.astype(kernel.dtype), of_bias.astype(bias.dtype)
+
+
+affine.defvjp(_affine, _affine_gradients)
+
+
 class MLP(nn.Module):
     """`models.mlp`."""
 
@@ -26,14 +91,14 @@ class MLP(nn.Module):
     activation: Activation
     output_scale: float
     hidden_scale: float = 1.0
+    gradient_dtype: Any = jnp.dtype(jnp.float32)
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         """Logits `[B, C]`."""
         x = self.hidden_activations(inputs)
         start = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "truncated_normal")
-        output = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=start, name="output")
-        return output(x).astype(jnp.float32)
+        return self._layer(self.num_classes, start, "output")(x).astype(jnp.float32)
 
     @nn.compact
     def hidden_activations(self, inputs: Array) -> Array:
@@ -44,9 +109,12 @@ class MLP(nn.Module):
         variance = 2 * self.hidden_scale**2  # He's at a scale of 1
         start = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
         for i, units in enumerate(self.hidden):
-            x = nn.Dense(units, dtype=self.dtype, kernel_init=start, name=f"hidden_{i}")(x)
+            x = self._layer(units, start, f"hidden_{i}")(x)
             x = self._drop(self.activation(x), self.hidden_dropout)
         return x
+
+    def _layer(self, units: int, start: nn.initializers.Initializer, name: str) -> Any:
+        return dense(units, self.dtype, self.gradient_dtype, start, name)
 
     def _drop(self, x: Array, rate: float) -> Array:
         if rate == 0.0 or not self.has_rng("dropout"):
@@ -62,6 +130,7 @@ class Trunk(nn.Module):
     dtype: Any
     scaling: tuple[float, float]
     activation: Activation
+    gradient_dtype: Any = jnp.dtype(jnp.float32)
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -70,12 +139,8 @@ class Trunk(nn.Module):
         x = from_bytes(images, self.dtype, self.scaling)
         x = x if x.ndim == 4 else x[..., None]
         for i, (channels, stride) in enumerate(zip(self.channels, self.strides, strict=True)):
-            layer = nn.Dense(
-                channels,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.he_normal(),
-                name=f"conv_{i}",
-            )
+            start = nn.initializers.he_normal()
+            layer: Any = dense(channels, self.dtype, self.gradient_dtype, start, f"conv_{i}")
             x = self.activation(layer(patches(x, stride)))
         return x.reshape(x.shape[0], -1)
 

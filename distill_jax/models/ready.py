@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distill_jax import ranges
 from distill_jax.errors import UserError
@@ -34,6 +35,7 @@ def mlp(
     activation: Activation = jax.nn.relu,
     output_scale: float = 1.0,
     hidden_scale: float = 1.0,
+    gradient_dtype: Any = jnp.float32,
 ) -> Model:
     """A plain network on flattened inputs (section 3's 784-1200-1200-10).
 
@@ -49,6 +51,8 @@ def mlp(
         activation: of the hidden layers.
         output_scale: on the standard deviation of the output layer's first weights. Where few units
             serve a thousand classes, a small one shortens the plateau that training begins with.
+        gradient_dtype: that the gradients of the weights have, and are summed in, over examples and
+            devices; the parameters stay float32.
         hidden_scale: the same of the hidden layers. Small weights, as in the nets of 2012, let a student
             generalise better from soft targets of few examples.
 
@@ -75,6 +79,7 @@ def mlp(
             activation,
             output_scale,
             hidden_scale,
+            jnp.dtype(gradient_dtype),
         )
     )
 
@@ -86,6 +91,7 @@ def conv_trunk(
     dtype: Any = jnp.float32,
     scaling: tuple[float, float] = (0.0, 255.0),
     activation: Activation = jax.nn.gelu,
+    gradient_dtype: Any = jnp.float32,
 ) -> Model:
     """Convolutions that turn images into flat features for a head (`chain`).
 
@@ -99,6 +105,7 @@ def conv_trunk(
         dtype: of the arithmetic and of the features.
         scaling: as for `mlp`.
         activation: of each layer.
+        gradient_dtype: as for `mlp`.
 
     Returns:
         A model whose "logits" are the features `[B, D]`, of images `[B, H, W]` or `[B, H, W, colours]`.
@@ -120,6 +127,7 @@ def conv_trunk(
             jnp.dtype(dtype),
             _pair(scaling),
             activation,
+            jnp.dtype(gradient_dtype),
         )
     )
 
@@ -185,7 +193,8 @@ def build(description: str) -> Model:
         )
     if "activation" in fields:
         fields["activation"] = ACTIVATIONS[fields["activation"]]
-    fields["dtype"] = jnp.dtype(fields["dtype"])
+    for name in fields.keys() & {"dtype", "gradient_dtype"}:
+        fields[name] = jnp.dtype(fields[name])
     fixed = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
     return _as_model(_KINDS[kind](**fixed))
 
@@ -221,7 +230,8 @@ def _describe(net: MLP | Trunk | ResNet) -> str:
         if not names:
             return ""
         fields["activation"] = names[0]
-    return json.dumps({"kind": kind, **fields, "dtype": net.dtype.name})
+    named = {name: x.name if isinstance(x, np.dtype) else x for name, x in fields.items()}
+    return json.dumps({"kind": kind, **named, "dtype": net.dtype.name})
 
 
 _KINDS: Mapping[str, Any] = types.MappingProxyType(

@@ -74,7 +74,9 @@ QUICK = {"xla_backend_optimization_level": 0}
 def program(sizes, loss, micro_batches=1):
     """A compiled epoch of all members on a mesh: its text, and what trains two of them."""
     mesh = mesh_of(sizes)
-    step = train_step.make_train_step(MODEL, OPTIMIZER, loss, micro_batches=micro_batches)
+    optimizer = sharding.split_update(OPTIMIZER, mesh)
+    step = train_step.make_train_step(MODEL, optimizer, loss, micro_batches=micro_batches)
+    step = sharding.keep_layout(step, mesh)
     run_epoch = make_epoch(step, BATCH, shard_batch=sharding.shard_batch(mesh, BATCH))
     keys, states = keys_and_states()
     placed = sharding.put_examples(examples(), mesh, PER_MEMBER)
@@ -169,6 +171,27 @@ def test_communication_of_a_step(sizes):
     # of the incoming weights for the limit on them.
     assert sum(c.bytes for c in small) <= rows * (12 + 2 * model) + values * (24 + 32)
     assert bool(small) == (model > 1)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)])
+def test_each_replica_updates_its_part_of_a_large_weight(sizes, monkeypatch):
+    monkeypatch.setattr(sharding, "_LARGE", 1)  # every kernel and bias
+    text, train = program.__wrapped__(sizes, DENSE)
+    states, history = train()
+    tiny.assert_close(
+        (jax.device_get(states), history), trained((1, 1, 1), DENSE), rtol=1e-4, atol=1e-5
+    )
+
+    moments = [leaf for leaf in jax.tree.leaves(states.opt_state) if leaf.ndim == 3]
+    assert len(moments) == len(HIDDEN) + 1
+    assert all("data" in moment.sharding.spec for moment in moments)
+    # Each kernel's new parts are sent, and no more than all weights.
+    sent = [c for c in over("data", collectives(text, mesh_of(sizes))) if c.kind == "all-gather"]
+    bytes_of = [
+        4 * np.prod(w.sharding.shard_shape(w.shape)) for w in jax.tree.leaves(states.params)
+    ]
+    assert len(sent) >= len(moments)
+    assert sum(c.bytes for c in sent) <= sum(bytes_of)
 
 
 def test_micro_batches_send_no_examples():

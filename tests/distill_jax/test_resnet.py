@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import load_net, models, optimizers, step_losses, trainer
+from distill_jax import load_net, models, optimizers, program, step_losses, trainer
 from distill_jax.errors import UserError
 
 MODEL = models.resnet(8, tiny.CLASSES, width=2)
@@ -96,11 +96,11 @@ def test_training_step_by_step_is_the_same(tmp_path, monkeypatch):
         optimizer=lambda steps, epochs: optimizers.sgd(lambda step: 1.0),
     )
     more = {"keys": jax.random.split(jax.random.key(0), 2), "hyper": {"learning_rate": 0.01}}
-    assert trainer._is_slow_in_loops(MODEL, jnp.zeros((1, 4, 4), jnp.uint8))
-    assert not trainer._is_slow_in_loops(models.mlp([], 3), jnp.zeros((1, 4, 4), jnp.uint8))
+    assert program.is_slow_in_loops(MODEL, jnp.zeros((1, 4, 4), jnp.uint8))
+    assert not program.is_slow_in_loops(models.mlp([], 3), jnp.zeros((1, 4, 4), jnp.uint8))
     nets = []
     for slow in (True, False):
-        monkeypatch.setattr(trainer, "_is_slow_in_loops", lambda *_, slow=slow: slow)
+        monkeypatch.setattr(program, "is_slow_in_loops", lambda *_, slow=slow: slow)
         folder = tmp_path / str(slow)
         nets.append(trainer.train(folder, MODEL, examples, step_losses.label_loss, recipe, **more))
     tiny.assert_close(nets[0].params, nets[1].params, rtol=1e-4, atol=1e-5)

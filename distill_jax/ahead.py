@@ -1,0 +1,124 @@
+"""The programs of a training, lowered ahead of time: for machines that aren't there, from shapes alone.
+
+`lowered.compile()` then asks the machine's own compiler, and runs nothing.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from distill_jax import platforms, program, sharding, train_step, units
+from distill_jax.models import Model
+from distill_jax.recipe import PLAIN, Reader, Recipe
+from distill_jax.train_step import Loss
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+"""Fields of N examples `[N, ...]`."""
+
+
+def lower_training(
+    model: Model,
+    examples: Shapes,
+    loss: Loss,
+    recipe: Recipe,
+    *,
+    members: int,
+    mesh: Any,
+    own: Collection[str] = (),
+    numbers: Collection[str] = ("learning_rate",),
+    constants: Mapping[str, Any] = {},
+    reader: Reader = PLAIN,
+) -> jax.stages.Lowered:
+    """One unit of `trainer.train`: `recipe.report_every` epochs of all members.
+
+    Args:
+        model, loss, recipe, reader: as for `trainer.train`.
+        examples: of one member.
+        members: M.
+        mesh: of `sharding.make_mesh`, over the devices of a topology too.
+        own: the fields that each member has of its own; all others are shared.
+        numbers: the names of the traced numbers.
+        constants: shapes of what is the same for all members, such as {"teacher": parameters}.
+
+    Raises:
+        UserError: for sizes that don't fit each other or the mesh.
+    """
+    with platforms.compiling_for(_platform(mesh)):
+        plan = program.cut(recipe, [examples], reader, "net")
+        sample = program.sample_input([examples], reader.gather)
+        classes = program.num_classes(model, sample)
+        made = program.make(
+            model, loss, recipe, steps=plan.steps, classes=classes, mesh=mesh, schedules={}
+        )
+        keys = _keys(members)
+        states = jax.eval_shape(
+            jax.vmap(lambda key: train_step.init_state(model, made.optimizer, key, sample)), keys
+        )
+        per_member = {name: name in own for name in examples}
+        shared = dict.fromkeys(constants, False)
+        compiled: Any = units.compile_epochs(recipe, made.step, mesh, reader, per_member, shared)
+        return compiled.lower(
+            _placed(states, sharding.state_shardings(states, mesh, "member")),
+            _placed(
+                _with_members(examples, own, members), sharding.example_shardings(mesh, per_member)
+            ),
+            keys,
+            {name: jax.ShapeDtypeStruct((members,), jnp.float32) for name in numbers},
+            _placed(dict(constants), sharding.example_shardings(mesh, shared)),
+        )
+
+
+def lower_evaluation(
+    model: Model,
+    examples: Shapes,
+    *,
+    members: int,
+    mesh: Any,
+    own: Collection[str] = (),
+    reader: Reader = PLAIN,
+) -> jax.stages.Lowered:
+    """What counts the members' errors on a set of examples after each unit."""
+    with platforms.compiling_for(_platform(mesh)):
+        sample = program.sample_input([examples], reader.gather)
+        variables = jax.eval_shape(jax.vmap(lambda key: model.init(key, sample)), _keys(members))
+        states = train_step.TrainState(jnp.zeros(members, jnp.int32), variables, ())
+        shardings = sharding.state_shardings(states, mesh, "member")
+        per_member = {name: name in own for name in examples}
+        laid = _placed(
+            _with_members(examples, own, members), sharding.example_shardings(mesh, per_member)
+        )
+        return units.compile_errors(model, reader).lower(
+            _placed(variables, shardings.params),
+            {name: field for name, field in laid.items() if name in own},
+            {name: field for name, field in laid.items() if name not in own},
+        )
+
+
+def _platform(mesh: Any) -> str:
+    name = mesh.devices.flat[0].platform
+    return "gpu" if name == "cuda" else name
+
+
+def _keys(members: int) -> Array | Any:
+    return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), members))
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    """Shapes that lie as the shardings say, each for a leaf or for a whole subtree."""
+
+    def place(lies: Any, part: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies), part
+        )
+
+    return jax.tree.map(place, shardings, tree)
+
+
+def _with_members(examples: Shapes, own: Collection[str], members: int) -> dict[str, Any]:
+    return {
+        name: jax.ShapeDtypeStruct((members, *field.shape), field.dtype) if name in own else field
+        for name, field in examples.items()
+    }
