@@ -1,8 +1,9 @@
-"""The programs of a training, lowered ahead of time: for machines that aren't there, from shapes alone.
+"""The programs of a training, traced ahead of time: for machines that aren't there, from shapes alone.
 
-`lowered.compile()` then asks the machine's own compiler, and runs nothing.
+`traced.lower().compile()` then asks the machine's own compiler, and runs nothing.
 """
 
+import types
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 """Fields of N examples `[N, ...]`."""
 
 
-def lower_training(
+def trace_training(
     model: Model,
     examples: Shapes,
     loss: Loss,
@@ -29,9 +30,10 @@ def lower_training(
     mesh: Any,
     own: Collection[str] = (),
     numbers: Collection[str] = ("learning_rate",),
-    constants: Mapping[str, Any] = {},
+    constants: Mapping[str, Any] = types.MappingProxyType({}),
+    own_constants: Collection[str] = (),
     reader: Reader = PLAIN,
-) -> jax.stages.Lowered:
+) -> jax.stages.Traced:
     """One unit of `trainer.train`: `recipe.report_every` epochs of all members.
 
     Args:
@@ -41,7 +43,8 @@ def lower_training(
         mesh: of `sharding.make_mesh`, over the devices of a topology too.
         own: the fields that each member has of its own; all others are shared.
         numbers: the names of the traced numbers.
-        constants: shapes of what is the same for all members, such as {"teacher": parameters}.
+        constants: shapes for one member, such as {"teacher": parameters}.
+        own_constants: those that each member has of its own.
 
     Raises:
         UserError: for sizes that don't fit each other or the mesh.
@@ -58,20 +61,23 @@ def lower_training(
             jax.vmap(lambda key: train_step.init_state(model, made.optimizer, key, sample)), keys
         )
         per_member = {name: name in own for name in examples}
-        shared = dict.fromkeys(constants, False)
-        compiled: Any = units.compile_epochs(recipe, made.step, mesh, reader, per_member, shared)
-        return compiled.lower(
+        constant = {name: name in own_constants for name in constants}
+        compiled: Any = units.compile_epochs(recipe, made.step, mesh, reader, per_member, constant)
+        return compiled.trace(
             _placed(states, sharding.state_shardings(states, mesh, "member")),
             _placed(
                 _with_members(examples, own, members), sharding.example_shardings(mesh, per_member)
             ),
             keys,
             {name: jax.ShapeDtypeStruct((members,), jnp.float32) for name in numbers},
-            _placed(dict(constants), sharding.example_shardings(mesh, shared)),
+            _placed(
+                _with_members(constants, own_constants, members),
+                sharding.example_shardings(mesh, constant),
+            ),
         )
 
 
-def lower_evaluation(
+def trace_evaluation(
     model: Model,
     examples: Shapes,
     *,
@@ -79,7 +85,7 @@ def lower_evaluation(
     mesh: Any,
     own: Collection[str] = (),
     reader: Reader = PLAIN,
-) -> jax.stages.Lowered:
+) -> jax.stages.Traced:
     """What counts the members' errors on a set of examples after each unit."""
     with platforms.compiling_for(_platform(mesh)):
         sample = program.sample_input([examples], reader.gather)
@@ -90,7 +96,7 @@ def lower_evaluation(
         laid = _placed(
             _with_members(examples, own, members), sharding.example_shardings(mesh, per_member)
         )
-        return units.compile_errors(model, reader).lower(
+        return units.compile_errors(model, reader).trace(
             _placed(variables, shardings.params),
             {name: field for name, field in laid.items() if name in own},
             {name: field for name, field in laid.items() if name not in own},
@@ -117,8 +123,13 @@ def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(place, shardings, tree)
 
 
-def _with_members(examples: Shapes, own: Collection[str], members: int) -> dict[str, Any]:
+def _with_members(fields: Mapping[str, Any], own: Collection[str], members: int) -> dict[str, Any]:
+    """The shapes of all members' fields: a leading axis of members for those that are their own."""
+
+    def with_axis(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype)
+
     return {
-        name: jax.ShapeDtypeStruct((members, *field.shape), field.dtype) if name in own else field
-        for name, field in examples.items()
+        name: jax.tree.map(with_axis, field) if name in own else field
+        for name, field in fields.items()
     }

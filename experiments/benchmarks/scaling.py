@@ -45,10 +45,10 @@ from distill_jax.data.augment import jitter
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 from experiments.benchmarks import command, scaling_plan
-from experiments.benchmarks.collectives import collectives
 from experiments.benchmarks.command import Ask
 from experiments.common.config import net_section
 from experiments.common.training import build_model, build_optimizer
+from experiments.compiled.collectives import collectives
 from experiments.mnist.config import get_config
 
 _NETS = flags.DEFINE_list("nets", ["mnist", "acoustic"], "What to train; none: only the plan.")

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from distill_jax import soft_targets, step_losses
 from distill_jax.data import augment
@@ -21,9 +22,6 @@ from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row
 from experiments.mnist.data import load_data
 from experiments.mnist.nets import error_row, of_images, sizes, train
-
-_NEW = 2**31 - 1
-"""So many views that hardly one is ever seen twice."""
 
 
 def shift_targets(context: Context) -> list[Row]:
@@ -76,7 +74,7 @@ def distorted(context: Context) -> list[Row]:
         return []
     config, data = context.config, load_data(context.config)
     net, table = config.distorted, "mnist_distorted"
-    views = augment.handwriting(_NEW, config.data.seed)
+    views = new_distortions(config)
     members = train(
         context,
         "distorted_labels",
@@ -102,7 +100,7 @@ def distorted_targets(context: Context) -> list[Row]:
     if of_images(context, "soft targets of distorted images"):
         members = load(context.inputs["distorted"] / "distorted_labels")
         mean = _mean_logits(members.model)
-        _write(context, context.directory / "ensemble", mean, members, _distortions(context))
+        _write(context, context.directory / "ensemble", mean, members, distortions(context.config))
     return []
 
 
@@ -110,7 +108,7 @@ def distorted_students(context: Context) -> list[Row]:
     """The small net, distilled from the ensemble on those views, without labels."""
     if not of_images(context, "students of distorted images"):
         return []
-    config, views = context.config, _distortions(context)
+    config, views = context.config, distortions(context.config)
     net = changed(config.distorted, epochs=config.distorted.student_epochs)
     store = context.inputs["distorted_targets"] / "ensemble"
     joined = _attach(load_data(config).train, store, views)
@@ -131,8 +129,14 @@ def _shifts(context: Context) -> Views:
     return augment.shifts(context.config.shifts.pixels)
 
 
-def _distortions(context: Context) -> Views:
-    return augment.handwriting(context.config.distorted.views, context.config.data.seed)
+def new_distortions(config: ConfigDict) -> Views:
+    """So many distorted views that hardly one is ever seen twice."""
+    return augment.handwriting(2**31 - 1, config.data.seed)
+
+
+def distortions(config: ConfigDict) -> Views:
+    """The distorted views that the ensemble's logits are kept of."""
+    return augment.handwriting(config.distorted.views, config.data.seed)
 
 
 def _mean_logits(model: Model) -> Callable[[Params, jax.Array], jax.Array]:

@@ -83,10 +83,10 @@ def train(
     data, config = load_data(context.config), context.config
     evaluation = {f"{split}_errors": part for split, part in data.evaluation().items()}
     parts, folders = [], []
-    for first in range(0, len(config.seeds), net.at_once):
-        group = slice(first, first + net.at_once)
-        seeds = tuple(config.seeds)[group]
-        folders.append(context.directory / name / f"seeds_{seeds[0]}_to_{seeds[-1]}")
+    for folder, seeds in seed_groups(config, net):
+        first = config.seeds.index(seeds[0])
+        group = slice(first, first + len(seeds))
+        folders.append(context.directory / name / folder)
         parts.append(
             training.train(
                 config,
@@ -110,6 +110,13 @@ def train(
         context.directory / name, trained._replace(about=about), inputs=inputs, overwrite=True
     )
     return trained
+
+
+def seed_groups(config: ConfigDict, net: ConfigDict) -> list[tuple[str, tuple[int, ...]]]:
+    """The seeds that are trained as one program: a folder's name, and which."""
+    seeds, size = tuple(config.seeds), net.at_once
+    groups = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+    return [(f"seeds_{own[0]}_to_{own[-1]}", own) for own in groups]
 
 
 def accuracies(net: Net, data: Data) -> dict[str, np.ndarray]:

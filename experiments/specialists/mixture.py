@@ -124,7 +124,7 @@ def _from_generalist(context: Context, seed: int, net: ConfigDict) -> tuple[Net,
     generalist, classes = generalists.load(context, seed), load_data(context.config).num_classes
     inputs, seconds = generalists.training_inputs(context, seed)
     gate = models.mlp([], count, scaling=BYTE)
-    model = mixture(training.build_network(config, generalist, classes), gate, count)
+    model = mixture(training.build_network(config, classes), gate, count)
     copies = jax.tree.map(
         lambda leaf: np.broadcast_to(leaf, (count, *leaf.shape)), generalist.net.params
     )

@@ -50,7 +50,7 @@ def train(context: Context, name: str, seed: int, class_sets: np.ndarray) -> sto
     enriched = make_enriched(context, seed, class_sets, head)
     parts = [
         _train_own(context, directory, seed, enriched, group)
-        for group in _cut(len(class_sets), context.config.specialists)
+        for group in cut_groups(len(class_sets), context.config.specialists)
     ]
     seconds = sum(part.seconds for part in parts) + generalists.training_inputs(context, seed)[1]
     data = load_data(context.config)
@@ -78,11 +78,12 @@ def groups(
     def train_one(group: range) -> Net:
         return _train_own(context, directory, seed, enriched(), group)
 
-    cut = _cut(len(class_sets), context.config.specialists)
+    cut = cut_groups(len(class_sets), context.config.specialists)
     return [functools.partial(train_one, group) for group in cut]
 
 
-def _cut(count: int, net: ConfigDict) -> list[range]:
+def cut_groups(count: int, net: ConfigDict) -> list[range]:
+    """Which of so many specialists are trained as one program."""
     return [range(i, min(i + net.at_once, count)) for i in range(0, count, net.at_once)]
 
 
@@ -166,7 +167,7 @@ def train_group(
     print(f"specialists {group[0]} to {group[-1]} of {last}, seed {config.seeds[seed]}")
     return trainer.train(
         directory / f"group_{group[0]:03d}",
-        build_network(config, generalist, head.outputs(sets.shape[1], classes)),
+        build_network(config, head.outputs(sets.shape[1], classes)),
         [enriched.examples[m] for m in group],
         head.loss,
         dataclasses.replace(make_recipe(section), transforms=head.transforms(generalist.net.model)),
@@ -190,7 +191,7 @@ def train_group(
     )
 
 
-def build_network(config: ConfigDict, generalist: Generalist, outputs: int) -> models.Model:
+def build_network(config: ConfigDict, outputs: int) -> models.Model:
     """The specialists' network: the generalist's, with so many outputs."""
     build = generalists.head_of if config.specialists.frozen_trunk else generalists.net_of
     return build(config.generalist, outputs)

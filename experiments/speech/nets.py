@@ -90,13 +90,13 @@ def distil(
 
 def ensemble_groups(context: Context) -> list[Callable[[], Net]]:
     """What trains each group of the ensemble's members; each group is resumed by itself."""
-    groups = _groups(context.config)
+    groups = member_groups(context.config)
     return [functools.partial(_train_group, context, name, seeds) for name, seeds in groups]
 
 
 def load_ensemble(context: Context) -> Net:
     """The members of the finished stage "ensemble", read once per process."""
-    names = tuple(name for name, _ in _groups(context.config))
+    names = tuple(name for name, _ in member_groups(context.config))
     return _load_ensemble(context.inputs["ensemble"], names)
 
 
@@ -111,7 +111,7 @@ def _load_ensemble(folder: Path, names: tuple[str, ...]) -> Net:
     return net._replace(params=jax.tree.map(jnp.asarray, net.params))
 
 
-def _groups(config: ConfigDict) -> list[tuple[str, tuple[int, ...]]]:
+def member_groups(config: ConfigDict) -> list[tuple[str, tuple[int, ...]]]:
     """The ensemble's members by groups that are one program each: folders and seeds."""
     net = config.ensemble
     seeds = tuple(net.members)

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from distill_jax import models, optimizers, sharding, soft_targets, step_losses, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
-from experiments.benchmarks.collectives import collectives
 from experiments.common import training
 from experiments.common.config import net_section
+from experiments.compiled.collectives import collectives
 
 M, K = 3, 2
 # LLVM's level, after XLA has split the work: programs that compile in half the time.

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from distill_jax import models, optimizers, sharding, step_losses, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
-from experiments.benchmarks.collectives import Collective, collectives
+from experiments.compiled.collectives import Collective, collectives
 
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 N, BATCH, MEMBERS, CLASSES, K = 48, 16, 2, 64, 3

@@ -1,0 +1,134 @@
+"""What programs a study's trainings are, from shapes: `experiments.compiled` compiles them.
+
+Each study lists its own in programs.py. A test holds the lists against what a run trains.
+"""
+
+import json
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from distill_jax import ahead, nets
+from distill_jax.ahead import Shapes
+from distill_jax.data.images import Examples
+from distill_jax.models import Model
+from distill_jax.recipe import PLAIN, Reader
+from distill_jax.train_step import Loss, Transform
+from experiments.common.training import make_recipe
+
+_NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+
+
+class Training(NamedTuple):
+    """Nets that are trained as one program.
+
+    name: of the training's folder. net: the config's section. fields: of one member. members: M.
+    numbers: the traced ones beside "learning_rate". own, own_constants: what each member has of its
+    own; all else is shared. passes: as for `experiments.common.training.train`; and so are transforms,
+    of which the section's own come last. evaluation: sets that errors are counted on.
+    """
+
+    name: str
+    net: ConfigDict
+    model: Model
+    loss: Loss
+    fields: Shapes
+    members: int
+    numbers: Sequence[str] = ()
+    own: Sequence[str] = ()
+    passes: int = 1
+    transforms: Sequence[Transform] = ()
+    constants: Mapping[str, Any] = _NOTHING
+    own_constants: Sequence[str] = ()
+    reader: Reader = PLAIN
+    evaluation: Mapping[str, Shapes] = _NOTHING
+
+
+class Pass(NamedTuple):
+    """A pass over examples without training, such as the one that makes soft targets.
+
+    run: jitted. arguments: their shapes.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+Programs = Callable[[ConfigDict], Iterator[tuple[str, Training | Pass]]]
+"""A study's programs: `config -> (stage, program)` of each."""
+
+
+def shapes_of(examples: Examples) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of examples."""
+    return {name: shape(field.shape, field.dtype) for name, field in examples.items()}
+
+
+def resized(fields: Shapes, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The fields of so many examples."""
+    return {
+        name: jax.ShapeDtypeStruct((size, *field.shape[1:]), field.dtype)
+        for name, field in fields.items()
+    }
+
+
+def logits(*sizes: int) -> jax.ShapeDtypeStruct:
+    """Of a teacher, float32 `[N, ..., C]`."""
+    return shape(sizes, np.float32)
+
+
+def shape(sizes: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array's shape and dtype, as it is on a device."""
+    return jax.ShapeDtypeStruct(tuple(sizes), jax.dtypes.canonicalize_dtype(dtype))
+
+
+def trace(one: Training, mesh: Any) -> jax.stages.Traced:
+    """One unit of the training, for a mesh."""
+    return ahead.trace_training(
+        one.model,
+        one.fields,
+        one.loss,
+        make_recipe(one.net, one.passes, one.transforms),
+        members=one.members,
+        mesh=mesh,
+        own=one.own,
+        numbers=("learning_rate", *one.numbers),
+        constants=one.constants,
+        own_constants=one.own_constants,
+        reader=one.reader,
+    )
+
+
+def describe(one: Training) -> dict[str, Any]:
+    """What makes trainings the same program, as `training_note` has it of a run."""
+    recipe = make_recipe(one.net, one.passes, one.transforms)
+    return {
+        "model": nets.describe(one.model) or "of a function",
+        "members": one.members,
+        "batch_size": recipe.batch_size,
+        "micro_batches": recipe.micro_batches,
+        "report_every": recipe.report_every,
+        "transforms": len(recipe.transforms),
+        "numbers": sorted(["learning_rate", *one.numbers]),
+        "fields": {
+            name: [f"{np.dtype(x.dtype)}{list(x.shape)}", name in one.own]
+            for name, x in sorted(one.fields.items())
+        },
+    }
+
+
+def distinct(programs: Iterator[tuple[str, Training | Pass]]) -> dict[str, Training | Pass]:
+    """One of each kind, by the names of all that are of the kind."""
+    kinds: dict[str, tuple[list[str], Training | Pass]] = {}
+    for stage, one in programs:
+        if isinstance(one, Pass):
+            kind = f"{one.run} {jax.tree.map(str, one.arguments)}"
+        else:
+            kind = json.dumps(describe(one)) + f"{one.loss} {one.net.optimizer} {one.net.max_norm}"
+        name = one.name if one.name == stage else f"{stage}: {one.name}"
+        kinds.setdefault(kind, ([], one))[0].append(name)
+    return {", ".join(names): one for names, one in kinds.values()}

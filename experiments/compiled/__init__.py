@@ -1,0 +1,1 @@
+"""Programs compiled for machines that aren't there: whether they fit, and what they send."""

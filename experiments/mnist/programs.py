@@ -1,0 +1,138 @@
+"""The programs of the MNIST study's trainings, from shapes alone (`experiments.compiled`)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from distill_jax import step_losses, train_step
+from distill_jax.ahead import Shapes
+from distill_jax.data import augment
+from experiments.common.config import changed
+from experiments.common.programs import Training, logits, resized, shape, shapes_of
+from experiments.common.training import build_model
+from experiments.mnist.data import Data, load_data
+from experiments.mnist.objectives import OBJECTIVES
+from experiments.mnist.transfer_sets import ONLY_7_8, WITHOUT_3
+from experiments.mnist.views import distortions, new_distortions
+
+_SOFT = ("temperature", "hard_weight")
+_TARGETS = "teacher_logits"
+
+
+def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
+    """All trainings, each with its stage."""
+    for stage, one in _of_several_seeds(config):
+        # What is each seed's own is shared where there is one.
+        yield stage, one if len(config.seeds) > 1 else one._replace(own=())
+
+
+def _of_several_seeds(config: ConfigDict) -> Iterator[tuple[str, Training]]:
+    data, seeds = load_data(config), len(config.seeds)
+    images, taught = _fields(data)
+    yield "teacher", _on_labels(data, "teacher", config.teacher, images, seeds)
+    yield "baseline", _on_labels(data, "baseline", config.baseline, images, seeds)
+    yield "distilled", _on_targets(data, "distilled", config.distilled, taught, seeds)
+    for one in OBJECTIVES:
+        net, names = config.objectives, dict.fromkeys([*_SOFT, *one.numbers])
+        trained = _on_targets(data, one.name, net, taught, seeds, loss=one.loss, numbers=(*names,))
+        yield "objectives", trained
+    for width, times in zip(config.sweep.widths, config.sweep.times, strict=True):
+        net = changed(config.sweep, hidden=(width, width))
+        members = seeds * len(net.temperatures)
+        yield "sweep", _on_targets(data, f"width_{width}", net, taught, members, passes=times)
+    yield from _transfer_sets(config, data)
+    yield from _views(config, data)
+
+
+def _transfer_sets(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]:
+    seeds, size, labels = len(config.seeds), len(data.train["id"]), data.train["label"]
+    images, taught = _fields(data)
+    last = changed(config.omissions, epochs=config.omissions.only_7_8_epochs)
+    for stage, net, kept in (
+        ("without_3", config.omissions, ~np.isin(labels, WITHOUT_3.classes)),
+        ("only_7_8", last, np.isin(labels, ONLY_7_8.classes)),
+    ):
+        fields = resized(taught, int(kept.sum()))
+        yield stage, _on_targets(data, "student", _fitting(net, fields), fields, seeds)
+    for percent in config.fractions.percentages:
+        fields = resized(taught, max(1, round(percent / 100 * size)))
+        count = fields["id"].shape[0]
+        trained = _on_targets(
+            data,
+            f"percent_{percent:g}",
+            _fitting(config.fractions, fields),
+            fields,
+            2 * seeds,
+            passes=max(1, round(size / count)),
+        )
+        own = (_TARGETS,) if count == size else tuple(fields)  # each seed's own examples
+        yield "fractions", trained._replace(own=own)
+    net, half = config.unlabelled, size // 2
+    first = changed(config.teacher, epochs=net.teacher_epochs)
+    yield "unlabelled", _on_labels(data, "teacher_half", first, resized(images, half), seeds)
+    theirs = resized({**taught, "label_known": shape((size,), np.bool_)}, half)
+    for share in (0.0, net.labels_known):
+        yield "unlabelled", _on_targets(data, f"known_{share:g}", net, theirs, seeds)
+
+
+def _views(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]:
+    seeds, size = len(config.seeds), len(data.train["id"])
+    images, taught = _fields(data)
+    net, views = config.shifts, augment.shifts(config.shifts.pixels)
+    show = (augment.random_view(views),)
+    of_all = {**images, views.field: logits(size, views.num_views, data.num_classes)}
+    on_labels = _on_labels(data, "shifts_labels", net, images, seeds)
+    yield "shifts", on_labels._replace(transforms=show)
+    on_shifts = _on_targets(data, "shifts_soft", net, of_all, seeds, transforms=show)
+    yield "shifts", on_shifts._replace(own=(views.field,))
+    yield "shifts", _on_targets(data, "shifts_averaged", net, taught, seeds)
+
+    net, members = config.distorted, len(config.distorted.members)
+    show = (augment.random_view(new_distortions(config)),)
+    on_labels = _on_labels(data, "distorted_labels", net, images, members)
+    yield "distorted", on_labels._replace(transforms=show)
+    views = distortions(config)
+    of_all = {**images, views.field: logits(size, views.num_views, data.num_classes)}
+    net = changed(net, epochs=net.student_epochs)
+    show = (augment.random_view(views),)
+    student = _on_targets(data, "distorted_soft", net, of_all, seeds, transforms=show)
+    yield "distorted_students", student._replace(own=())  # one ensemble teaches all
+
+
+def _fields(data: Data) -> tuple[Shapes, Shapes]:
+    """The fields of the training set, and those with a teacher's logits."""
+    images = shapes_of(data.train)
+    return images, {**images, _TARGETS: logits(len(data.train["id"]), data.num_classes)}
+
+
+def _fitting(net: ConfigDict, fields: Shapes) -> ConfigDict:
+    """The section, with batches that are no larger than the set."""
+    return changed(net, batch_size=min(net.batch_size, fields["id"].shape[0]))
+
+
+def _on_labels(data: Data, name: str, net: ConfigDict, fields: Shapes, members: int) -> Training:
+    return _training(data, name, net, step_losses.label_loss, fields, members)
+
+
+def _on_targets(
+    data: Data,
+    name: str,
+    net: ConfigDict,
+    fields: Shapes,
+    members: int,
+    *,
+    loss: train_step.Loss = step_losses.distillation_loss,
+    numbers: tuple[str, ...] = _SOFT,
+    **more: Any,
+) -> Training:
+    trained = _training(data, name, net, loss, fields, members)
+    return trained._replace(numbers=numbers, own=(_TARGETS,), **more)
+
+
+def _training(
+    data: Data, name: str, net: ConfigDict, loss: train_step.Loss, fields: Shapes, members: int
+) -> Training:
+    model, sets = build_model(net, data.num_classes), {"test_errors": shapes_of(data.test)}
+    return Training(name, net, model, loss, fields, members, evaluation=sets)
