@@ -10,7 +10,7 @@ them, and puts in the communication.
 import functools
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,8 +32,10 @@ AXES = ("member", "data", "model")
 _LARGE = 2**16  # values of a weight: the update of fewer takes less time than to send them
 
 
-def make_mesh(member: int = 1, data: int = -1, model: int = 1) -> Mesh:
-    """A mesh over all devices; a size of -1 takes what the others leave.
+def make_mesh(
+    member: int = 1, data: int = -1, model: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over all devices, or over some; a size of -1 takes what the others leave.
 
     Neighbours on "model", which communicate most, then those on "data", are near each other: by a TPU's
     topology, elsewhere in one process as far as the sizes allow.
@@ -41,7 +43,7 @@ def make_mesh(member: int = 1, data: int = -1, model: int = 1) -> Mesh:
     Raises:
         UserError: if the sizes don't multiply to the number of devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes = [member, data, model]
     fixed = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:

@@ -13,6 +13,7 @@ status 76. After both the same command resumes the run.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from launch import command
 
 _CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where results, checkpoints and the report go.", required=True
+    "workdir", None, "Where results, checkpoints and the report go; needed but for --compile_for."
 )
 _STAGES = command.define_stages()
 _REUSE = flags.DEFINE_multi_string(
@@ -59,10 +60,51 @@ _DISTRIBUTED = flags.DEFINE_string(
     "off: a single process. auto: one of several, started by Slurm, Cloud TPU, Kubernetes or Open MPI. "
     "HOST:PORT,COUNT,INDEX: the address of process 0, the number of processes, and this one's index.",
 )
+_COMPILE_FOR = flags.DEFINE_list(
+    "compile_for",
+    [],
+    "Machines, such as v5e:16x16 or h100:8: compile the stages' programs for each, say whether they "
+    "fit, what they send and what time they need at least, and end. Status 1 if one doesn't fit.",
+)
+_JSON = flags.DEFINE_string("json", None, "A file for what --compile_for found.")
 
 
 def main(argv: Sequence[str]) -> None:
+    """Runs the study that the config names, or compiles it for other machines."""
+    if _COMPILE_FOR.value:
+        compile_for(_COMPILE_FOR.value)
+    else:
+        run(argv)
+
+
+def compile_for(names: Sequence[str]) -> None:
+    """Compiles the programs of the config's stages for machines, and runs nothing."""
+    from experiments.compiled import targets
+
+    machines = targets.parse(names)
+    targets.prepare(machines)
+    from distill_jax import files
+    from experiments.common import extras
+    from experiments.common.config import check_config
+    from experiments.common.run import check_names
+    from experiments.compiled.check import LOG, check
+
+    config, only = _CONFIG.value, _STAGES.value
+    check_config(config)
+    check_names(extras.import_study(config.study).STUDY.stages, only)
+    listed = extras.import_study(config.study.removesuffix("study") + "programs").programs
+    records = check(config, listed, machines, only)
+    print(f"{len(records)} programs; what the compilers said is in {LOG}")
+    if _JSON.value:
+        files.write_json(files.local_path(_JSON.value), records)
+    if not all(record["fits"] for record in records):
+        sys.exit(1)
+
+
+def run(argv: Sequence[str]) -> None:
     """Runs the study that the config names."""
+    if _WORKDIR.value is None:
+        raise UserError("--workdir is missing: where results, checkpoints and the report go")
     # Nets of equal shape share compiled programs: over stages, resumed runs and points of a sweep.
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "distill_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

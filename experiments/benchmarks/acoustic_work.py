@@ -19,7 +19,7 @@ from distill_jax.errors import UserError
 from distill_jax.models import Model, Params
 from experiments.benchmarks.measure import seconds
 from experiments.benchmarks.scaling_plan import parameter_count
-from experiments.common.training import build_model, build_optimizer, dtype_of
+from experiments.common.training import arithmetic, build_model, build_optimizer
 
 FRAMES = (26, 40)
 KEPT = 64  # of a store's soft targets
@@ -121,7 +121,9 @@ def measure_job(job: Job, matrix: int, rounds: int) -> tuple[float, dict[Way, Fi
         losses[way] = float(jnp.sum(train(way)))
         state = fresh(key)
     _check_agreement(losses, job.net.dtype)
-    works: dict[str, Callable[[], Any]] = {"matrices": _products(matrix, dtype_of(job.net))}
+    works: dict[str, Callable[[], Any]] = {
+        "matrices": _products(matrix, arithmetic(job.net)["dtype"])
+    }
     works |= {way.name: functools.partial(train, way) for way in job.ways}
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
@@ -165,7 +167,7 @@ def _products(size: int, dtype: Any) -> Callable[[], Any]:
 
 def _teachers(job: Job, model: Model) -> Params:
     """Ten nets of random weights, in the dtype of the arithmetic, as they are frozen."""
-    image, dtype = jnp.zeros((1, *FRAMES), jnp.uint8), dtype_of(job.net)
+    image, dtype = jnp.zeros((1, *FRAMES), jnp.uint8), arithmetic(job.net)["dtype"]
 
     def init(key: Array) -> Params:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key, image))

@@ -44,6 +44,7 @@ def net_section(**changes: Any) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "max_norm": 0.0,  # longest incoming weight vector of a hidden unit; 0: no limit
         "dtype": "float32",  # of the arithmetic; or bfloat16
+        "gradient_dtype": "float32",  # of the gradients, and of their sums over devices
         # From so many, batch size x classes, the loss is fused with the output layer; 0: never.
         "fused_logits": 2**22,
         "jitter": 0,  # pixels
@@ -97,6 +98,7 @@ COMMON: dict[str, Allowed] = {
     # Of every section of a net, beside what is in `ranges.TABLE`.
     "hidden": several(count()),
     "dtype": one_of("float32", "bfloat16"),
+    "gradient_dtype": one_of("float32", "bfloat16"),
     "optimizer": one_of("adam", "sgd", "dropout_2012"),
     "warmup_epochs": count(0),
     "at_once": count(),

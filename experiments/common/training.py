@@ -116,7 +116,7 @@ def build_model(
         num_classes,
         input_dropout=net.input_dropout,
         hidden_dropout=net.hidden_dropout,
-        dtype=dtype_of(net),
+        **arithmetic(net),
         scaling=scaling,
         output_scale=scale,
         hidden_scale=scale,
@@ -126,9 +126,9 @@ def build_model(
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def dtype_of(net: ConfigDict) -> Any:
-    """The dtype of a config section's arithmetic."""
-    return DTYPES[net.dtype]
+def arithmetic(net: ConfigDict) -> dict[str, Any]:
+    """The dtypes of a config section, as the models of `distill_jax.models` take them."""
+    return {"dtype": DTYPES[net.dtype], "gradient_dtype": DTYPES[net.gradient_dtype]}
 
 
 def build_optimizer(

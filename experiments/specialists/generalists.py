@@ -56,7 +56,7 @@ def net_of(net: ConfigDict, outputs: int) -> models.Model:
 
 
 def _arithmetic(net: ConfigDict) -> dict[str, Any]:
-    return {"dtype": training.dtype_of(net), "activation": models.ACTIVATIONS[net.activation]}
+    return {**training.arithmetic(net), "activation": models.ACTIVATIONS[net.activation]}
 
 
 def train_generalists(context: Context) -> Net:

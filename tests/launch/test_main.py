@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import training_notes
 from command import ROOT, SMOKE, fails, run
 
 from experiments.common.study import read_json
+from experiments.mnist.config import get_config
+from experiments.mnist.programs import programs
 
 TINY = ("--config.data.train_examples=500", "--config.data.test_examples=200")
 BASELINE = (SMOKE, *TINY, "--stages=baseline", "--config.baseline.epochs=1")
@@ -32,6 +35,13 @@ def smoke(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("smoke")
     run(SMOKE, f"--workdir={workdir}", "--config.data.validation=300", "--config.seeds=(0,1)")
     return workdir
+
+
+def test_the_listed_programs_are_those_that_are_run(smoke):
+    config = get_config("smoke")
+    config.seeds = (0, 1)
+    config.data.validation = 300
+    training_notes.check(smoke, programs, config)
 
 
 def test_the_study_measures_every_table(smoke):

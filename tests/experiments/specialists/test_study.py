@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import training_notes
 from command import fails, kill_when, run
 from specialist_pictures import FIGURES
 from tfds_sets import prepare_tiny
@@ -19,6 +20,7 @@ from distill_jax.specialists import store
 from experiments.common import report
 from experiments.specialists import glyphs
 from experiments.specialists.config import get_config
+from experiments.specialists.programs import programs
 from experiments.specialists.study import PUBLISHED, STAGES
 
 SMOKE = "--config=experiments/specialists/config.py:smoke"
@@ -51,6 +53,10 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("specialists") / "run"
     run(SMOKE, f"--workdir={path}")
     return path
+
+
+def test_the_listed_programs_are_those_that_are_run(workdir):
+    training_notes.check(workdir, programs, CONFIG)
 
 
 @pytest.fixture(scope="module")

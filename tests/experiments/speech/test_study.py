@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training_notes
 from command import fails, kill_when, run, start
 
 from distill_jax import models, soft_targets
@@ -15,6 +16,7 @@ from experiments.common import report
 from experiments.common.study import read_json
 from experiments.common.training import build_model
 from experiments.speech.config import get_config
+from experiments.speech.programs import programs
 
 SMOKE = "--config=experiments/speech/config.py:smoke"
 FEW = (
@@ -33,6 +35,10 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("speech") / "run"
     run(SMOKE, f"--workdir={path}")
     return path
+
+
+def test_the_listed_programs_are_those_that_are_run(workdir):
+    training_notes.check(workdir, programs, get_config("smoke"))
 
 
 def value(rows, table, row, metric):

@@ -1,0 +1,123 @@
+"""What a compiled program takes: memory, operations, communication, and no less time than so much."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.benchmarks.scaling_plan import ring_bytes
+from experiments.compiled.collectives import Collective, collectives
+from experiments.compiled.targets import Chip
+
+
+class Figures(NamedTuple):
+    """A compiled program's figures; of one device, and those of time and operations of one step.
+
+    parameters: of all members. arguments, temporary, output: bytes. flops: of matrix products and
+    convolutions. moved: bytes read and written, where the compiler says. sent: by kind, axis and number.
+    compute, memory, links: seconds, none shorter by the chip's figures; None where these aren't known.
+    """
+
+    parameters: int
+    arguments: int
+    temporary: int
+    output: int
+    flops: float
+    moved: float | None
+    sent: list[tuple[str, str, int, int]]
+    compute: float | None
+    memory: float | None
+    links: float | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory."""
+        return self.arguments + self.temporary + self.output
+
+
+def measure(
+    traced: jax.stages.Traced,
+    compiled: Any,
+    mesh: Any,
+    chip: Chip,
+    *,
+    steps: int,
+    parameters: int,
+    over_data: bool = True,
+) -> Figures:
+    """The figures of a program of so many steps; without `over_data` all replicas do the same work."""
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    cost = cost[0] if isinstance(cost, list) else cost
+    sharers = mesh.size if over_data else mesh.size // mesh.shape["data"]
+    flops = count_flops(traced.jaxpr.jaxpr) / steps / sharers
+    moved = cost.get("bytes accessed")  # XLA counts a loop's body once: a step
+    found = collectives(compiled.as_text(), mesh)
+    sent = sum(ring_bytes(c.kind, c.bytes, math.prod(mesh.shape[a] for a in c.axes)) for c in found)
+    known = not math.isnan(chip.flops)
+    return Figures(
+        parameters,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        # What is donated is counted as an argument already.
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        flops,
+        moved,
+        _by_kind(found),
+        flops / chip.flops if known else None,
+        moved / chip.bandwidth if known and moved else None,
+        sent / chip.links if known else None,
+    )
+
+
+def _by_kind(found: list[Collective]) -> list[tuple[str, str, int, int]]:
+    """Kind, axes, how many, and bytes in all."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for one in found:
+        groups.setdefault((one.kind, " x ".join(one.axes)), []).append(one.bytes)
+    return [(*key, len(sizes), sum(sizes)) for key, sizes in sorted(groups.items())]
+
+
+def count_flops(jaxpr: Any) -> float:
+    """Floating point operations of matrix products and convolutions; of a loop, in all its rounds.
+
+    Those of a `while` loop, whose rounds are not known, are counted once.
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from experiments.compiled.program import count_flops
+        >>> count_flops(jax.make_jaxpr(jnp.matmul)(jnp.ones((2, 3)), jnp.ones((3, 4))).jaxpr)
+        48.0
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        size = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * size * math.prod(shape[i] for i in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * size * math.prod(kernel) / outputs
+        rounds = params["length"] if name == "scan" else 1
+        total += rounds * sum(count_flops(inner) for inner in _inside(params))
+    return total
+
+
+def _inside(params: dict[str, Any]) -> Iterator[Any]:
+    """The programs within an equation."""
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else [value]:
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+def count_parameters(tree: Any) -> int:
+    """Values of a tree of shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
