@@ -1,15 +1,20 @@
 # shellcheck shell=bash
-# Sourced by the launchers. Reads [--dry-run] STUDY [PRESET] [FLAGS...] and sets:
+# Sourced by the launchers. Reads [--dry-run] [--check=MACHINE] STUDY [PRESET] [FLAGS...] and sets:
 #   study, preset       as given; the preset is `default` if not
 #   workdir             that of a --workdir=; else ${runs:-runs}/STUDY, with -PRESET after it unless
 #                       that is `default`
 #   main                the arguments of the interpreter that run the study
 #   dry_run             1 or nothing
+#   check               a machine such as v5e:4x4, or nothing
 
-dry_run=
+dry_run='' check=''
 words=()
 for word in "$@"; do
-  if [[ $word == --dry-run ]]; then dry_run=1; else words+=("$word"); fi
+  case $word in
+    --dry-run) dry_run=1 ;;
+    --check=*) check=${word#--check=} ;;
+    *) words+=("$word") ;;
+  esac
 done
 set -- ${words[@]+"${words[@]}"} # an older bash takes an empty list for an unset one
 
@@ -39,4 +44,14 @@ quote() {
 exec 3>&1
 run() {
   if [[ $dry_run ]]; then quote "$@" >&3; else "$@"; fi
+}
+
+# With --check: compiles the study's programs for that machine, here, and ends with status 1 if one
+# doesn't fit.
+check_first() {
+  [[ $check ]] || return 0
+  local extra=aot_gpu
+  [[ $check != v* ]] || extra=aot_tpu
+  run launch/environment.sh "$extra" >/dev/null
+  run .venv/bin/python "${main[@]}" "--compile_for=$check"
 }

@@ -6,6 +6,7 @@
 #     launch/gke_jobset.sh mnist paper
 #   ACCELERATOR=gpu TYPE=nvidia-h100-80gb HOSTS=2 DEVICES=8 launch/gke_jobset.sh speech paper
 #   launch/gke_jobset.sh --dry-run mnist paper       prints the commands and runs nothing
+#   launch/gke_jobset.sh --check=v5e:4x4 mnist paper      compiles everything for that machine here first
 #
 # DEVICES are those of one host. IMAGE has the project and its dependencies; a Dockerfile that does:
 #   FROM python:3.12
@@ -51,6 +52,7 @@ for variable in NAME QUEUE CLAIM IMAGE TYPE TOPOLOGY HOSTS DEVICES COMMAND; do
   yaml=${yaml//"\${$variable}"/"${!variable}"}
 done
 
+check_first
 run kubectl delete jobset "$NAME" --ignore-not-found
 if [[ $dry_run ]]; then
   printf "kubectl apply -f - <<'EOF'\n%s\nEOF\n" "$yaml"

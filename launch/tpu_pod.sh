@@ -7,6 +7,8 @@
 #   NAME=distill SPOT=1 launch/tpu_pod.sh mnist paper       if preempted, it is created again and the run resumes
 #   NAME=distill launch/tpu_pod.sh --dry-run mnist paper    prints the commands for a slice that
 #                                                           does not exist yet, and runs nothing
+#   NAME=distill launch/tpu_pod.sh --check=v5e:4x4 mnist paper
+#                                                           compiles everything for that slice here first
 #
 # SHARE is an NFS export, such as a Filestore instance's, in the slice's network: every worker mounts it,
 # and checkpoints and results are there. VERSION is the runtime, v2-alpha-tpuv6e for v6e. Needs gcloud,
@@ -68,6 +70,7 @@ run_study() {
   everywhere "cd distill_jax && exec flock -F ../lock .venv/bin/python $(quote "${main[@]}") --distributed=auto"
 }
 
+check_first
 while :; do
   code=0
   { bring_up && copy && set_up && run_study; } || code=$?

@@ -39,15 +39,14 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from distill_jax import sharding, step_losses, train_step
+from distill_jax import program, sharding, step_losses, train_step, units
 from distill_jax.command import run
-from distill_jax.data.augment import jitter
-from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
+from distill_jax.recipe import PLAIN
 from experiments.benchmarks import command, scaling_plan
 from experiments.benchmarks.command import Ask
-from experiments.common.config import net_section
-from experiments.common.training import build_model, build_optimizer
+from experiments.common.config import changed, net_section
+from experiments.common.training import build_model, make_recipe
 from experiments.compiled.collectives import collectives
 from experiments.mnist.config import get_config
 
@@ -269,22 +268,26 @@ def _program(case: Case) -> tuple[Callable[[], None], float]:
         sharding.make_mesh(data=-1) if case.axis == "data" else sharding.make_mesh(data=1, model=-1)
     )
     model = build_model(net.section, net.classes)
-    optimizer = build_optimizer(net.section, net.steps, net.section.epochs)
-    transforms = [jitter(net.section.jitter)] if net.section.jitter else []
-    step = train_step.make_train_step(
-        model, optimizer, step_losses.label_loss, transforms=transforms
+    recipe = make_recipe(changed(net.section, batch_size=batch_size, report_every=1))
+    made = program.make(
+        model,
+        step_losses.label_loss,
+        recipe,
+        steps=net.steps,
+        classes=net.classes,
+        mesh=mesh,
+        schedules={},
     )
     examples = _draw(net, net.steps * batch_size)
     per_member = dict.fromkeys(examples, False)
-    run_epoch = make_epoch(step, batch_size, shard_batch=sharding.shard_batch(mesh, batch_size))
     resident = sharding.put_examples(examples, mesh, per_member)
     keys = jax.random.split(jax.random.key(0), 1)
     image = jnp.asarray(examples["inputs"][:1])
     state = sharding.init_members(
-        lambda key: train_step.init_state(model, optimizer, key, image), keys, mesh
+        lambda key: train_step.init_state(model, made.optimizer, key, image), keys, mesh
     )
     hyper = {"learning_rate": jnp.full(1, net.section.learning_rate, jnp.float32)}
-    epoch: Any = sharding.compile_epoch(run_epoch, mesh, per_member)
+    epoch: Any = units.compile_epochs(recipe, made.step, mesh, PLAIN, per_member, {})
     compiled = epoch.lower(state, resident, keys, hyper, {}).compile()
 
     def run() -> None:

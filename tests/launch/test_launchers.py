@@ -15,7 +15,16 @@ import jsonschema
 import pytest
 import yaml
 from command import ROOT
-from launchers import add_tool, calls, make_tree, processes_of, run, start, wait_until
+from launchers import (
+    add_tool,
+    calls,
+    make_tree,
+    processes_of,
+    run,
+    start,
+    wait_until,
+    write_script,
+)
 
 GOLDEN = ROOT / "tests/launch/golden"
 WORDS = ("mnist", "smoke", "--config.seeds=(0,)")
@@ -77,6 +86,31 @@ def test_words_reach_the_study_as_they_are(tree, name):
     assert commands and all({*given} <= {*words} for words in commands)
     if name == "tpu_pod":
         assert "'distill:/x, y' runs" in dry_run(tree, name, ("mnist", *given))
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "extra"),
+    [("tpu_pod", "v5e:4x4", "aot_tpu"), ("gke_jobset_gpu", "h100:16", "aot_gpu")],
+)
+def test_check_compiles_for_the_machine_before_anything_else(tree, name, machine, extra):
+    plain = dry_run(tree, name)
+    checked = dry_run(tree, name, (f"--check={machine}", *WORDS)).splitlines(keepends=True)
+    assert checked[0] == f"launch/environment.sh {extra}\n"
+    words = shlex.split(checked[1])
+    assert words[:3] == [".venv/bin/python", "-m", "launch.main"]
+    assert words[-1] == f"--compile_for={machine}"
+    assert "".join(checked[2:]) == plain
+
+
+def test_nothing_is_created_for_what_does_not_fit(tree):
+    (tree / ".venv/installed-aot_tpu").touch()
+    make_tool = '[[ "$*" == *--compile_for=v5e:4x4 ]] && exit 1'
+    write_script(tree / ".venv/bin/python", f"#!/usr/bin/env bash\n{make_tool}\n")
+    add_tool(tree, "bin/gcloud")
+    process = start(tree, "tpu_pod.sh", "--check=v5e:4x4", *WORDS, **TPU_POD)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert not (tree / "calls.txt").exists()
 
 
 def test_local_runs_what_it_prints(tree):

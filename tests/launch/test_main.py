@@ -195,3 +195,26 @@ def test_help_reads_well():
     ).stdout
     for word in ("python -m launch.main", "--config", "--workdir", "--stages", "--reuse"):
         assert word in text
+
+
+def test_programs_are_compiled_for_another_machine_and_nothing_is_run(tmp_path):
+    found = tmp_path / "found.json"
+    printed = run(*BASELINE, "--compile_for=cpu:2", f"--json={found}")
+    first, training, _, last = printed.splitlines()
+    assert first == "cpu:2, mesh 1x2x1"
+    assert training.startswith("  training baseline: ") and training.endswith(": fits")
+    assert last.startswith("2 programs; what the compilers said is in ")
+    record = read_json(found)[0]
+    assert (record["what"], record["fits"]) == ("training", True)
+    assert record["sent"][-1][:2] == ["all-reduce", "data"]
+    assert list(tmp_path.iterdir()) == [found]
+
+
+def test_what_does_not_fit_the_machine_is_said_before_anything_is_compiled():
+    assert "--compile_for=v9:4: expected a chip and how many" in fails(SMOKE, "--compile_for=v9:4")
+    message = "baseline: batch_size is 100, which doesn't divide over 3 data devices"
+    assert message in fails(*BASELINE, "--config.baseline.batch_size=100", "--compile_for=cpu:3")
+
+
+def test_a_run_needs_a_workdir():
+    assert "--workdir is missing" in fails(SMOKE)
