@@ -50,8 +50,9 @@ def check(
         print(
             f"{target.name}, mesh {'x'.join(str(mesh.shape[a]) for a in sharding.AXES)}", flush=True
         )
+        evaluated: set[str] = set()
         for names, one in distinct.items():
-            for what, traced, steps, parameters in _traced(names, one, mesh):
+            for what, traced, steps, parameters in _traced(names, one, mesh, evaluated):
                 begun = time.monotonic()
                 record: dict[str, Any] = {"target": target.name, "program": names, "what": what}
                 try:
@@ -80,8 +81,13 @@ def check(
     return records
 
 
-def _traced(names: str, one: Any, mesh: Any) -> Iterator[tuple[str, Any, int, int]]:
-    """The programs of a training: its epochs, and what counts errors on its largest set."""
+def _traced(
+    names: str, one: Any, mesh: Any, evaluated: set[str]
+) -> Iterator[tuple[str, Any, int, int]]:
+    """The programs of a training: its epochs, and what counts errors on its largest set.
+
+    That only once for nets and sets that are alike: `evaluated` has those that were.
+    """
     assert isinstance(one, Training)
     recipe = make_recipe(one.net, one.passes, one.transforms)
     fields = [one.fields]
@@ -96,6 +102,10 @@ def _traced(names: str, one: Any, mesh: Any) -> Iterator[tuple[str, Any, int, in
     yield "training", traced, steps, parameters
     if one.evaluation:
         largest = max(one.evaluation.values(), key=lambda part: part["label"].shape[0])
+        kind = f"{one.model.description} {one.members} {largest}"
+        if kind in evaluated:
+            return
+        evaluated.add(kind)
         traced = ahead.trace_evaluation(
             one.model, largest, members=one.members, mesh=mesh, reader=one.reader
         )
@@ -123,7 +133,9 @@ def _line(what: str, names: str, found: Figures, target: Target) -> str:
     if known:
         largest = max(known, key=lambda name: known[name])
         parts.append(f"at least {known[largest]:.3f} ms ({largest})")
-    return f"  {what} {names}: {'; '.join(parts)}: {verdict}"
+    first, *others = names.split(", ")
+    alike = f" (and {len(others)} alike)" if others else ""
+    return f"  {what} {first}{alike}: {'; '.join(parts)}: {verdict}"
 
 
 @contextlib.contextmanager

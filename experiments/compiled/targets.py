@@ -125,10 +125,12 @@ def devices(target: Target) -> list[Any]:
 def _gpus(target: Target) -> Any:
     import pathlib
 
+    import jax
     import jax_plugins.xla_cuda13 as plugin
     from jax._src import xla_bridge
     from jax.experimental import topologies
 
+    jax.devices("cpu")  # plugins that are found register themselves then
     if "cuda" not in xla_bridge._backend_factories:
         library = pathlib.Path(str(plugin.__file__)).parent / "xla_cuda_plugin.so"
         xla_bridge.register_plugin("cuda", priority=500, library_path=str(library), options=None)
