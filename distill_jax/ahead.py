@@ -62,7 +62,9 @@ def trace_training(
         )
         per_member = {name: name in own for name in examples}
         constant = {name: name in own_constants for name in constants}
-        compiled: Any = units.compile_epochs(recipe, made.step, mesh, reader, per_member, constant)
+        compiled: Any = units.compile_epochs(
+            recipe, made.step, mesh, reader, per_member=per_member, own_constants=constant
+        )
         return compiled.trace(
             _placed(states, sharding.state_shardings(states, mesh, "member")),
             _placed(

@@ -45,7 +45,9 @@ def advance_of(
     fields, per_member = stack(examples)
     resident = sharding.put_examples(fields, mesh, per_member)
     if scanned:
-        compiled = compile_epochs(recipe, step, mesh, reader, per_member, own_constants)
+        compiled = compile_epochs(
+            recipe, step, mesh, reader, per_member=per_member, own_constants=own_constants
+        )
         return lambda states, unit: compiled(states, resident, keys, hyper, constants)
     rows: dict[str, Any] = {"draw": reader.draw, "size": reader.size}
     batch: dict[str, Any] = {"shard_batch": shard, "gather": reader.gather}
@@ -77,6 +79,7 @@ def compile_epochs(
     step: train_step.TrainStep,
     mesh: Any,
     reader: Reader,
+    *,
     per_member: Mapping[str, bool],
     own_constants: Mapping[str, bool],
 ) -> epochs.Epoch:

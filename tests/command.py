@@ -1,4 +1,4 @@
-"""Runs the command lines as a user does: in processes of their own, on the machine's own devices."""
+"""Runs the command lines as a user does: in processes of their own, on CPUs."""
 
 import json
 import os
@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     **os.environ,
+    "JAX_PLATFORMS": "cpu",  # the compiler for TPUs is installed, and would look for some
     "XLA_FLAGS": QUICK_COMPILATION,  # without conftest's eight devices
 }
 
@@ -47,7 +48,7 @@ def run(*arguments: str, module: str = "launch.main") -> str:
 
 
 def benchmark(name: str, *arguments: str) -> dict[str, Any]:
-    """The result of a benchmark on the machine's own devices."""
+    """The result of a benchmark on the machine's CPUs."""
     process = subprocess.run(
         [sys.executable, "-m", f"experiments.benchmarks.{name}", *arguments],
         cwd=ROOT,

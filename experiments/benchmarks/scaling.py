@@ -287,7 +287,9 @@ def _program(case: Case) -> tuple[Callable[[], None], float]:
         lambda key: train_step.init_state(model, made.optimizer, key, image), keys, mesh
     )
     hyper = {"learning_rate": jnp.full(1, net.section.learning_rate, jnp.float32)}
-    epoch: Any = units.compile_epochs(recipe, made.step, mesh, PLAIN, per_member, {})
+    epoch: Any = units.compile_epochs(
+        recipe, made.step, mesh, PLAIN, per_member=per_member, own_constants={}
+    )
     compiled = epoch.lower(state, resident, keys, hyper, {}).compile()
 
     def run() -> None:

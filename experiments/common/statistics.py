@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from scipy import stats
+from scipy import special  # scipy.stats takes as long to import as JAX
 
 Interval = tuple[float, float]
 """The lower and the upper end."""
@@ -27,8 +27,18 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> Interval | None:
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         return None
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    half = special.stdtrit(len(values) - 1, (1 + level) / 2) * standard_error(values)
     return float(values.mean() - half), float(values.mean() + half)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of independent values `[n]`, n above 1.
+
+    Examples:
+        >>> print(f"{standard_error(np.array([1.0, 2.0, 3.0])):.3f}")
+        0.577
+    """
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def bootstrap_interval(

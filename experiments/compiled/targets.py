@@ -46,6 +46,7 @@ _PLUGINS = {"tpu": ("libtpu", "aot_tpu"), "gpu": ("jax_plugins.xla_cuda13", "aot
 QUIET = {
     # Libtpu asks the cloud's metadata service for a machine, unless it is told of one.
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # as no TPU is opened
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",

@@ -112,10 +112,6 @@ def _fitting(net: ConfigDict, fields: Shapes) -> ConfigDict:
     return changed(net, batch_size=min(net.batch_size, fields["id"].shape[0]))
 
 
-def _on_labels(data: Data, name: str, net: ConfigDict, fields: Shapes, members: int) -> Training:
-    return _training(data, name, net, step_losses.label_loss, fields, members)
-
-
 def _on_targets(
     data: Data,
     name: str,
@@ -127,12 +123,11 @@ def _on_targets(
     numbers: tuple[str, ...] = _SOFT,
     **more: Any,
 ) -> Training:
-    trained = _training(data, name, net, loss, fields, members)
-    return trained._replace(numbers=numbers, own=(_TARGETS,), **more)
+    trained = _on_labels(data, name, net, fields, members)
+    return trained._replace(loss=loss, numbers=numbers, own=(_TARGETS,), **more)
 
 
-def _training(
-    data: Data, name: str, net: ConfigDict, loss: train_step.Loss, fields: Shapes, members: int
-) -> Training:
+def _on_labels(data: Data, name: str, net: ConfigDict, fields: Shapes, members: int) -> Training:
     model, sets = build_model(net, data.num_classes), {"test_errors": shapes_of(data.test)}
+    loss = step_losses.label_loss
     return Training(name, net, model, loss, fields, members, evaluation=sets)

@@ -10,7 +10,7 @@ from experiments.common.published import Published
 from experiments.common.run import Study
 from experiments.common.study import Stage, draw_report, finished_rows, read_json
 from experiments.common.training import curve
-from experiments.mnist import distillation, figures, transfer_sets, views
+from experiments.mnist import distillation, transfer_sets, views
 from experiments.mnist.data import data_conflicts
 from experiments.mnist.objectives import objectives
 
@@ -42,6 +42,8 @@ CAPTIONS = {
 
 def write_report(workdir: Path) -> None:
     """Draws report.md and report.html from results.json and what the stages left beside it."""
+    from experiments.mnist import figures  # late: matplotlib is not needed before
+
     curves = {
         path.parent.name: curve(read_meta(path.parent)["history"])
         for path in sorted(workdir.glob("stages/*/*/net.json"))

@@ -29,7 +29,7 @@ def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
     data = load_data(config)
     train, whole = shapes_of(data.train), config.generalist
     for name, seeds in generalists.seed_groups(config, whole):
-        one = _generalist(config, data, "generalist", whole, train, len(seeds))
+        one = _generalist(data, "generalist", whole, train, len(seeds))
         yield "generalist", one._replace(name=f"generalist/{name}")
     for stage, name in (
         ("specialists", "specialists"),
@@ -51,7 +51,7 @@ def _specialists(
     for group in cut_groups(config.clusters.count, net):
         at = f"{name}/seed_{config.seeds[0]}/group_{group[0]:03d}"
         size = config.specialists.examples
-        yield stage, _of_head(config, data, at, net, head, len(group), size)
+        yield stage, _of_head(config, data, at, net=net, head=head, members=len(group), size=size)
 
 
 def _full_softmax(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]:
@@ -61,13 +61,14 @@ def _full_softmax(config: ConfigDict, data: Data) -> Iterator[tuple[str, Trainin
         at = f"{head.name}/seed_{config.seeds[0]}/group_000"
         count = min(own.count, config.clusters.count)
         size = own.examples or config.specialists.examples
-        yield "soft", _of_head(config, data, at, net, head, count, size)
+        yield "soft", _of_head(config, data, at, net=net, head=head, members=count, size=size)
 
 
 def _of_head(
     config: ConfigDict,
     data: Data,
     name: str,
+    *,
     net: ConfigDict,
     head: Head,
     members: int,
@@ -107,7 +108,7 @@ def _controls(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]:
     train = shapes_of(data.train)
     for stage, name in (("longer", "longer"), ("ensemble", "second")):
         for group, seeds in generalists.seed_groups(config, net):
-            yield stage, _generalist(config, data, f"{name}/{group}", net, train, len(seeds))
+            yield stage, _generalist(data, f"{name}/{group}", net, train, len(seeds))
 
 
 def _mixtures(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]:
@@ -145,7 +146,7 @@ def _distilled(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]
     ):
         own = changed(net, epochs=epochs)
         for group, seeds in generalists.seed_groups(config, own):
-            one = _generalist(config, data, f"{name}/{group}", own, taught, len(seeds))
+            one = _generalist(data, f"{name}/{group}", own, taught, len(seeds))
             targets = [field for field in taught if field not in train] if len(seeds) > 1 else []
             yield (
                 "distilled",
@@ -160,12 +161,10 @@ def _distilled(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]
         net = changed(config.generalist, epochs=own.epochs, report_every=own.report_every)
         for group, seeds in generalists.seed_groups(config, net):
             at = f"on_labels/{group}"
-            yield "distilled", _generalist(config, data, at, net, train, len(seeds))
+            yield "distilled", _generalist(data, at, net, train, len(seeds))
 
 
-def _generalist(
-    config: ConfigDict, data: Data, name: str, net: ConfigDict, fields: Shapes, members: int
-) -> Training:
+def _generalist(data: Data, name: str, net: ConfigDict, fields: Shapes, members: int) -> Training:
     """Whole nets, on labels."""
     model = generalists.net_of(net, data.num_classes)
     sets = {f"{name}_errors": shapes_of(part) for name, part in data.evaluation().items()}

@@ -16,7 +16,6 @@ from experiments.specialists import (
     controls,
     distilled,
     eq5_solvers,
-    figures,
     full_softmax,
     mixture,
     table3,
@@ -60,6 +59,8 @@ CAPTIONS = {
 
 def write_report(workdir: Path) -> None:
     """Draws report.md and report.html from results.json and what the stages left beside it."""
+    from experiments.specialists import figures  # late: matplotlib is not needed before
+
     rows = _side_by_side(finished_rows(workdir, STAGES))
     stages = workdir / "stages"
     left = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from experiments.common.costs import CAPTION as COSTS
 from experiments.common.run import Study
 from experiments.common.study import Row, Stage, draw_report, finished_rows, read_json
-from experiments.speech import comparisons, figures, nets, recognition, table1, table5
+from experiments.speech import comparisons, nets, recognition, table1, table5
 from experiments.speech.data import check_source
 from experiments.speech.embedded_test import PUBLISHED
 
@@ -39,6 +39,8 @@ CAPTIONS = {
 
 def write_report(workdir: Path) -> None:
     """Draws report.md and report.html from results.json and what the stages left beside it."""
+    from experiments.speech import figures  # late: matplotlib is not needed before
+
     rows = _side_by_side(finished_rows(workdir, STAGES))
     reference = Path(__file__).with_name("reference.json")
     left = {

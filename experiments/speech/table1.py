@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from distill_jax import models, soft_targets, step_losses
 from distill_jax.nets import Net, stack
 from distill_jax.soft_targets.reduction import array_name
 from experiments.common.config import changed
+from experiments.common.statistics import standard_error
 from experiments.common.study import Context, Row, make_row, read_json, write_arrays, write_json
 from experiments.speech import differences, embedded_test, frames, intervals, nets, training_set
 from experiments.speech.data import Data, load_data
@@ -179,8 +179,8 @@ def error_of_share(base: np.ndarray, top: np.ndarray, own: np.ndarray) -> float 
         return None
     members, students = base.sum(axis=1), own.sum(axis=1)
     gain = top.sum() - members.mean()
-    of_members = stats.sem(members) * (top.sum() - students.mean()) / gain**2
-    return 100.0 * float(np.hypot(stats.sem(students) / gain, of_members))
+    of_members = standard_error(members) * (top.sum() - students.mean()) / gain**2
+    return 100.0 * float(np.hypot(standard_error(students) / gain, of_members))
 
 
 def _control(context: Context) -> list[Row]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks.accelerator import Part, chip_of, parts, run_parts
+from experiments.benchmarks.accelerator_parts import Part, chip_of, parts, run_parts
 
 PRINTS = Part("prints", ("-c", "print('a table'); print('{\"figures\": 3}')"))
 FAILS = Part("fails", ("-c", "import sys; sys.exit('error: no such device')"))
