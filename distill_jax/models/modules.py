@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from distill_jax import ranges, shapes
+from distill_jax import platforms, ranges, shapes
 from distill_jax.errors import UserError
 
 Activation = Callable[[Array], Array]
@@ -139,10 +139,83 @@ class Trunk(nn.Module):
         x = from_bytes(images, self.dtype, self.scaling)
         x = x if x.ndim == 4 else x[..., None]
         for i, (channels, stride) in enumerate(zip(self.channels, self.strides, strict=True)):
-            start = nn.initializers.he_normal()
-            layer: Any = dense(channels, self.dtype, self.gradient_dtype, start, f"conv_{i}")
-            x = self.activation(layer(patches(x, stride)))
+            x = self.activation(self._layer(channels, stride, f"conv_{i}")(x))
         return x.reshape(x.shape[0], -1)
+
+    def _layer(self, channels: int, stride: int, name: str) -> Callable[[Array], Array]:
+        """The same numbers in two ways: on TPUs as a convolution, elsewhere as a product of patches."""
+        start = nn.initializers.he_normal()
+        if platforms.current() == "tpu":
+            return Convolution(channels, stride, self.dtype, self.gradient_dtype, start, name=name)
+        layer: Any = dense(channels, self.dtype, self.gradient_dtype, start, name)
+        return lambda x: layer(patches(x, stride))
+
+
+class Convolution(nn.Module):
+    """XLA's convolution with the parameters of a layer on `patches`.
+
+    By the compiler of TPUs it moves half as many bytes as that, and under vmap a third.
+    """
+
+    features: int
+    stride: int
+    dtype: Any
+    gradient_dtype: Any
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[B, H, W, c]` -> `[B, H / stride, W / stride, features]`."""
+        _check_sides(x, self.stride)
+        inputs = 4 * self.stride**2 * x.shape[-1]
+        kernel = self.param("kernel", self.kernel_init, (inputs, self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        y = convolve(self.stride, self.gradient_dtype, x.astype(self.dtype), kernel)
+        return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def convolve(stride: int, gradient_dtype: Any, x: Array, kernel: Array) -> Array:
+    """`patches(x, stride) @ kernel`, in the dtype of x, as a convolution.
+
+    Args:
+        stride: even, divides H and W.
+        gradient_dtype: that the gradient of the kernel is summed in.
+        x: `[B, H, W, c]`.
+        kernel: `[4 * stride^2 * c, units]`.
+    """
+    return _convolution(stride, x, kernel.astype(x.dtype))
+
+
+def _convolution(stride: int, x: Array, kernel: Array) -> Array:
+    shape = (2, 2, stride, stride, x.shape[-1], kernel.shape[-1])
+    windows = kernel.reshape(shape).transpose(0, 2, 1, 3, 4, 5)
+    margin = (stride // 2, stride // 2)
+    return jax.lax.conv_general_dilated(
+        x,
+        windows.reshape(2 * stride, 2 * stride, *shape[-2:]),
+        (stride, stride),
+        (margin, margin),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _convolve(stride: int, gradient_dtype: Any, x: Array, kernel: Array) -> tuple[Array, Any]:
+    return convolve(stride, gradient_dtype, x, kernel), (x, kernel)
+
+
+def _convolve_gradients(
+    stride: int, gradient_dtype: Any, kept: Any, cotangent: Array
+) -> tuple[Array, ...]:
+    x, kernel = kept
+    _, back = jax.vjp(lambda x: _convolution(stride, x, kernel.astype(x.dtype)), x)
+    wide = kernel.astype(gradient_dtype)
+    _, of_kernel = jax.vjp(lambda k: _convolution(stride, x.astype(gradient_dtype), k), wide)
+    (gradient,) = of_kernel(cotangent.astype(gradient_dtype))
+    return *back(cotangent), gradient.astype(kernel.dtype)
+
+
+convolve.defvjp(_convolve, _convolve_gradients)
 
 
 def patches(x: Array, stride: int) -> Array:
@@ -158,12 +231,8 @@ def patches(x: Array, stride: int) -> Array:
     Raises:
         UserError: if it doesn't divide them.
     """
+    _check_sides(x, stride)
     batch, height, width, channels = x.shape
-    if height % stride or width % stride:
-        raise UserError(
-            f"images of {height} x {width} at a layer of stride {stride}, which must divide both: "
-            "choose other strides, or resize the images"
-        )
     margin = (stride // 2, stride // 2)
     x = jnp.pad(x, ((0, 0), margin, margin, (0, 0)))
     rows, columns = height // stride + 1, width // stride + 1
@@ -171,6 +240,15 @@ def patches(x: Array, stride: int) -> Array:
     blocks = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
     corners = [blocks[:, i : rows - 1 + i, j : columns - 1 + j] for i in (0, 1) for j in (0, 1)]
     return jnp.concatenate(corners, axis=-1)
+
+
+def _check_sides(x: Array, stride: int) -> None:
+    _, height, width, _ = x.shape
+    if height % stride or width % stride:
+        raise UserError(
+            f"images of {height} x {width} at a layer of stride {stride}, which must divide both: "
+            "choose other strides, or resize the images"
+        )
 
 
 def from_bytes(x: Array, dtype: Any, scaling: tuple[float, float]) -> Array:

@@ -96,8 +96,9 @@ def conv_trunk(
     """Convolutions that turn images into flat features for a head (`chain`).
 
     Layer i is named conv_i, has kernels of twice its stride with half a stride of padding, and starts
-    He-normal. Each is a product of patches with a matrix: XLA's convolution inside a loop, which a
-    scanned epoch is, runs 60 times slower on a CPU, and under vmap each member's would be a group.
+    He-normal. On TPUs it is XLA's convolution, elsewhere a product of patches with a matrix, of the same
+    parameters: XLA's convolution inside a loop, which a scanned epoch is, runs 60 times slower on a CPU,
+    and under vmap each member's would be a group.
 
     Args:
         channels: of each layer.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import models
+from distill_jax import models, platforms
 from distill_jax.errors import UserError
 
 
@@ -314,3 +314,28 @@ def test_a_vmapped_chain_is_each_alone(key):
     for m, params in enumerate(members):
         found = jax.tree.map(lambda leaf, m=m: leaf[m], together)
         tiny.assert_close(found, alone(params, keys[m]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_convolution_of_tpus_gives_what_patches_give(key, stride, dtype):
+    trunk = models.conv_trunk((3, 5), (2, stride), dtype=dtype)
+    images = jax.random.randint(key, (2, 16, 24, 2), 0, 256, jnp.int32).astype(jnp.uint8)
+    params = trunk.init(key, images)
+
+    def features(params):
+        return jnp.sum(jnp.square(trunk.apply(params, images).astype(jnp.float32)))
+
+    expected = trunk.apply(params, images), jax.grad(features)(params)
+    with platforms.compiling_for("tpu"):
+        assert "conv_general_dilated" in str(jax.make_jaxpr(trunk.apply)(params, images))
+        tiny.assert_equal(
+            jax.tree.map(jnp.shape, trunk.init(key, images)), jax.tree.map(jnp.shape, params)
+        )
+        found = trunk.apply(params, images), jax.grad(features)(params)
+        with pytest.raises(UserError, match="images of 15 x 24 at a layer of stride 2"):
+            trunk.apply(params, images[:, 1:])
+    share = 3e-2 if dtype == jnp.bfloat16 else 1e-5
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        one, other = (np.asarray(x, np.float64) for x in (one, other))
+        np.testing.assert_allclose(one, other, rtol=0, atol=share * np.abs(other).max())
