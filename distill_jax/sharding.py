@@ -214,6 +214,8 @@ def keep_layout(step: TrainStep, mesh: Mesh) -> TrainStep:
 
     Else XLA chooses, and may leave new weights where they were updated and send them at each use.
     """
+    if mesh.size == 1:
+        return step  # nothing to lay out, and a tenth less to compile
 
     def run(
         state: TrainState, batch: Batch, key: Array, hyper: Hyper, constants: Constants = None, /
@@ -234,6 +236,8 @@ def split_update(
     The gradients are made as their weights lie, and then cut. Left to itself XLA may make them where
     the update is, and send activations there; or send the weights for each of an update's operations.
     """
+    if mesh.shape["data"] == 1:
+        return optimizer
     put = jax.lax.with_sharding_constraint
 
     def update(gradients: Any, state: Any, params: Any = None, **numbers: Any) -> Any:

@@ -25,7 +25,12 @@ LOG = Path(tempfile.gettempdir()) / "distill_jax_compilers.log"
 
 
 def check(
-    config: ConfigDict, listed: Programs, targets: Sequence[Target], only: Sequence[str] = ()
+    config: ConfigDict,
+    listed: Programs,
+    targets: Sequence[Target],
+    only: Sequence[str] = (),
+    *,
+    evaluation: bool = True,
 ) -> list[dict[str, Any]]:
     """Compiles all distinct programs for each target, and prints a line for each.
 
@@ -34,6 +39,7 @@ def check(
         listed: the study's programs.
         targets: the machines.
         only: names of stages; empty for all.
+        evaluation: whether to compile what counts errors, too.
 
     Returns:
         A record of each program on each target: what is printed, as numbers.
@@ -50,7 +56,7 @@ def check(
         print(
             f"{target.name}, mesh {'x'.join(str(mesh.shape[a]) for a in sharding.AXES)}", flush=True
         )
-        evaluated: set[str] = set()
+        evaluated: set[str] | None = set() if evaluation else None
         for names, one in distinct.items():
             for what, traced, steps, parameters in _traced(names, one, mesh, evaluated):
                 begun = time.monotonic()
@@ -82,11 +88,11 @@ def check(
 
 
 def _traced(
-    names: str, one: Any, mesh: Any, evaluated: set[str]
+    names: str, one: Any, mesh: Any, evaluated: set[str] | None
 ) -> Iterator[tuple[str, Any, int, int]]:
     """The programs of a training: its epochs, and what counts errors on its largest set.
 
-    That only once for nets and sets that are alike: `evaluated` has those that were.
+    That only once for nets and sets that are alike: `evaluated` has those that were. None: never.
     """
     assert isinstance(one, Training)
     recipe = make_recipe(one.net, one.passes, one.transforms)
@@ -100,7 +106,7 @@ def _traced(
     except UserError as error:
         raise UserError(f"{names}: {error}") from error
     yield "training", traced, steps, parameters
-    if one.evaluation:
+    if one.evaluation and evaluated is not None:
         largest = max(one.evaluation.values(), key=lambda part: part["label"].shape[0])
         kind = f"{one.model.description} {one.members} {largest}"
         if kind in evaluated:
