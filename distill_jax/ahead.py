@@ -60,22 +60,20 @@ def trace_training(
         states = jax.eval_shape(
             jax.vmap(lambda key: train_step.init_state(model, made.optimizer, key, sample)), keys
         )
-        per_member = {name: name in own for name in examples}
-        constant = {name: name in own_constants for name in constants}
         compiled: Any = units.compile_epochs(
-            recipe, made.step, mesh, reader, per_member=per_member, own_constants=constant
+            recipe,
+            made.step,
+            mesh,
+            reader,
+            per_member=_which(examples, own),
+            own_constants=_which(constants, own_constants),
         )
         return compiled.trace(
             _placed(states, sharding.state_shardings(states, mesh, "member")),
-            _placed(
-                _with_members(examples, own, members), sharding.example_shardings(mesh, per_member)
-            ),
+            _of_members(examples, own, members, mesh),
             keys,
             {name: jax.ShapeDtypeStruct((members,), jnp.float32) for name in numbers},
-            _placed(
-                _with_members(constants, own_constants, members),
-                sharding.example_shardings(mesh, constant),
-            ),
+            _of_members(constants, own_constants, members, mesh),
         )
 
 
@@ -94,10 +92,7 @@ def trace_evaluation(
         variables = jax.eval_shape(jax.vmap(lambda key: model.init(key, sample)), _keys(members))
         states = train_step.TrainState(jnp.zeros(members, jnp.int32), variables, ())
         shardings = sharding.state_shardings(states, mesh, "member")
-        per_member = {name: name in own for name in examples}
-        laid = _placed(
-            _with_members(examples, own, members), sharding.example_shardings(mesh, per_member)
-        )
+        laid = _of_members(examples, own, members, mesh)
         return units.compile_errors(model, reader).trace(
             _placed(variables, shardings.params),
             {name: field for name, field in laid.items() if name in own},
@@ -125,13 +120,21 @@ def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(place, shardings, tree)
 
 
-def _with_members(fields: Mapping[str, Any], own: Collection[str], members: int) -> dict[str, Any]:
-    """The shapes of all members' fields: a leading axis of members for those that are their own."""
+def _which(fields: Mapping[str, Any], own: Collection[str]) -> dict[str, bool]:
+    """Whether each field is each member's own."""
+    return {name: name in own for name in fields}
+
+
+def _of_members(
+    fields: Mapping[str, Any], own: Collection[str], members: int, mesh: Any
+) -> dict[str, Any]:
+    """All members' fields where `sharding.put_examples` puts them; their own have an axis of members."""
 
     def with_axis(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype)
 
-    return {
+    whole = {
         name: jax.tree.map(with_axis, field) if name in own else field
         for name, field in fields.items()
     }
+    return _placed(whole, sharding.example_shardings(mesh, _which(fields, own)))

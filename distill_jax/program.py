@@ -54,7 +54,7 @@ def make(
         micro_batches=recipe.micro_batches,
         schedules=schedules,
     )
-    return Program(step, optimizer, objective)
+    return Program(sharding.keep_layout(step, mesh), optimizer, objective)
 
 
 def cut(recipe: Recipe, examples: Sequence[Examples] | Stream, reader: Reader, name: str) -> Plan:

@@ -8,7 +8,6 @@ them, and puts in the communication.
 """
 
 import functools
-import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from distill_jax import layers, processes
+from distill_jax import layers, layouts, processes
 from distill_jax.batches import check_rows, count_rows
 from distill_jax.epochs import Epoch
 from distill_jax.errors import UserError
@@ -29,7 +28,6 @@ from distill_jax.fused_loss import on_one_device
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
 AXES = ("member", "data", "model")
-_LARGE = 2**16  # values of a weight: the update of fewer takes less time than to send them
 
 
 def make_mesh(
@@ -82,17 +80,13 @@ def state_shardings(state: TrainState, mesh: Mesh, *leading: str) -> TrainState:
         UserError: for a hidden layer that "model" doesn't divide; if "model" has several devices, and
             no layer can be split over them.
     """
-    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
-    hidden = len({_layer_of(path)[0] for path in paths if _layer_of(path)[0].startswith("hidden_")})
-    depths = {layers.OUTPUT: 0, **{f"hidden_{i}": hidden - i for i in range(hidden)}}
+    depths = layouts.depths_of(path for path, _ in jax.tree.leaves_with_path(state))
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
 
     def sharding(path: tuple[Any, ...], leaf: Array) -> NamedSharding:
-        layer, weights = _layer_of(path)
-        split: tuple[str | None, ...] = ()
-        if layer in depths and weights in ("kernel", "bias"):
-            split = _split_layer(layer, depths[layer], weights, leaf.shape, mesh.shape["model"])
-        if path[0] == jax.tree_util.GetAttrKey("opt_state"):
-            split = _split_update(split, leaf.shape[len(leading) :], mesh)
+        split = layouts.of_weight(path, leaf.shape, depths, mesh.shape["model"])
+        if path[0] == jax.tree_util.GetAttrKey("opt_state") and not on_tpu:
+            split = layouts.of_update(split, leaf.shape[len(leading) :], mesh.shape)
         return NamedSharding(mesh, PartitionSpec(*leading, *split))
 
     found = jax.tree.map_with_path(sharding, state)
@@ -432,49 +426,6 @@ def _of_member(m: int, fields: Batch, per_member: Mapping[str, bool]) -> Batch:
 def _lay_out(states: TrainState, mesh: Mesh) -> TrainState:
     shardings = state_shardings(states, mesh, "member")
     return jax.lax.with_sharding_constraint(states, shardings)
-
-
-def _layer_of(path: tuple[Any, ...]) -> tuple[str, str]:
-    """The last two keys on the way to a leaf: ("hidden_0", "kernel") of a layer's."""
-    names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-    return (names[-2], names[-1]) if len(names) > 1 else ("", "")
-
-
-def _split_layer(
-    layer: str, depth: int, weights: str, shape: tuple[int, ...], parts: int
-) -> tuple[str | None, ...]:
-    """The split of a kernel `[..., inputs, units]` or bias `[..., units]`, by its depth from the end."""
-    by_units = depth % 2 == 0
-    if weights == "bias" and not by_units:
-        return ()
-    size = shape[-1] if by_units else shape[-2]
-    if size % parts:
-        if layer == layers.OUTPUT:
-            return ()
-        raise UserError(
-            f"{layer} has {size} {'units' if by_units else 'inputs'}, which don't divide over {parts} "
-            "model devices: choose other hidden sizes or another mesh.model"
-        )
-    if weights == "bias":
-        return ("model",)
-    return (None, "model") if by_units else ("model", None)
-
-
-def _split_update(
-    split: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
-) -> tuple[str | None, ...]:
-    """The split of what an optimizer keeps of a weight, over "data" too, by units where it can be.
-
-    A limit on the incoming weights needs all of a unit's in one place.
-    """
-    parts = mesh.shape["data"]
-    if parts == 1 or math.prod(shape) < _LARGE or mesh.devices.flat[0].platform == "tpu":
-        return split
-    split = (*split, *[None] * (len(shape) - len(split)))
-    for axis, size in reversed(list(enumerate(shape))):
-        if mesh.shape.get(split[axis], 1) == 1 and size % parts == 0:
-            return (*split[:axis], "data", *split[axis + 1 :])
-    return split
 
 
 def _split(mesh: Mesh, axis: str) -> NamedSharding:

@@ -35,7 +35,7 @@ def advance_of(
     constants = sharding.put_examples(constants, mesh, own_constants)
     shard = sharding.shard_batch(mesh, recipe.batch_size)
     if isinstance(examples, Stream):
-        run = examples.make_run(sharding.keep_layout(step, mesh), shard)
+        run = examples.make_run(step, shard)
         compiled = sharding.compile_epoch(run, mesh, examples.per_member, own_constants)
         return make_advance(
             lambda states, block: compiled(states, block, keys, hyper, constants),
@@ -57,9 +57,7 @@ def advance_of(
     )
     order = compiled_of(epochs.make_order(size, **rows), per_member=per_member)
     with_rows = {**per_member, epochs.ROWS: True}
-    one = compiled_of(
-        epochs.make_one_step(sharding.keep_layout(step, mesh), **batch), per_member=with_rows
-    )
+    one = compiled_of(epochs.make_one_step(step, **batch), per_member=with_rows)
 
     def advance(states: train_step.TrainState, unit: int) -> Any:
         found = []
@@ -85,7 +83,7 @@ def compile_epochs(
 ) -> epochs.Epoch:
     """The epochs of one unit as one program (`sharding.compile_epoch`)."""
     run = epochs.make_epoch(
-        sharding.keep_layout(step, mesh),
+        step,
         recipe.batch_size,
         passes=recipe.report_every,
         shard_batch=sharding.shard_batch(mesh, recipe.batch_size),

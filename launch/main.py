@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     if _COMPILE_FOR.value:
         compile_for(_COMPILE_FOR.value)
     else:
-        run(argv)
+        run()
 
 
 def compile_for(names: Sequence[str]) -> None:
@@ -101,7 +101,7 @@ def compile_for(names: Sequence[str]) -> None:
         sys.exit(1)
 
 
-def run(argv: Sequence[str]) -> None:
+def run() -> None:
     """Runs the study that the config names."""
     if _WORKDIR.value is None:
         raise UserError("--workdir is missing: where results, checkpoints and the report go")

@@ -4,7 +4,6 @@ import json
 import re
 
 from experiments.common import programs
-from experiments.common.programs import Training
 from experiments.common.study import read_json
 
 FOUND = ("special", "other", "special_count", "other_count")
@@ -34,7 +33,6 @@ def listed(study_programs, config):
     return {
         (stage, _without_seed(one.name)): _plain(programs.describe(one))
         for stage, one in study_programs(config)
-        if isinstance(one, Training)
     }
 
 

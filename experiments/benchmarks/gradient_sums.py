@@ -18,10 +18,9 @@ import optax
 from absl import flags
 from jax import Array
 
-from distill_jax import models, step_losses
+from distill_jax import models, soft_targets, step_losses
 from distill_jax.command import run
 from distill_jax.data import images
-from distill_jax.data.images import Examples
 
 _REPLICAS = flags.DEFINE_list("replicas", ["8", "64", "256"], "Numbers of replicas.")
 _BATCH = flags.DEFINE_integer("batch_size", 1024, "Examples of a step.", lower_bound=1)
@@ -78,7 +77,8 @@ def _train(
         state, loss, error = step(state, resident, own)
         losses.append(loss)
         errors.append(error)
-    wrong = _predict(model, state[0], data.test) != data.test["label"]
+    logits = soft_targets.logits_over(model.apply, state[0], data.test["inputs"])
+    wrong = logits.argmax(axis=-1) != data.test["label"]
     tenth = max(1, len(rows) // 10)
     return {
         "loss": float(np.mean(jax.device_get(losses[-tenth:]))),
@@ -86,10 +86,6 @@ def _train(
         "error_at_start": float(errors[0]),
         "error_at_end": float(np.mean(jax.device_get(errors[-tenth:]))),
     }
-
-
-def _predict(model: models.Model, params: Any, test: Examples) -> np.ndarray:
-    return np.asarray(jax.jit(model.apply)(params, test["inputs"]).argmax(axis=-1))
 
 
 @functools.cache

@@ -48,19 +48,8 @@ class Training(NamedTuple):
     evaluation: Mapping[str, Shapes] = _NOTHING
 
 
-class Pass(NamedTuple):
-    """A pass over examples without training, such as the one that makes soft targets.
-
-    run: jitted. arguments: their shapes.
-    """
-
-    name: str
-    run: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-
-Programs = Callable[[ConfigDict], Iterator[tuple[str, Training | Pass]]]
-"""A study's programs: `config -> (stage, program)` of each."""
+Programs = Callable[[ConfigDict], Iterator[tuple[str, Training]]]
+"""A study's trainings: `config -> (stage, training)` of each."""
 
 
 def shapes_of(examples: Examples) -> dict[str, jax.ShapeDtypeStruct]:
@@ -121,14 +110,11 @@ def describe(one: Training) -> dict[str, Any]:
     }
 
 
-def distinct(programs: Iterator[tuple[str, Training | Pass]]) -> dict[str, Training | Pass]:
+def distinct(programs: Iterator[tuple[str, Training]]) -> dict[str, Training]:
     """One of each kind, by the names of all that are of the kind."""
-    kinds: dict[str, tuple[list[str], Training | Pass]] = {}
+    kinds: dict[str, tuple[list[str], Training]] = {}
     for stage, one in programs:
-        if isinstance(one, Pass):
-            kind = f"{one.run} {jax.tree.map(str, one.arguments)}"
-        else:
-            kind = json.dumps(describe(one)) + f"{one.loss} {one.net.optimizer} {one.net.max_norm}"
+        kind = json.dumps(describe(one)) + f"{one.loss} {one.net.optimizer} {one.net.max_norm}"
         name = one.name if one.name == stage else f"{stage}: {one.name}"
         kinds.setdefault(kind, ([], one))[0].append(name)
     return {", ".join(names): one for names, one in kinds.values()}

@@ -100,6 +100,16 @@ def make_recipe(
     )
 
 
+def in_groups(members: Any, at_once: int) -> list[Any]:
+    """A sequence cut into those that are trained as one program; the last may be shorter.
+
+    Examples:
+        >>> in_groups((0, 1, 2), 2), in_groups(range(3), 2)
+        ([(0, 1), (2,)], [range(0, 2), range(2, 3)])
+    """
+    return [members[first : first + at_once] for first in range(0, len(members), at_once)]
+
+
 def curve(history: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """A training's history as columns: "epoch", "train_loss" and what else was measured."""
     names = [name for name in history[-1] if name not in ("unit", "seconds", "step")]

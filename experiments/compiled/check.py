@@ -12,12 +12,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from distill_jax import ahead, program, sharding
+from distill_jax import ahead, models, program, sharding
 from distill_jax.errors import UserError
 from experiments.common import programs
 from experiments.common.programs import Programs, Training
 from experiments.common.training import make_recipe
-from experiments.compiled.program import Figures, count_parameters, measure
+from experiments.compiled.program import Figures, measure
 from experiments.compiled.targets import Target, devices
 
 LOG = Path(tempfile.gettempdir()) / "distill_jax_compilers.log"
@@ -88,19 +88,18 @@ def check(
 
 
 def _traced(
-    names: str, one: Any, mesh: Any, evaluated: set[str] | None
+    names: str, one: Training, mesh: Any, evaluated: set[str] | None
 ) -> Iterator[tuple[str, Any, int, int]]:
     """The programs of a training: its epochs, and what counts errors on its largest set.
 
     That only once for nets and sets that are alike: `evaluated` has those that were. None: never.
     """
-    assert isinstance(one, Training)
     recipe = make_recipe(one.net, one.passes, one.transforms)
     fields = [one.fields]
     steps = program.cut(recipe, fields, one.reader, one.name).steps * recipe.report_every
     sample = program.sample_input(fields, one.reader.gather)
     of_one = jax.eval_shape(lambda x: one.model.init(jax.random.key(0), x), sample)
-    parameters = one.members * count_parameters(of_one)
+    parameters = one.members * models.parameter_count(of_one)
     try:
         traced = programs.trace(one, mesh)
     except UserError as error:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from experiments.benchmarks.scaling_plan import ring_bytes
 from experiments.compiled.collectives import Collective, collectives
@@ -116,8 +115,3 @@ def _inside(params: dict[str, Any]) -> Iterator[Any]:
             inner = getattr(part, "jaxpr", part)
             if hasattr(inner, "eqns"):
                 yield inner
-
-
-def count_parameters(tree: Any) -> int:
-    """Values of a tree of shapes."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

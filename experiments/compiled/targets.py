@@ -42,9 +42,8 @@ CHIPS = {
 _FORM = re.compile(r"(?P<chip>\w+):(?P<shape>\d+(x\d+)*)")
 _PLUGINS = {"tpu": ("libtpu", "aot_tpu"), "gpu": ("jax_plugins.xla_cuda13", "aot_gpu")}
 
-
 QUIET = {
-    # Libtpu asks the cloud's metadata service for a machine, unless it is told of one.
+    # Else libtpu queries the metadata server of Cloud TPU for the type and the workers of this VM.
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # as no TPU is opened
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -118,7 +117,7 @@ def devices(target: Target) -> list[Any]:
             found = topologies.get_topology_desc(target.name, platform="tpu")
         else:
             found = _gpus(target)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:  # JAX's own among them
         raise UserError(f"--compile_for={target.name}: {str(error).splitlines()[0]}") from error
     return list(found.devices)
 

@@ -114,8 +114,7 @@ def train(
 
 def seed_groups(config: ConfigDict, net: ConfigDict) -> list[tuple[str, tuple[int, ...]]]:
     """The seeds that are trained as one program: a folder's name, and which."""
-    seeds, size = tuple(config.seeds), net.at_once
-    groups = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+    groups = training.in_groups(tuple(config.seeds), net.at_once)
     return [(f"seeds_{own[0]}_to_{own[-1]}", own) for own in groups]
 
 

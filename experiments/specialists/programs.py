@@ -18,10 +18,11 @@ from distill_jax.specialists import enrichment, heads
 from distill_jax.specialists.heads import Head
 from experiments.common.config import changed
 from experiments.common.programs import Training, resized, shape, shapes_of
+from experiments.common.training import in_groups
 from experiments.specialists import generalists
 from experiments.specialists.data import BYTE, Data, load_data
 from experiments.specialists.mixture import mixture
-from experiments.specialists.training import build_network, count_errors, cut_groups
+from experiments.specialists.training import build_network, count_errors
 
 
 def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
@@ -48,7 +49,7 @@ def _specialists(
     config: ConfigDict, data: Data, stage: str, name: str
 ) -> Iterator[tuple[str, Training]]:
     net, head = config.specialists, heads.head_of(config.specialists.kind)
-    for group in cut_groups(config.clusters.count, net):
+    for group in in_groups(range(config.clusters.count), net.at_once):
         at = f"{name}/seed_{config.seeds[0]}/group_{group[0]:03d}"
         size = config.specialists.examples
         yield stage, _of_head(config, data, at, net=net, head=head, members=len(group), size=size)
@@ -140,6 +141,7 @@ def _distilled(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]
         "teacher_tail": shape((size,), np.float32),
     }
     net = ConfigDict({**config.generalist.to_dict(), **config.distilled.to_dict()})
+    loss = step_losses.top_k_distillation_loss()
     for name, epochs in (
         ("from_generalist", config.distilled.epochs),
         ("from_scratch", config.distilled.scratch_epochs),
@@ -151,7 +153,7 @@ def _distilled(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]
             yield (
                 "distilled",
                 one._replace(
-                    loss=step_losses.top_k_distillation_loss(),
+                    loss=loss,
                     numbers=("temperature", "hard_weight"),
                     own=targets,
                 ),

@@ -20,7 +20,7 @@ from distill_jax.specialists import enrichment, heads, inference, store
 from distill_jax.specialists.heads import Head
 from experiments.common.config import changed
 from experiments.common.study import Context
-from experiments.common.training import make_recipe
+from experiments.common.training import in_groups, make_recipe
 from experiments.specialists import generalists
 from experiments.specialists.data import load_data, some_rows
 from experiments.specialists.generalists import Generalist
@@ -50,7 +50,7 @@ def train(context: Context, name: str, seed: int, class_sets: np.ndarray) -> sto
     enriched = make_enriched(context, seed, class_sets, head)
     parts = [
         _train_own(context, directory, seed, enriched, group)
-        for group in cut_groups(len(class_sets), context.config.specialists)
+        for group in in_groups(range(len(class_sets)), context.config.specialists.at_once)
     ]
     seconds = sum(part.seconds for part in parts) + generalists.training_inputs(context, seed)[1]
     data = load_data(context.config)
@@ -78,13 +78,8 @@ def groups(
     def train_one(group: range) -> Net:
         return _train_own(context, directory, seed, enriched(), group)
 
-    cut = cut_groups(len(class_sets), context.config.specialists)
+    cut = in_groups(range(len(class_sets)), context.config.specialists.at_once)
     return [functools.partial(train_one, group) for group in cut]
-
-
-def cut_groups(count: int, net: ConfigDict) -> list[range]:
-    """Which of so many specialists are trained as one program."""
-    return [range(i, min(i + net.at_once, count)) for i in range(0, count, net.at_once)]
 
 
 def _folder(context: Context, name: str, seed: int) -> Path:

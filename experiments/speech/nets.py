@@ -114,11 +114,9 @@ def _load_ensemble(folder: Path, names: tuple[str, ...]) -> Net:
 def member_groups(config: ConfigDict) -> list[tuple[str, tuple[int, ...]]]:
     """The ensemble's members by groups that are one program each: folders and seeds."""
     net = config.ensemble
-    seeds = tuple(net.members)
-    groups = [seeds[i : i + net.at_once] for i in range(0, len(seeds), net.at_once)]
     return [
         (f"member_{own[0]}" if len(own) == 1 else f"members_{own[0]}_to_{own[-1]}", own)
-        for own in groups
+        for own in training.in_groups(tuple(net.members), net.at_once)
     ]
 
 

@@ -3,6 +3,7 @@
 A streamed set is taken to be one of its blocks, which is what lies on the devices.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import soft_targets, step_losses
+from distill_jax import soft_targets, step_losses, train_step
 from distill_jax.ahead import Shapes
 from experiments.common.config import changed
 from experiments.common.programs import Training, logits, shape, shapes_of
@@ -126,12 +127,11 @@ def _size(fields: Shapes) -> int:
 def _training(data: Data, name: str, net: ConfigDict, fields: Shapes, members: int) -> Training:
     """On labels, or on soft targets where the fields have some."""
     taught = any(field.startswith("teacher") for field in fields)
-    weights = np.ones(data.num_classes, np.float32)
     return Training(
         name,
         net,
         build_model(net, data.num_classes, data.byte),
-        step_losses.top_k_distillation_loss(weights) if taught else step_losses.label_loss,
+        _soft_loss(data.num_classes) if taught else step_losses.label_loss,
         fields,
         members,
         _SOFT if taught else (),
@@ -141,3 +141,9 @@ def _training(data: Data, name: str, net: ConfigDict, fields: Shapes, members: i
             "validation_errors": shapes_of(data.validation),
         },
     )
+
+
+@functools.cache
+def _soft_loss(classes: int) -> train_step.Loss:
+    """The same for all, so that programs that are alike are known to be."""
+    return step_losses.top_k_distillation_loss(np.ones(classes, np.float32))

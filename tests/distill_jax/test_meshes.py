@@ -12,7 +12,7 @@ import tiny
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distill_jax import models, optimizers, sharding, step_losses, train_step
+from distill_jax import layouts, models, optimizers, sharding, step_losses, train_step
 from distill_jax.epochs import make_epoch
 from distill_jax.errors import UserError
 from experiments.compiled.collectives import Collective, collectives
@@ -175,7 +175,7 @@ def test_communication_of_a_step(sizes):
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)])
 def test_each_replica_updates_its_part_of_a_large_weight(sizes, monkeypatch):
-    monkeypatch.setattr(sharding, "_LARGE", 1)  # every kernel and bias
+    monkeypatch.setattr(layouts, "LARGE", 1)  # every kernel and bias
     text, train = program.__wrapped__(sizes, DENSE)
     states, history = train()
     tiny.assert_close(
