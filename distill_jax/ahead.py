@@ -1,10 +1,10 @@
-"""The programs of a training, traced ahead of time: for machines that aren't there, from shapes alone.
+"""The programs of a training and of soft targets, traced ahead of time from shapes alone.
 
-`traced.lower().compile()` then asks the machine's own compiler, and runs nothing.
+`traced.lower().compile()` then asks the compiler of a machine that may not be there, and runs nothing.
 """
 
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from distill_jax import platforms, program, sharding, train_step, units
-from distill_jax.models import Model
+from distill_jax.models import Model, Params
 from distill_jax.recipe import PLAIN, Reader, Recipe
+from distill_jax.soft_targets import ensemble
 from distill_jax.train_step import Loss
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -98,6 +99,33 @@ def trace_evaluation(
             {name: field for name, field in laid.items() if name in own},
             {name: field for name, field in laid.items() if name not in own},
         )
+
+
+def trace_logits(
+    apply: Callable[[Params, Any], Array],
+    params: Any,
+    inputs: Any,
+    *,
+    mesh: Any,
+    batch_size: int = 1000,
+) -> jax.stages.Traced:
+    """The pass of `soft_targets.logits_over` over inputs `[N, ...]`, on one device of the mesh."""
+
+    def cut(leaf: Any) -> jax.ShapeDtypeStruct:
+        rows, *rest = leaf.shape
+        size = min(batch_size, rows)
+        return jax.ShapeDtypeStruct((-(-rows // size), size, *rest), leaf.dtype)
+
+    arrays = params, jax.tree.map(cut, inputs)
+    return trace_on_one(ensemble.map_batches, (apply,), arrays, mesh=mesh)
+
+
+def trace_on_one(
+    function: Any, static: Sequence[Any], arrays: Sequence[Any], *, mesh: Any
+) -> jax.stages.Traced:
+    """A jitted function of static arguments, and of arrays that lie on the mesh's first device."""
+    with platforms.compiling_for(_platform(mesh)):
+        return function.trace(*static, *_placed(tuple(arrays), sharding.on_first(mesh)))
 
 
 def _platform(mesh: Any) -> str:

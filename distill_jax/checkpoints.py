@@ -254,13 +254,14 @@ def _try_to_restore(
     """A checkpoint, or the reason in a line why it can't be read."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        return _restore(manager, step, like), ""
-    except Exception as error:  # orbax raises whatever its storage layers do
-        problem = _in_a_line(error)
-    finally:
+        try:
+            return _restore(manager, step, like), ""
+        except Exception as error:  # orbax raises whatever its storage layers do
+            problem = _in_a_line(error)
         gc.collect()  # the coroutines of a failed read say so when they go
+        return None, problem
+    finally:
         sys.unraisablehook = hook
-    return None, problem
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, like: Any) -> Restored:

@@ -312,6 +312,11 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.flatnonzero(np.repeat(own, batch_size // mesh.shape["data"]))
 
 
+def on_first(mesh: Mesh) -> NamedSharding:
+    """Whole, on the mesh's first device alone."""
+    return NamedSharding(Mesh(mesh.devices.reshape(-1)[:1], ("alone",)), PartitionSpec())
+
+
 def put_rows(fields: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> Batch:
     """Makes global batches, split over "data", of what each process has loaded.
 

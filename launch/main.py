@@ -92,8 +92,8 @@ def compile_for(names: Sequence[str]) -> None:
     config, only = _CONFIG.value, _STAGES.value
     check_config(config)
     check_names(extras.import_study(config.study).STUDY.stages, only)
-    listed = extras.import_study(config.study.removesuffix("study") + "programs").programs
-    records = check(config, listed, machines, only)
+    study = extras.import_study(config.study.removesuffix("study") + "programs")
+    records = check(config, study.programs, study.passes, machines, only)
     print(f"{len(records)} programs; what the compilers said is in {LOG}")
     if _JSON.value:
         files.write_json(files.local_path(_JSON.value), records)

@@ -1,5 +1,6 @@
 """Eight CPU devices, programs that compile quickly, and no silent promotion of dtypes or ranks."""
 
+import gc
 import os
 
 from command import ENVIRONMENT
@@ -12,6 +13,13 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish() -> None:
+    # What is imported by now stays: without it in every collection, tests take a tenth less time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ def logits_over(
         return np.pad(leaf, padding, "edge").reshape(-1, batch_size, *leaf.shape[1:])
 
     batches = jax.tree.map(cut, inputs)
-    logits = np.asarray(_map_batches(apply, params, batches), np.float32)
+    logits = np.asarray(map_batches(apply, params, batches), np.float32)
     if logits.ndim < 3 or logits.shape[1] != batch_size:
         raise UserError(
             f"the model returned {list(logits.shape[1:])} for {batch_size} inputs; expected logits "
@@ -256,5 +256,6 @@ def logits_over(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _map_batches(apply: Callable[[Params, Any], Array], params: Params, batches: Any) -> Array:
+def map_batches(apply: Callable[[Params, Any], Array], params: Params, batches: Any) -> Array:
+    """The program of `logits_over`: `apply` on one batch after the other, `[batches, B, ...]`."""
     return jax.lax.map(lambda batch: apply(params, batch), batches)

@@ -1,5 +1,6 @@
 """Soft targets of augmented views: a teacher's logits of all views of every example."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -70,17 +71,27 @@ def write_views(
     if own.max() > np.iinfo(np.int32).max or own.min() < np.iinfo(np.int32).min:
         raise UserError(f"ids go from {own.min()} to {own.max()}; expected numbers of 32 bits")
 
-    @jax.jit
-    def logits_of(params: Params, images: Array, ids: Array) -> Array:
-        def one(number: Array) -> Array:
-            return apply(params, views.make(images, ids, jnp.broadcast_to(number, ids.shape)))
-
-        return jnp.moveaxis(jax.lax.map(one, jnp.arange(views.num_views, dtype=jnp.int32)), 0, 1)
-
     def ask(rows: np.ndarray) -> Array:
-        return logits_of(params, jnp.asarray(inputs[rows]), jnp.asarray(own[rows], jnp.int32))
+        images = jnp.asarray(inputs[rows])
+        return logits_of_views(apply, views, params, images, jnp.asarray(own[rows], jnp.int32))
 
     num_classes = jax.eval_shape(apply, params, jnp.asarray(inputs[:1])).shape[-1]
     digests = identity.digests(inputs)
     options |= {"views": views, "num_classes": num_classes, "ids": ids, "teacher": teacher}
     write(folder, ask, digests, **options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def logits_of_views(
+    apply: Callable[[Params, Array], Array],
+    views: Views,
+    params: Params,
+    images: Array,
+    ids: Array,
+) -> Array:
+    """The program of `write_views`: logits `[B, V, C]` of all views of a batch, one after the other."""
+
+    def one(number: Array) -> Array:
+        return apply(params, views.make(images, ids, jnp.broadcast_to(number, ids.shape)))
+
+    return jnp.moveaxis(jax.lax.map(one, jnp.arange(views.num_views, dtype=jnp.int32)), 0, 1)

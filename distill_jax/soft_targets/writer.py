@@ -13,6 +13,9 @@ from distill_jax.soft_targets.class_maps import check_class_map
 from distill_jax.soft_targets.encodings import Encoding
 from distill_jax.soft_targets.ensemble import Mean
 
+BATCH_SIZE = 1024
+"""Examples that a teacher is asked for at a time."""
+
 
 def write(
     folder: str | os.PathLike[str],
@@ -33,7 +36,7 @@ def write(
     num_classes: int | None = None,
     seed: int = 0,
     shard_rows: int = 65536,
-    batch_size: int = 1024,
+    batch_size: int = BATCH_SIZE,
     shards: Sequence[int] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,

@@ -12,11 +12,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import ahead, nets
+from distill_jax import ahead, models, nets
 from distill_jax.ahead import Shapes
+from distill_jax.data.augment import Views
 from distill_jax.data.images import Examples
 from distill_jax.models import Model
 from distill_jax.recipe import PLAIN, Reader
+from distill_jax.soft_targets.views import logits_of_views
+from distill_jax.soft_targets.writer import BATCH_SIZE
 from distill_jax.train_step import Loss, Transform
 from experiments.common.training import make_recipe
 
@@ -48,6 +51,19 @@ class Training(NamedTuple):
     evaluation: Mapping[str, Shapes] = _NOTHING
 
 
+class Pass(NamedTuple):
+    """Logits of frozen nets over examples, of which soft targets are made: on one device.
+
+    name: of what is made. kind: says what makes passes the same program. trace: that program, for a
+    mesh. parameters: of all nets.
+    """
+
+    name: str
+    kind: str
+    trace: Callable[[Any], jax.stages.Traced]
+    parameters: int
+
+
 Programs = Callable[[ConfigDict], Iterator[tuple[str, Training]]]
 """A study's trainings: `config -> (stage, training)` of each."""
 
@@ -55,6 +71,48 @@ Programs = Callable[[ConfigDict], Iterator[tuple[str, Training]]]
 def shapes_of(examples: Examples) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of examples."""
     return {name: shape(field.shape, field.dtype) for name, field in examples.items()}
+
+
+Passes = Callable[[ConfigDict], Iterator[tuple[str, Pass]]]
+"""A study's passes: `config -> (stage, pass)` of each."""
+
+
+def frozen(model: Model, inputs: Any, members: int | None = None) -> Any:
+    """The shapes of a net's parameters, or of several nets' `[M, ...]`, from those of inputs."""
+
+    def init(inputs: Any) -> Any:
+        if members is None:
+            return model.init(jax.random.key(0), inputs)
+        return jax.vmap(model.init, (0, None))(jax.random.split(jax.random.key(0), members), inputs)
+
+    return jax.eval_shape(init, resized({"inputs": inputs}, 1)["inputs"])
+
+
+def logits_over(
+    name: str, apply: Callable[..., Any], params: Any, inputs: jax.ShapeDtypeStruct
+) -> Pass:
+    """A pass of `soft_targets.logits_over`."""
+
+    def trace(mesh: Any) -> jax.stages.Traced:
+        return ahead.trace_logits(apply, params, inputs, mesh=mesh)
+
+    return Pass(name, f"{apply} {params} {inputs}", trace, models.parameter_count(params))
+
+
+def of_views(name: str, apply: Callable[..., Any], params: Any, inputs: Any, views: Views) -> Pass:
+    """The batches of `soft_targets.write_views`."""
+    size = min(BATCH_SIZE, inputs.shape[0])
+    arrays = params, shape((size, *inputs.shape[1:]), inputs.dtype), shape((size,), np.int32)
+    return on_one(name, logits_of_views, (apply, views), arrays)
+
+
+def on_one(name: str, function: Any, static: Sequence[Any], arrays: Sequence[Any]) -> Pass:
+    """A jitted function of static arguments, then parameters and other arrays."""
+
+    def trace(mesh: Any) -> jax.stages.Traced:
+        return ahead.trace_on_one(function, static, arrays, mesh=mesh)
+
+    return Pass(name, f"{static} {arrays}", trace, models.parameter_count(arrays[0]))
 
 
 def resized(fields: Shapes, size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -117,4 +175,12 @@ def distinct(programs: Iterator[tuple[str, Training]]) -> dict[str, Training]:
         kind = json.dumps(describe(one)) + f"{one.loss} {one.net.optimizer} {one.net.max_norm}"
         name = one.name if one.name == stage else f"{stage}: {one.name}"
         kinds.setdefault(kind, ([], one))[0].append(name)
+    return {", ".join(names): one for names, one in kinds.values()}
+
+
+def distinct_passes(passes: Iterator[tuple[str, Pass]]) -> dict[str, Pass]:
+    """One of each kind, by the names of all that are of the kind."""
+    kinds: dict[str, tuple[list[str], Pass]] = {}
+    for stage, one in passes:
+        kinds.setdefault(one.kind, ([], one))[0].append(f"{stage}: {one.name}")
     return {", ".join(names): one for names, one in kinds.values()}

@@ -5,17 +5,18 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax import ahead, models, program, sharding
 from distill_jax.errors import UserError
 from experiments.common import programs
-from experiments.common.programs import Programs, Training
+from experiments.common.programs import Pass, Passes, Programs, Training
 from experiments.common.training import make_recipe
 from experiments.compiled.program import Figures, measure
 from experiments.compiled.targets import Target, devices
@@ -24,9 +25,21 @@ LOG = Path(tempfile.gettempdir()) / "distill_jax_compilers.log"
 """What the compilers print on stderr."""
 
 
+class _Task(NamedTuple):
+    """A program to compile: what it is and of which names; and how many devices share its work."""
+
+    what: str
+    names: str
+    traced: Any
+    steps: int
+    parameters: int
+    devices: int
+
+
 def check(
     config: ConfigDict,
     listed: Programs,
+    passes: Passes,
     targets: Sequence[Target],
     only: Sequence[str] = (),
     *,
@@ -36,60 +49,75 @@ def check(
 
     Args:
         config: of the study.
-        listed: the study's programs.
+        listed, passes: the study's trainings, and the passes that make soft targets.
         targets: the machines.
         only: names of stages; empty for all.
         evaluation: whether to compile what counts errors, too.
 
     Returns:
-        A record of each program on each target: what is printed, as numbers.
+        A record of each program on each target: what is printed, as numbers. "fits" is None for one that
+        can't be compiled.
 
     Raises:
         UserError: for a mesh that doesn't fit a target, or batches that don't fit the mesh.
     """
-    kept = ((stage, one) for stage, one in listed(config) if not only or stage in only)
-    distinct = programs.distinct(kept)
+    trainings = programs.distinct(each for each in listed(config) if not only or each[0] in only)
+    kept = programs.distinct_passes(each for each in passes(config) if not only or each[0] in only)
     records = []
     for target in targets:
         with _stderr_to(LOG):
             mesh = sharding.make_mesh(**config.mesh, devices=devices(target))
-        print(
-            f"{target.name}, mesh {'x'.join(str(mesh.shape[a]) for a in sharding.AXES)}", flush=True
-        )
-        evaluated: set[str] | None = set() if evaluation else None
-        for names, one in distinct.items():
-            for what, traced, steps, parameters in _traced(names, one, mesh, evaluated):
-                begun = time.monotonic()
-                record: dict[str, Any] = {"target": target.name, "program": names, "what": what}
-                try:
-                    with _stderr_to(LOG):
-                        compiled = traced.lower().compile()
-                except jax.errors.JaxRuntimeError as error:
-                    record |= {"fits": False, "error": _in_a_line(error)}
-                    print(f"  {what} {names}: DOESN'T FIT: {record['error']}", flush=True)
-                    records.append(record)
-                    continue
-                found = measure(
-                    traced,
-                    compiled,
-                    mesh,
-                    target.chip,
-                    steps=steps,
-                    parameters=parameters,
-                    over_data=what == "training",
-                )
-                record |= found._asdict() | {
-                    "fits": found.total <= target.chip.memory,
-                    "compile_seconds": time.monotonic() - begun,
-                }
-                records.append(record)
-                print(_line(what, names, found, target), flush=True)
+        sizes = "x".join(str(mesh.shape[axis]) for axis in sharding.AXES)
+        print(f"{target.name}, mesh {sizes}{_of_processes(mesh)}", flush=True)
+        for task in _tasks(trainings, kept, mesh, evaluation):
+            record, line = _compile(task, mesh, target)
+            print(f"  {task.what} {line}", flush=True)
+            records.append(
+                {"target": target.name, "program": task.names, "what": task.what, **record}
+            )
     return records
 
 
-def _traced(
+def _tasks(
+    trainings: Mapping[str, Training], passes: Mapping[str, Pass], mesh: Any, evaluation: bool
+) -> Iterator[_Task]:
+    evaluated: set[str] | None = set() if evaluation else None
+    for names, one in trainings.items():
+        yield from _of_training(names, one, mesh, evaluated)
+    for names, made in passes.items():
+        yield _Task("soft targets", names, made.trace(mesh), 1, made.parameters, devices=1)
+
+
+def _compile(task: _Task, mesh: Any, target: Target) -> tuple[dict[str, Any], str]:
+    """The record of a program, and the line that is printed of it."""
+    begun = time.monotonic()
+    try:
+        with _stderr_to(LOG):
+            compiled = task.traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        too_large = "RESOURCE_EXHAUSTED" in str(error)
+        found = {"fits": False if too_large else None, "error": _in_a_line(error)}
+        verdict = "DOESN'T FIT" if too_large else "DOESN'T COMPILE"
+        return found, f"{task.names}: {verdict}: {found['error']}"
+    figures = measure(
+        task.traced,
+        compiled,
+        mesh,
+        target.chip,
+        steps=task.steps,
+        parameters=task.parameters,
+        devices=task.devices,
+    )
+    found = figures._asdict() | {
+        "fits": figures.total <= target.chip.memory,
+        "compile_seconds": time.monotonic() - begun,
+    }
+    return found, _line(task.names, figures, target)
+
+
+def _of_training(
     names: str, one: Training, mesh: Any, evaluated: set[str] | None
-) -> Iterator[tuple[str, Any, int, int]]:
+) -> Iterator[_Task]:
     """The programs of a training: its epochs, and what counts errors on its largest set.
 
     That only once for nets and sets that are alike: `evaluated` has those that were. None: never.
@@ -104,7 +132,7 @@ def _traced(
         traced = programs.trace(one, mesh)
     except UserError as error:
         raise UserError(f"{names}: {error}") from error
-    yield "training", traced, steps, parameters
+    yield _Task("training", names, traced, steps, parameters, devices=mesh.size)
     if one.evaluation and evaluated is not None:
         largest = max(one.evaluation.values(), key=lambda part: part["label"].shape[0])
         kind = f"{one.model.description} {one.members} {largest}"
@@ -114,10 +142,38 @@ def _traced(
         traced = ahead.trace_evaluation(
             one.model, largest, members=one.members, mesh=mesh, reader=one.reader
         )
-        yield "evaluation", traced, 1, parameters
+        alike = mesh.size // mesh.shape["data"]  # all replicas do the same work
+        yield _Task("evaluation", names, traced, 1, parameters, devices=alike)
 
 
-def _line(what: str, names: str, found: Figures, target: Target) -> str:
+def _of_processes(mesh: Any) -> str:
+    """Which part of the mesh each process has, such as "; 2 processes: data 0-3; data 4-7"."""
+    process_of = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    indices = np.unique(process_of)
+    if len(indices) == 1:
+        return ""
+    parts = [_part(mesh, np.argwhere(process_of == index)) for index in indices]
+    shown = parts if len(parts) <= 4 else [*parts[:3], "...", parts[-1]]
+    return f"; {len(parts)} processes: {'; '.join(shown)}"
+
+
+def _part(mesh: Any, places: np.ndarray) -> str:
+    """The axes that are split, each with the numbers of some devices on it."""
+    return ", ".join(
+        f"{axis} {_numbers(np.unique(own).tolist())}"
+        for axis, own in zip(sharding.AXES, places.T, strict=True)
+        if mesh.shape[axis] > 1
+    )
+
+
+def _numbers(found: list[int]) -> str:
+    first, last = found[0], found[-1]
+    if found != list(range(first, last + 1)):
+        return " ".join(map(str, found))
+    return f"{first}-{last}" if last > first else str(first)
+
+
+def _line(names: str, found: Figures, target: Target) -> str:
     share = found.total / target.chip.memory
     verdict = (
         "fits" if share <= 1 else "DOESN'T FIT: a larger mesh.model or micro_batches, or streaming"
@@ -140,7 +196,7 @@ def _line(what: str, names: str, found: Figures, target: Target) -> str:
         parts.append(f"at least {known[largest]:.3f} ms ({largest})")
     first, *others = names.split(", ")
     alike = f" (and {len(others)} alike)" if others else ""
-    return f"  {what} {first}{alike}: {'; '.join(parts)}: {verdict}"
+    return f"{first}{alike}: {'; '.join(parts)}: {verdict}"
 
 
 @contextlib.contextmanager

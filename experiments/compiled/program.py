@@ -44,14 +44,13 @@ def measure(
     *,
     steps: int,
     parameters: int,
-    over_data: bool = True,
+    devices: int,
 ) -> Figures:
-    """The figures of a program of so many steps; without `over_data` all replicas do the same work."""
+    """The figures of a program of so many steps, of which so many devices share the work."""
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
-    sharers = mesh.size if over_data else mesh.size // mesh.shape["data"]
-    flops = count_flops(traced.jaxpr.jaxpr) / steps / sharers
+    flops = count_flops(traced.jaxpr.jaxpr) / steps / devices
     moved = cost.get("bytes accessed")  # XLA counts a loop's body once: a step
     found = collectives(compiled.as_text(), mesh)
     sent = sum(ring_bytes(c.kind, c.bytes, math.prod(mesh.shape[a] for a in c.axes)) for c in found)

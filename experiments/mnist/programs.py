@@ -9,13 +9,14 @@ from ml_collections import ConfigDict
 from distill_jax import step_losses, train_step
 from distill_jax.ahead import Shapes
 from distill_jax.data import augment
+from experiments.common import programs as common
 from experiments.common.config import changed
-from experiments.common.programs import Training, logits, resized, shape, shapes_of
+from experiments.common.programs import Pass, Training, logits, resized, shape, shapes_of
 from experiments.common.training import build_model
 from experiments.mnist.data import Data, load_data
 from experiments.mnist.objectives import OBJECTIVES
 from experiments.mnist.transfer_sets import ONLY_7_8, WITHOUT_3
-from experiments.mnist.views import distortions, new_distortions
+from experiments.mnist.views import distortions, mean_logits, new_distortions
 
 _SOFT = ("temperature", "hard_weight")
 _TARGETS = "teacher_logits"
@@ -26,6 +27,23 @@ def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
     for stage, one in _of_several_seeds(config):
         # What is each seed's own is shared where there is one.
         yield stage, one if len(config.seeds) > 1 else one._replace(own=())
+
+
+def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
+    """The passes of teachers over the training set or its views, one for all seeds."""
+    data = load_data(config)
+    images = shapes_of(data.train)["inputs"]
+    half = shape((len(data.train["id"]) // 2, *images.shape[1:]), images.dtype)
+    teacher = build_model(config.teacher, data.num_classes)
+    apply, params = teacher.apply, common.frozen(teacher, images)
+    yield "soft_targets", common.logits_over("logits", apply, params, images)
+    yield "unlabelled", common.logits_over("logits", apply, params, half)
+    shifts = augment.shifts(config.shifts.pixels)
+    yield "shift_targets", common.of_views("logits", apply, params, images, shifts)
+    small = build_model(config.distorted, data.num_classes)
+    members = common.frozen(small, images, len(config.distorted.members))
+    own = mean_logits(small), members, images, distortions(config)
+    yield "distorted_targets", common.of_views("logits", *own)
 
 
 def _of_several_seeds(config: ConfigDict) -> Iterator[tuple[str, Training]]:

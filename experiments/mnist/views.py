@@ -84,7 +84,7 @@ def distorted(context: Context) -> list[Row]:
         seeds=net.members,
         transforms=[augment.random_view(views)],
     )
-    mean = _mean_logits(members.model)
+    mean = mean_logits(members.model)
     logits = soft_targets.logits_over(mean, members.params, data.test["inputs"])
     together = float((logits.argmax(axis=-1) != data.test["label"]).sum())
     count, seconds = len(net.members), members.seconds
@@ -99,7 +99,7 @@ def distorted_targets(context: Context) -> list[Row]:
     """The ensemble's logits of some distorted views of the training images."""
     if of_images(context, "soft targets of distorted images"):
         members = load(context.inputs["distorted"] / "distorted_labels")
-        mean = _mean_logits(members.model)
+        mean = mean_logits(members.model)
         _write(context, context.directory / "ensemble", mean, members, distortions(context.config))
     return []
 
@@ -139,7 +139,7 @@ def distortions(config: ConfigDict) -> Views:
     return augment.handwriting(config.distorted.views, config.data.seed)
 
 
-def _mean_logits(model: Model) -> Callable[[Params, jax.Array], jax.Array]:
+def mean_logits(model: Model) -> Callable[[Params, jax.Array], jax.Array]:
     """The mean of members' logits: a geometric mean of their distributions at every temperature."""
 
     def apply(params: Params, images: jax.Array) -> jax.Array:

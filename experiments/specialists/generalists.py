@@ -19,7 +19,7 @@ from experiments.common import training
 from experiments.common.study import Context
 from experiments.specialists.data import BYTE, Data, load_data, some_rows
 
-_CHUNK = 20_000  # examples whose features are in memory as float32
+CHUNK = 20_000  # examples whose features are in memory as float32
 
 
 class Generalist(NamedTuple):
@@ -153,8 +153,8 @@ def as_specialists_see(config: ConfigDict, whole: Net) -> Generalist:
 def _features(trunk: models.Model, params: models.Params, images: np.ndarray) -> np.ndarray:
     """float16 `[N, D]`: half the room, and as exact as the images."""
     parts = [
-        soft_targets.logits_over(trunk.apply, params, images[i : i + _CHUNK]).astype(np.float16)
-        for i in range(0, len(images), _CHUNK)
+        soft_targets.logits_over(trunk.apply, params, images[i : i + CHUNK]).astype(np.float16)
+        for i in range(0, len(images), CHUNK)
     ]
     return np.concatenate(parts)
 

@@ -16,8 +16,9 @@ from distill_jax import models, step_losses
 from distill_jax.ahead import Shapes
 from distill_jax.specialists import enrichment, heads
 from distill_jax.specialists.heads import Head
+from experiments.common import programs as common
 from experiments.common.config import changed
-from experiments.common.programs import Training, resized, shape, shapes_of
+from experiments.common.programs import Pass, Training, resized, shape, shapes_of
 from experiments.common.training import in_groups
 from experiments.specialists import generalists
 from experiments.specialists.data import BYTE, Data, load_data
@@ -43,6 +44,21 @@ def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
     yield from _mixtures(config, data)
     yield from _full_softmax(config, data)
     yield from _distilled(config, data)
+
+
+def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
+    """A trunk's features of images, if it is frozen, and the generalist's logits."""
+    data = load_data(config)
+    size = len(data.train["id"])
+    if config.specialists.frozen_trunk:
+        trunk = generalists.trunk_of(config.generalist)
+        images = resized(shapes_of(data.train), min(generalists.CHUNK, size))["inputs"]
+        params = common.frozen(trunk, images)
+        yield "generalist", common.logits_over("features", trunk.apply, params, images)
+    size = min(config.clusters.examples or size, config.specialists.examples or size, size)
+    inputs, net = _fed(config, data, size)[0]["inputs"], build_network(config, data.num_classes)
+    logits = common.logits_over("logits", net.apply, common.frozen(net, inputs), inputs)
+    yield "clusters", logits
 
 
 def _specialists(

@@ -204,7 +204,7 @@ def write_targets(
 
     def logits(rows: np.ndarray) -> Array:
         windows = training_set.windows(context.config, rows)
-        members = _member_logits(net.model, net.params, windows)
+        members = member_logits(net.model, net.params, windows)
         return members[0] if mean is None else members
 
     begun = time.monotonic()
@@ -236,7 +236,8 @@ def shard_count(config: ConfigDict) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _member_logits(model: Model, params: Params, windows: Array) -> Array:
+def member_logits(model: Model, params: Params, windows: Array) -> Array:
+    """The logits of each member `[M, B, C]`, one member after the other."""
     return jax.lax.map(lambda member: model.apply(member, windows), params)
 
 

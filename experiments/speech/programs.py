@@ -13,12 +13,14 @@ from ml_collections import ConfigDict
 
 from distill_jax import soft_targets, step_losses, train_step
 from distill_jax.ahead import Shapes
+from distill_jax.soft_targets.writer import BATCH_SIZE
+from experiments.common import programs as common
 from experiments.common.config import changed
-from experiments.common.programs import Training, logits, shape, shapes_of
+from experiments.common.programs import Pass, Training, logits, shape, shapes_of
 from experiments.common.training import build_model
 from experiments.speech import frames, stream
 from experiments.speech.data import Data, load_data
-from experiments.speech.nets import WINDOWS, member_groups
+from experiments.speech.nets import WINDOWS, member_groups, member_logits
 
 _SOFT = ("temperature", "hard_weight")
 
@@ -51,6 +53,16 @@ def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
     for value, weight in ((1, 0), (net.temperature, 0), (net.temperature, net.hard_weight)):
         name = f"one_temperature_{value:g}_{weight:g}"
         yield "unlabelled", _training(data, name, net, taught, net.seeds)
+
+
+def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
+    """The batches of the ensemble's soft targets, and of one net's."""
+    data = load_data(config)
+    net = build_model(config.ensemble, data.num_classes, data.byte)
+    windows = shape((BATCH_SIZE, frames.WINDOW, frames.FEATURES), np.uint8)
+    for name, members in (("ensemble", len(config.ensemble.members)), ("one", 1)):
+        arrays = common.frozen(net, windows, members), windows
+        yield "soft_targets", common.on_one(name, member_logits, (net,), arrays)
 
 
 def _compression(config: ConfigDict, data: Data, whole: Shapes) -> Iterator[tuple[str, Training]]:

@@ -4,6 +4,7 @@ import gzip
 import shutil
 from pathlib import Path
 
+import notebooks
 import numpy as np
 import pytest
 import training_notes
@@ -94,6 +95,13 @@ def test_a_second_run_finishes_at_once_and_changes_nothing(smoke):
     output = run(SMOKE, f"--workdir={smoke}")
     assert "running" not in output and output.count("finished before") == 16
     assert (smoke / "results.json").read_bytes() == before
+
+
+def test_the_notebook_runs_from_top_to_bottom(smoke, tmp_path):
+    rows, printed, pictures = notebooks.run("mnist", smoke, tmp_path)
+    [row] = [row for row in rows if row["table"] == "mnist" and row["row"].startswith("distilled")]
+    assert printed["student"] == f"{row['value']:.0f} errors of 2000 test examples\n"
+    assert len(pictures["digits"]) == 1
 
 
 def test_the_report_and_its_parts_are_there(smoke):

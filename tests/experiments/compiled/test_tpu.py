@@ -34,8 +34,10 @@ def environment():
 )
 def test_a_step_of_each_study_sends_its_gradients_and_nothing_else(study, stage):
     config = importlib.import_module(f"experiments.{study}.config").get_config("smoke")
-    programs = importlib.import_module(f"experiments.{study}.programs").programs
-    training, *_ = check(config, programs, [TARGET], [stage], evaluation=False)
+    listed = importlib.import_module(f"experiments.{study}.programs")
+    training, *_ = check(
+        config, listed.programs, listed.passes, [TARGET], [stage], evaluation=False
+    )
     assert training["what"] == "training" and training["fits"]
     assert {(kind, axes) for kind, axes, *_ in training["sent"]} == {("all-reduce", "data")}
     ((*_, size),) = training["sent"]

@@ -7,6 +7,7 @@ import shlex
 import shutil
 
 import jax
+import notebooks
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -278,6 +279,19 @@ def test_a_second_run_does_nothing(workdir):
 
 def specialists_of(directory, seed):
     return directory / "stages/specialists/specialists" / f"seed_{seed}" / "specialists"
+
+
+def test_the_notebook_runs_from_top_to_bottom(workdir, rows, tmp_path):
+    _, printed, pictures = notebooks.run("specialists", workdir, tmp_path)
+    accuracies = [find(rows, "specialists", name, "test_accuracy") for name in ("generalist", FULL)]
+    before, after = (row["values"][0] for row in accuracies)
+    assert printed["restore"] == f"accuracy {before:.2f} to {after:.2f} % of test\n"
+    counts = re.findall(r"^(\d+) (corrected|spoiled)", printed["corrected"], re.MULTILINE)
+    assert [name for _, name in counts] == ["corrected", "spoiled"]
+    examples = sum(row["value"] for row in rows if row["metric"] == "examples")
+    gained = int(counts[0][0]) - int(counts[1][0])
+    assert gained == round((after - before) / 100 * examples)
+    assert len(pictures["corrected"]) == 2
 
 
 def test_specialists_are_the_same_in_groups_and_alone(workdir, one_by_one, rows):

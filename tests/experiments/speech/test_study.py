@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import notebooks
 import numpy as np
 import pytest
 import training_notes
@@ -149,6 +150,15 @@ def test_a_second_run_does_nothing_anew(workdir):
     output = run(SMOKE, f"--workdir={workdir}")
     assert "running" not in output and output.count("finished before") == 9
     assert (workdir / "results.json").read_text() == before
+
+
+def test_the_notebook_runs_from_top_to_bottom(workdir, tmp_path):
+    rows, printed, _ = notebooks.run("speech", workdir, tmp_path)
+    accuracy = value(rows, "speech", "distilled", "frame_accuracy")
+    assert printed["student"] == f"2 students, frame accuracy {accuracy:.2f} %\n"
+    assert re.search(r"^aligned: .+\nfound: +.+\n\d+\.\d %", printed["utterance"], re.MULTILINE)
+    [said] = re.findall(r"^said: +(.+)$", printed["utterance"], re.MULTILINE)
+    assert printed["words"].startswith(f"said:  {said}\nheard: ")
 
 
 def test_stores_of_another_alignment_are_refused(workdir, tmp_path):
