@@ -232,13 +232,13 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.teacher.update(hidden=(256, 256), batch_size=100, epochs=16)
     config.baseline.update(hidden=(128, 128), batch_size=100, epochs=8)
     config.distilled.update(small, epochs=16)
-    config.objectives.update(small, epochs=4)
+    config.objectives.update(small, epochs=8)
     config.sweep.update(small, epochs=8, widths=(128, 30), temperatures=(1.0, 20.0))
     config.omissions.update(small, epochs=16, only_7_8_epochs=40)
     config.fractions.update(small, epochs=8, percentages=(100.0, 3.0))
-    config.unlabelled.update(small, epochs=8, teacher_epochs=8)
-    config.shifts.update(small, pixels=1, epochs=8)
-    config.distorted.update(small, epochs=6, views=4, student_epochs=6)
+    config.unlabelled.update(small, epochs=12, teacher_epochs=12)
+    config.shifts.update(small, pixels=1, epochs=12)
+    config.distorted.update(small, epochs=8, views=4, student_epochs=8)
     return config
 
 
