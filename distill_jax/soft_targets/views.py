@@ -89,7 +89,22 @@ def logits_of_views(
     images: Array,
     ids: Array,
 ) -> Array:
-    """The program of `write_views`: logits `[B, V, C]` of all views of a batch, one after the other."""
+    """The program of `write_views`: logits `[B, V, C]` of all views of a batch, one after the other.
+
+    Args:
+        apply, views, params: as for `write_views`.
+        images: `[B, H, W, ...]`, as they are.
+        ids: int32 `[B]`.
+
+    Examples:
+        >>> from distill_jax.data import augment
+        >>> images = jnp.arange(9.0).reshape(1, 3, 3)
+        >>> def apply(params, images):
+        ...     return params * images[:, 1, :2]
+        >>> found = logits_of_views(apply, augment.shifts(1), 2.0, images, jnp.zeros(1, jnp.int32))
+        >>> found.shape, found[0, 4].tolist()  # the fifth of nine shifts is none
+        ((1, 9, 2), [6.0, 8.0])
+    """
 
     def one(number: Array) -> Array:
         return apply(params, views.make(images, ids, jnp.broadcast_to(number, ids.shape)))
