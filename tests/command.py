@@ -17,6 +17,8 @@ QUICK_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
+# For a run that trains for longer than it compiles.
+QUICK_TRAINING = QUICK_COMPILATION.replace("level=0", "level=1")
 # Where launch.main keeps compiled programs.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "distill_jax"
 ENVIRONMENT = {
@@ -28,20 +30,22 @@ ENVIRONMENT = {
 }
 
 
-def start(*arguments: str, module: str = "launch.main") -> subprocess.Popen[str]:
+def start(
+    *arguments: str, module: str = "launch.main", flags: str = QUICK_COMPILATION
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"XLA_FLAGS": flags},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
 
 
-def run(*arguments: str, module: str = "launch.main") -> str:
+def run(*arguments: str, module: str = "launch.main", flags: str = QUICK_COMPILATION) -> str:
     """Runs to the end; returns what was printed."""
-    process = start(*arguments, module=module)
+    process = start(*arguments, module=module, flags=flags)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     return output

@@ -8,7 +8,7 @@ import notebooks
 import numpy as np
 import pytest
 import training_notes
-from command import ROOT, SMOKE, fails, run
+from command import QUICK_TRAINING, ROOT, SMOKE, fails, run
 
 from experiments.common.study import read_json
 from experiments.mnist.config import get_config
@@ -39,7 +39,7 @@ TABLES = {
 def smoke(tmp_path_factory) -> Path:
     """The whole smoke preset, run once."""
     workdir = tmp_path_factory.mktemp("smoke")
-    run(SMOKE, f"--workdir={workdir}")
+    run(SMOKE, f"--workdir={workdir}", flags=QUICK_TRAINING)
     return workdir
 
 
