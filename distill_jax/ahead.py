@@ -4,7 +4,7 @@
 """
 
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from distill_jax import platforms, program, sharding, train_step, units
-from distill_jax.models import Model, Params
+from distill_jax.models import Model
 from distill_jax.recipe import PLAIN, Reader, Recipe
-from distill_jax.soft_targets import ensemble
 from distill_jax.train_step import Loss
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -99,25 +98,6 @@ def trace_evaluation(
             {name: field for name, field in laid.items() if name in own},
             {name: field for name, field in laid.items() if name not in own},
         )
-
-
-def trace_logits(
-    apply: Callable[[Params, Any], Array],
-    params: Any,
-    inputs: Any,
-    *,
-    mesh: Any,
-    batch_size: int = 1000,
-) -> jax.stages.Traced:
-    """The pass of `soft_targets.logits_over` over inputs `[N, ...]`, on one device of the mesh."""
-
-    def cut(leaf: Any) -> jax.ShapeDtypeStruct:
-        rows, *rest = leaf.shape
-        size = min(batch_size, rows)
-        return jax.ShapeDtypeStruct((-(-rows // size), size, *rest), leaf.dtype)
-
-    arrays = params, jax.tree.map(cut, inputs)
-    return trace_on_one(ensemble.map_batches, (apply,), arrays, mesh=mesh)
 
 
 def trace_on_one(

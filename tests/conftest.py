@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_finish() -> None:
-    # What is imported by now stays: without it in every collection, tests take a tenth less time.
+    # What is imported by now stays: collections need not look at it each time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

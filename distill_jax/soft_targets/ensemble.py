@@ -16,6 +16,8 @@ from distill_jax.errors import UserError
 from distill_jax.models import Params
 
 Mean = Literal["arithmetic", "geometric"]
+BATCH_SIZE = 1000
+"""Examples whose logits are made at a time."""
 
 
 def mean_log_probs(
@@ -212,7 +214,7 @@ def logits_over(
     apply: Callable[[Params, Array], Array],
     params: Params,
     inputs: Any,
-    batch_size: int = 1000,
+    batch_size: int = BATCH_SIZE,
 ) -> np.ndarray:
     """A frozen teacher's logits over a whole data set, in one jitted pass.
 

@@ -6,23 +6,24 @@ Each study lists its own in programs.py. A test holds the lists against what a r
 import json
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import ahead, models, nets
+from distill_jax import ahead, nets
 from distill_jax.ahead import Shapes
 from distill_jax.data.augment import Views
 from distill_jax.data.images import Examples
 from distill_jax.models import Model
 from distill_jax.recipe import PLAIN, Reader
+from distill_jax.soft_targets import ensemble, writer
 from distill_jax.soft_targets.views import logits_of_views
-from distill_jax.soft_targets.writer import BATCH_SIZE
 from distill_jax.train_step import Loss, Transform
 from experiments.common.training import make_recipe
 
+_One = TypeVar("_One", "Training", "Pass")
 _NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 
@@ -54,27 +55,26 @@ class Training(NamedTuple):
 class Pass(NamedTuple):
     """Logits of frozen nets over examples, of which soft targets are made: on one device.
 
-    name: of what is made. kind: says what makes passes the same program. trace: that program, for a
-    mesh. parameters: of all nets.
+    name: of what is made. function: jitted, of the static arguments, then arrays: their shapes, of
+    which the first are the parameters.
     """
 
     name: str
-    kind: str
-    trace: Callable[[Any], jax.stages.Traced]
-    parameters: int
+    function: Any
+    static: tuple[Any, ...]
+    arrays: tuple[Any, ...]
 
 
 Programs = Callable[[ConfigDict], Iterator[tuple[str, Training]]]
 """A study's trainings: `config -> (stage, training)` of each."""
 
+Passes = Callable[[ConfigDict], Iterator[tuple[str, Pass]]]
+"""A study's passes: `config -> (stage, pass)` of each."""
+
 
 def shapes_of(examples: Examples) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of examples."""
     return {name: shape(field.shape, field.dtype) for name, field in examples.items()}
-
-
-Passes = Callable[[ConfigDict], Iterator[tuple[str, Pass]]]
-"""A study's passes: `config -> (stage, pass)` of each."""
 
 
 def frozen(model: Model, inputs: Any, members: int | None = None) -> Any:
@@ -91,28 +91,18 @@ def frozen(model: Model, inputs: Any, members: int | None = None) -> Any:
 def logits_over(
     name: str, apply: Callable[..., Any], params: Any, inputs: jax.ShapeDtypeStruct
 ) -> Pass:
-    """A pass of `soft_targets.logits_over`."""
-
-    def trace(mesh: Any) -> jax.stages.Traced:
-        return ahead.trace_logits(apply, params, inputs, mesh=mesh)
-
-    return Pass(name, f"{apply} {params} {inputs}", trace, models.parameter_count(params))
+    """The pass of `soft_targets.logits_over` over inputs `[N, ...]`."""
+    rows, *rest = inputs.shape
+    size = min(ensemble.BATCH_SIZE, rows)
+    batches = shape((-(-rows // size), size, *rest), inputs.dtype)
+    return Pass(name, ensemble.map_batches, (apply,), (params, batches))
 
 
 def of_views(name: str, apply: Callable[..., Any], params: Any, inputs: Any, views: Views) -> Pass:
     """The batches of `soft_targets.write_views`."""
-    size = min(BATCH_SIZE, inputs.shape[0])
-    arrays = params, shape((size, *inputs.shape[1:]), inputs.dtype), shape((size,), np.int32)
-    return on_one(name, logits_of_views, (apply, views), arrays)
-
-
-def on_one(name: str, function: Any, static: Sequence[Any], arrays: Sequence[Any]) -> Pass:
-    """A jitted function of static arguments, then parameters and other arrays."""
-
-    def trace(mesh: Any) -> jax.stages.Traced:
-        return ahead.trace_on_one(function, static, arrays, mesh=mesh)
-
-    return Pass(name, f"{static} {arrays}", trace, models.parameter_count(arrays[0]))
+    size = min(writer.BATCH_SIZE, inputs.shape[0])
+    arrays = params, resized({"inputs": inputs}, size)["inputs"], shape((size,), np.int32)
+    return Pass(name, logits_of_views, (apply, views), arrays)
 
 
 def resized(fields: Shapes, size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -168,19 +158,24 @@ def describe(one: Training) -> dict[str, Any]:
     }
 
 
-def distinct(programs: Iterator[tuple[str, Training]]) -> dict[str, Training]:
+def distinct(trainings: Iterator[tuple[str, Training]]) -> dict[str, Training]:
     """One of each kind, by the names of all that are of the kind."""
-    kinds: dict[str, tuple[list[str], Training]] = {}
-    for stage, one in programs:
-        kind = json.dumps(describe(one)) + f"{one.loss} {one.net.optimizer} {one.net.max_norm}"
-        name = one.name if one.name == stage else f"{stage}: {one.name}"
-        kinds.setdefault(kind, ([], one))[0].append(name)
-    return {", ".join(names): one for names, one in kinds.values()}
+
+    def kind(one: Training) -> str:
+        return json.dumps(describe(one)) + f"{one.loss} {one.net.optimizer} {one.net.max_norm}"
+
+    return _by_names((kind(one), stage, one) for stage, one in trainings)
 
 
 def distinct_passes(passes: Iterator[tuple[str, Pass]]) -> dict[str, Pass]:
     """One of each kind, by the names of all that are of the kind."""
-    kinds: dict[str, tuple[list[str], Pass]] = {}
-    for stage, one in passes:
-        kinds.setdefault(one.kind, ([], one))[0].append(f"{stage}: {one.name}")
+    return _by_names((str(one[1:]), stage, one) for stage, one in passes)
+
+
+def _by_names(found: Iterator[tuple[str, str, _One]]) -> dict[str, _One]:
+    """The first of each kind, of `(kind, stage, one)`."""
+    kinds: dict[str, tuple[list[str], _One]] = {}
+    for kind, stage, one in found:
+        name = one.name if one.name == stage else f"{stage}: {one.name}"
+        kinds.setdefault(kind, ([], one))[0].append(name)
     return {", ".join(names): one for names, one in kinds.values()}

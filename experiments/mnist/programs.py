@@ -32,8 +32,8 @@ def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
 def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
     """The passes of teachers over the training set or its views, one for all seeds."""
     data = load_data(config)
-    images = shapes_of(data.train)["inputs"]
-    half = shape((len(data.train["id"]) // 2, *images.shape[1:]), images.dtype)
+    whole = shapes_of(data.train)
+    images, half = whole["inputs"], resized(whole, len(data.train["id"]) // 2)["inputs"]
     teacher = build_model(config.teacher, data.num_classes)
     apply, params = teacher.apply, common.frozen(teacher, images)
     yield "soft_targets", common.logits_over("logits", apply, params, images)

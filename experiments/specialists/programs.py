@@ -113,7 +113,7 @@ def _of_head(
         transforms=head.transforms(generalist),
         constants={
             "class_set": shape((config.clusters.size,), np.int32),
-            "teacher": _parameters(generalist, fields),
+            "teacher": common.frozen(generalist, fields["inputs"]),
         },
         own_constants=("class_set",),
         reader=enrichment.READER._replace(count_errors=count_errors),
@@ -202,9 +202,3 @@ def _fed(config: ConfigDict, data: Data, size: int) -> tuple[dict[str, Any], int
 
 def _first_logits(model: models.Model) -> Any:
     return lambda inputs: model.apply(model.init(jax.random.key(0), inputs), inputs)
-
-
-def _parameters(model: models.Model, fields: Shapes) -> Any:
-    return jax.eval_shape(
-        lambda inputs: model.init(jax.random.key(0), inputs), resized(fields, 1)["inputs"]
-    )

@@ -62,7 +62,7 @@ def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
     windows = shape((BATCH_SIZE, frames.WINDOW, frames.FEATURES), np.uint8)
     for name, members in (("ensemble", len(config.ensemble.members)), ("one", 1)):
         arrays = common.frozen(net, windows, members), windows
-        yield "soft_targets", common.on_one(name, member_logits, (net,), arrays)
+        yield "soft_targets", Pass(name, member_logits, (net,), arrays)
 
 
 def _compression(config: ConfigDict, data: Data, whole: Shapes) -> Iterator[tuple[str, Training]]:

@@ -193,11 +193,12 @@ def test_what_a_killed_save_left_is_cleaned_up(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
-def test_what_a_killed_deletion_left_is_cleaned_up(tmp_path):
+@pytest.mark.parametrize("metric", [None, "error"])
+def test_what_a_killed_deletion_left_is_cleaned_up(tmp_path, metric):
     """Whatever is left of an old checkpoint, an empty folder too, the run resumes from the newest."""
-    with checkpoints.open_dir(tmp_path / "good", "error") as manager:
+    with checkpoints.open_dir(tmp_path / "good", metric) as manager:
         for step in (1, 2):
-            save(manager, step, error=1 / step)
+            save(manager, step, **({metric: 1 / step} if metric else {}))
     entries = sorted(path.name for path in (tmp_path / "good" / "1").iterdir())
     assert len(entries) >= 4
     for removed in range(1, len(entries) + 1):
@@ -205,11 +206,13 @@ def test_what_a_killed_deletion_left_is_cleaned_up(tmp_path):
         shutil.copytree(tmp_path / "good", folder)
         for name in entries[:removed]:
             files.remove(folder / "1" / name)
-        with checkpoints.open_dir(folder, "error") as manager:
+        with checkpoints.open_dir(folder, metric) as manager:
             assert_restored(checkpoints.restore_newest(manager, make_state()), 2)
-            assert_restored(checkpoints.restore_best(manager, make_state(), "error"), 2)
-            save(manager, 3, error=0.1)
-        assert {2, 3} <= set(steps_in(folder))
+            if metric:
+                assert_restored(checkpoints.restore_best(manager, make_state(), metric), 2)
+            for step in (3, 4):
+                save(manager, step, **({metric: 1 / step} if metric else {}))
+        assert {3, 4} <= set(steps_in(folder))
 
 
 def test_a_state_of_another_shape_deletes_nothing(tmp_path):

@@ -59,8 +59,9 @@ def test_what_can_not_be_compiled(capsys, message, fits, verdict):
         raise jax.errors.JaxRuntimeError(message)
 
     traced = types.SimpleNamespace(lower=lambda: types.SimpleNamespace(compile=fail))
+    program = types.SimpleNamespace(trace=lambda params: traced)
     config = importlib.import_module("experiments.mnist.config").get_config("smoke")
-    listed = [("teacher", Pass("logits", "", lambda mesh: traced, 1))]
+    listed = [("teacher", Pass("logits", program, (), (np.float32(0),)))]
     (record,) = check.check(config, lambda _: iter(()), lambda _: iter(listed), CPUS)
     assert record["fits"] is fits and record["error"] == message
     assert f"soft targets teacher: logits: {verdict}: {message}\n" in capsys.readouterr().out

@@ -315,10 +315,13 @@ def test_specialists_are_the_same_in_groups_and_alone(workdir, one_by_one, rows)
 
 
 def test_a_killed_run_ends_with_the_same_numbers(workdir, one_by_one, tmp_path):
-    """Killed behind a seed's finished specialists, and a finished group of the next seed."""
+    """Killed behind a finished group, and again behind a seed's finished specialists."""
     killed = tmp_path / "killed"
-    kill_when(killed, "stages/specialists/specialists/seed_1/group_000", alone(workdir))
-    assert specialists_of(killed, 0).exists() and not specialists_of(killed, 1).exists()
+    for seed, group in ((0, "group_001"), (1, "group_000")):
+        sign = f"stages/specialists/specialists/seed_{seed}/{group}"
+        kill_when(killed, sign, alone(workdir))
+        assert specialists_of(killed, 0).exists() == (seed == 1)
+        assert not specialists_of(killed, 1).exists()
     output = run(*alone(workdir), f"--workdir={killed}")
     assert "seed 1" in output and f"of {CONFIG.clusters.count}, seed 0" not in output
     assert measured(killed) == measured(one_by_one)
