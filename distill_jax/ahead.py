@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from distill_jax import platforms, program, sharding, train_step, units
+from distill_jax import evaluator, platforms, program, sharding, train_step, units
 from distill_jax.models import Model
 from distill_jax.recipe import PLAIN, Reader, Recipe
 from distill_jax.train_step import Loss
@@ -80,6 +80,7 @@ def trace_training(
 def trace_evaluation(
     model: Model,
     examples: Shapes,
+    recipe: Recipe,
     *,
     members: int,
     mesh: Any,
@@ -88,12 +89,13 @@ def trace_evaluation(
 ) -> jax.stages.Traced:
     """What counts the members' errors on a set of examples after each unit."""
     with platforms.compiling_for(_platform(mesh)):
-        sample = program.sample_input([examples], reader.gather)
+        sample = program.sample_input([examples], reader.gather_evaluated)
         variables = jax.eval_shape(jax.vmap(lambda key: model.init(key, sample)), _keys(members))
         states = train_step.TrainState(jnp.zeros(members, jnp.int32), variables, ())
         shardings = sharding.state_shardings(states, mesh, "member")
         laid = _of_members(examples, own, members, mesh)
-        return units.compile_errors(model, reader).trace(
+        count = evaluator.compile_errors(model, reader, recipe.rows_at_once, mesh)
+        return count.trace(
             _placed(variables, shardings.params),
             {name: field for name, field in laid.items() if name in own},
             {name: field for name, field in laid.items() if name not in own},

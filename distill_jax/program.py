@@ -97,7 +97,7 @@ def _fuse(
     recipe: Recipe, model: Model, loss: Loss, classes: int, mesh: Any
 ) -> Loss | train_step.Fused:
     """The loss fused with the output layer, if a batch has as many logits as the recipe says."""
-    size = recipe.batch_size // recipe.micro_batches * classes
+    size = recipe.rows_at_once * classes
     if model.hidden is None or not 0 < recipe.fused_logits <= size:
         return loss
     return train_step.Fused(loss, over=sharding.over_data(mesh))

@@ -56,6 +56,11 @@ class Recipe:
         )
         ranges.check(**{name: getattr(self, name) for name in names})
 
+    @property
+    def rows_at_once(self) -> int:
+        """Examples whose activations are in memory at once: those of a part of a batch."""
+        return self.batch_size // self.micro_batches
+
 
 FREE = ("epochs", "fused_logits", "save_every")
 """Fields of a recipe that a training's folder may differ in."""
@@ -64,14 +69,16 @@ FREE = ("epochs", "fused_logits", "save_every")
 class Reader(NamedTuple):
     """How examples are read on the device.
 
-    gather: makes a batch of them. count_errors: `(model, variables, examples) -> int32 []`. draw and
-    size: as for `epochs.make_epoch`.
+    gather: makes a batch of them. count_errors: `(model, variables, batch) -> int32 []`, or a float32
+    sum of weights. draw and size: as for `epochs.make_epoch`. gather_evaluated: makes a batch, with its
+    "inputs", of a set that errors are counted on.
     """
 
     gather: epochs.Gather
     count_errors: Callable[[Model, Params | Variables, Batch], Array]
     draw: epochs.Draw = epochs.shuffle
     size: Callable[[Any], int] = epochs.count_examples
+    gather_evaluated: epochs.Gather = epochs.take_rows
 
 
 PLAIN = Reader(

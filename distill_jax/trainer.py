@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 from distill_jax import (
     checkpoints,
     epochs,
+    evaluator,
     files,
     logs,
     loop,
@@ -171,7 +172,11 @@ def train(
             advance_of(recipe, made.step, reader=reader),
             states,
             plan.units,
-            evaluate=_evaluator(model, evaluation, reader, mesh),
+            evaluate=_evaluator(
+                evaluation,
+                evaluator.compile_errors(model, reader, recipe.rows_at_once, mesh, vmapped=scanned),
+                mesh,
+            ),
             manager=manager,
             save_every=recipe.save_every,
             best_metric=best,
@@ -301,13 +306,10 @@ def _recorders(
 
 
 def _evaluator(
-    model: Model,
     evaluation: Mapping[str, Examples | Sequence[Examples]],
-    reader: Reader,
+    count: Any,
     mesh: Any,
 ) -> Callable[[train_step.TrainState], dict[str, Array]]:
-    count = units.compile_errors(model, reader)
-
     def put(examples: Examples | Sequence[Examples]) -> tuple[Batch, Batch]:
         """On the devices: the fields that each member has of its own `[M, ...]`, and those of all."""
         fields, per_member = units.stack([examples] if isinstance(examples, Mapping) else examples)

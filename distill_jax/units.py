@@ -11,9 +11,7 @@ from jax import Array
 
 from distill_jax import epochs, loop, processes, sharding, train_step, training_note
 from distill_jax.data.stream import make_advance
-from distill_jax.models import Model, Params, Variables
 from distill_jax.recipe import Examples, Reader, Recipe, Stream
-from distill_jax.train_step import Batch
 
 
 def advance_of(
@@ -92,18 +90,6 @@ def compile_epochs(
         size=reader.size,
     )
     return sharding.compile_epoch(run, mesh, per_member, own_constants)
-
-
-def compile_errors(model: Model, reader: Reader) -> Any:
-    """`(variables [M, ...], own fields [M, ...], shared fields) -> errors int32 [M]` of a set."""
-
-    @jax.jit
-    def count(variables: Params | Variables, own: Batch, shared: Batch) -> Array:
-        return jax.vmap(lambda member, own: reader.count_errors(model, member, {**own, **shared}))(
-            variables, own
-        )
-
-    return count
 
 
 def stack(sets: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, bool]]:

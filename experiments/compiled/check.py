@@ -142,10 +142,9 @@ def _of_training(
             return
         evaluated.add(kind)
         traced = ahead.trace_evaluation(
-            one.model, largest, members=one.members, mesh=mesh, reader=one.reader
+            one.model, largest, recipe, members=one.members, mesh=mesh, reader=one.reader
         )
-        alike = mesh.size // mesh.shape["data"]  # all replicas do the same work
-        yield _Task("evaluation", names, traced, 1, parameters, devices=alike)
+        yield _Task("evaluation", names, traced, 1, parameters, devices=mesh.size)
 
 
 def _of_processes(mesh: Any) -> str:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from distill_jax import models, step_losses
 from distill_jax.ahead import Shapes
-from distill_jax.specialists import enrichment, heads
+from distill_jax.specialists import heads
 from distill_jax.specialists.heads import Head
 from experiments.common import programs as common
 from experiments.common.config import changed
@@ -23,7 +23,7 @@ from experiments.common.training import in_groups
 from experiments.specialists import generalists
 from experiments.specialists.data import BYTE, Data, load_data
 from experiments.specialists.mixture import mixture
-from experiments.specialists.training import build_network, count_errors
+from experiments.specialists.training import READER, build_network
 
 
 def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
@@ -116,7 +116,7 @@ def _of_head(
             "teacher": common.frozen(generalist, fields["inputs"]),
         },
         own_constants=("class_set",),
-        reader=enrichment.READER._replace(count_errors=count_errors),
+        reader=READER,
     )
 
 

@@ -173,7 +173,7 @@ def train_group(
         hyper={"learning_rate": net.learning_rate, "temperature": net.get("temperature", 1.0)},
         constants=constants,
         evaluation=evaluation,
-        reader=enrichment.READER._replace(count_errors=count_errors),
+        reader=READER,
         start=jax.vmap(lambda own: head.start(generalist.net.params, own, classes))(sets),
         mesh=sharding.make_mesh(**config.mesh),
         name="specialist",
@@ -201,6 +201,15 @@ def count_errors(model: models.Model, params: models.Params, examples: train_ste
     logits = jnp.where(examples["allowed"], model.apply(params, examples["inputs"]), -jnp.inf)
     wrong = jnp.argmax(logits, axis=-1).astype(jnp.int32) != examples["wanted"]
     return jnp.sum(wrong & examples["counted"], dtype=jnp.int32)
+
+
+def take_counted(examples: train_step.Batch, rows: Array) -> train_step.Batch:
+    """A batch for `count_errors`; "allowed" is of the outputs, all else of the examples."""
+    return {name: field if name == "allowed" else field[rows] for name, field in examples.items()}
+
+
+READER = enrichment.READER._replace(count_errors=count_errors, gather_evaluated=take_counted)
+"""How specialists' examples are read, and their errors counted while they learn."""
 
 
 def predict(

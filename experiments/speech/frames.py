@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distill_jax import metrics, soft_targets
+from distill_jax import soft_targets
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.train_step import Batch
@@ -151,52 +151,11 @@ def logits_over_windows(
     return logits[: len(positions)]
 
 
-def count_errors(
-    apply: Callable[[Params, Array], Array], params: Params, examples: Batch, batch_size: int = 1024
-) -> dict[str, Array]:
-    """Counts the frames that a model gets wrong, like `train_step.make_eval_step`.
-
-    One compiled program with `batch_size` windows in memory at a time; it may be vmapped over params.
-
-    Args:
-        apply: `(params, inputs [B, 26, 40]) -> logits [B, C]`, in evaluation mode.
-        params: of the model.
-        examples: from `pack`, on the device.
-        batch_size: windows in memory at a time.
-
-    Returns:
-        `{"errors", "count"}`, int32 scalars; the count is of frames whose label is known.
-    """
-    used = {name: examples[name] for name in ("frames", "position", "label")}
-    return _count_errors(apply, params, used, batch_size)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _window_logits(
     apply: Callable[[Params, Array], Array], params: Params, frames: Array, positions: Array
 ) -> Array:
     return apply(params, cut(frames, positions))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _count_errors(
-    apply: Callable[[Params, Array], Array], params: Params, examples: Batch, batch_size: int
-) -> dict[str, Array]:
-    size = examples["label"].shape[0]
-
-    def batches(field: Array, filler: int) -> Array:
-        padded = jnp.pad(field, (0, -size % batch_size), constant_values=filler)
-        return padded.reshape(-1, batch_size)
-
-    def counts(batch: tuple[Array, Array]) -> dict[str, Array]:
-        positions, labels = batch
-        return metrics.error_counts(apply(params, cut(examples["frames"], positions)), labels)
-
-    # The padding of the last batch has the label -1, which is not counted.
-    each = jax.lax.map(
-        counts, (batches(examples["position"], LEFT), batches(examples["label"], -1))
-    )
-    return jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.int32), each)
 
 
 def _with_edges(frames: Sequence[np.ndarray], lengths: np.ndarray) -> np.ndarray:

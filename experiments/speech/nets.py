@@ -13,21 +13,21 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import soft_targets, step_losses, train_step
+from distill_jax import evaluator, soft_targets, step_losses, train_step
 from distill_jax.data.images import Examples
 from distill_jax.models import Model, Params
 from distill_jax.nets import Net, load, stack
 from distill_jax.soft_targets import Mean
-from distill_jax.trainer import Reader, Stream
+from distill_jax.trainer import PLAIN, Stream
 from experiments.common import training
 from experiments.common.study import Context
 from experiments.speech import frames, training_set
 from experiments.speech.data import Data, load_data
 
-WINDOWS = Reader(
-    frames.gather_windows,
-    lambda model, params, examples: frames.count_errors(model.apply, params, examples)["errors"],
-)
+WINDOWS = PLAIN._replace(gather=frames.gather_windows, gather_evaluated=frames.gather_windows)
+"""How frames are read: each with its window."""
+
+_EVALUATED = 1024  # windows in memory at a time
 
 
 def train(
@@ -152,11 +152,7 @@ def log_probs(net: Net, examples: Examples) -> np.ndarray:
 def accuracies(net: Net, examples: Examples) -> np.ndarray:
     """Frame accuracy of each member `[M]`, per cent."""
     shared = {name: jnp.asarray(field) for name, field in examples.items()}
-    # Passed, not closed over: the frames would be constants of the program.
-    count = jax.vmap(
-        lambda params, examples: WINDOWS.count_errors(net.model, params, examples), (0, None)
-    )
-    errors = jax.jit(count)(net.params, shared)
+    errors = evaluator.compile_errors(net.model, WINDOWS, _EVALUATED)(net.params, {}, shared)
     return 100.0 * (1.0 - np.asarray(errors) / known_frames(examples))
 
 

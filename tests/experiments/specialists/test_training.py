@@ -11,7 +11,7 @@ from distill_jax import models, step_losses, trainer
 from distill_jax.epochs import take_rows
 from experiments.common import training
 from experiments.common.config import net_section
-from experiments.specialists.training import count_errors
+from experiments.specialists.training import count_errors, take_counted
 
 N, C, D = 60, 7, 5
 SET = np.array([1, 4, 6], np.int32)
@@ -106,7 +106,7 @@ def test_restricted_errors_of_each_members_own_classes(tmp_path, special):
         counted = allowed[examples["label"]]
         wanted = {"allowed": allowed, "wanted": examples["label"], "counted": counted}
         own.append({"inputs": examples["inputs"], **wanted})
-    reader = trainer.Reader(take_rows, count_errors)
+    reader = trainer.Reader(take_rows, count_errors, gather_evaluated=take_counted)
     trained = train(tmp_path, [examples] * M, two_starts(), {"test_errors": own}, reader)
     for m, one in enumerate(own):
         logits = np.where(one["allowed"], trained.member(m).logits(one["inputs"]), -np.inf)

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import models, optimizers, sharding, soft_targets, step_losses, train_step
+from distill_jax import (
+    evaluator,
+    models,
+    optimizers,
+    sharding,
+    soft_targets,
+    step_losses,
+    train_step,
+)
 from distill_jax.epochs import make_epoch, take_rows
 from distill_jax.errors import UserError
-from experiments.speech import frames
+from experiments.speech import frames, nets
 
 LENGTHS = [1, 2, 19, 26, 200, 1, 47]
 N = sum(LENGTHS)
@@ -263,20 +271,15 @@ def test_all_calls_share_one_program():
 
 
 @pytest.mark.parametrize("batch_size", [50, N, 1000])
-def test_count_errors_is_numpy_s(batch_size):
+def test_counted_errors_are_numpy_s(batch_size):
     examples = packed()
     examples["label"] = np.where(examples["id"] % 9, examples["label"], -1)
     members = member_params(3)
-    counted = jax.vmap(
-        lambda params: frames.count_errors(MODEL.apply, params, on_device(examples), batch_size)
-    )(members)
+    count = evaluator.compile_errors(MODEL, nets.WINDOWS, batch_size)
+    counted = count(members, {}, on_device(examples))
     for member in range(3):
         params = jax.tree.map(lambda leaf, member=member: leaf[member], members)
         wrong = plain_logits(params).argmax(-1) != examples["label"]
         wrong &= examples["label"] >= 0
         assert 0 < wrong.sum() < N
-        assert counted["errors"][member] == wrong.sum()
-    alone = frames.count_errors(MODEL.apply, params, on_device(examples), batch_size)
-    known = np.count_nonzero(examples["label"] >= 0)
-    assert alone == {"errors": wrong.sum(), "count": known}
-    np.testing.assert_array_equal(counted["count"], known)
+        assert counted[member] == wrong.sum()
