@@ -27,7 +27,8 @@ from distill_jax.specialists.coverage import check_class_sets
 from distill_jax.specialists.store import Specialists
 
 _TOLERANCE, _PASSES = 1e-6, 1000  # of Eq. 5's solver
-_ROWS = 4096  # examples whose specialists' logits are in memory at a time
+BATCH_SIZE = 256  # examples that a specialist is run on at a time, and that are combined
+ROWS = 4096  # examples whose specialists' logits are in memory at a time
 
 
 class Evidence(NamedTuple):
@@ -89,7 +90,7 @@ def run_active(
     inputs: np.ndarray,
     *,
     n: int = 1,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
 ) -> Evidence:
     """Runs each specialist on the examples that it is active on, and on no others.
 
@@ -142,7 +143,7 @@ def run_active(
             (specialists.net.params, class_sets, np.asarray(specialists.corrections)),
         )
         for at, filled in _batches(len(rows), batch_size):
-            found = _read(model.apply, head.read, one, inputs[rows[filled]])
+            found = read_logits(model.apply, head.read, one, inputs[rows[filled]])
             if found.shape != (batch_size, logits.shape[-1]):
                 raise UserError(
                     f"a specialist with the head {head.name!r} gave logits {found.shape} for "
@@ -158,7 +159,7 @@ def predict(
     inputs: np.ndarray,
     *,
     n: int = 1,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
 ) -> np.ndarray:
     """The distribution q of Eq. 5, of a generalist and its specialists: section 5.4 as a whole.
 
@@ -192,8 +193,8 @@ def predict(
         ((10, 6), True)
     """
     parts = []
-    for start in range(0, len(inputs), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, len(inputs), ROWS):
+        rows = slice(start, start + ROWS)
         evidence = run_active(
             specialists, generalist_logits[rows], inputs[rows], n=n, batch_size=batch_size
         )
@@ -258,7 +259,7 @@ def combine(
     method: eq5.Method | None = None,
     tolerance: ArrayLike = _TOLERANCE,
     max_passes: ArrayLike = _PASSES,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
 ) -> tuple[Array, Array]:
     """The distribution q that minimises Eq. 5, for each example.
 
@@ -292,17 +293,55 @@ def combine(
     ranges.check_value("max_passes", max_passes, ranges.any_number())
     num_classes, active = evidence.generalist.shape[1], evidence.active[..., None]
     check_class_sets(jnp.where(active, evidence.class_sets, num_classes), num_classes)
-    return _combine(evidence, tolerance, max_passes, method or eq5.newton(), batch_size)
+    return combine_batches(method or eq5.newton(), batch_size, evidence, tolerance, max_passes)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "batch_size"))
+def combine_batches(
+    method: eq5.Method,
+    batch_size: int,
+    evidence: Evidence,
+    tolerance: ArrayLike,
+    max_passes: ArrayLike,
+) -> tuple[Array, Array]:
+    """The program of `combine`, with its arguments, which checks nothing.
+
+    Examples:
+        >>> evidence = Evidence(
+        ...     jnp.zeros((1, 4)), jnp.zeros((1, 1, 3)), jnp.zeros((1, 1, 2), int), jnp.array([[False]])
+        ... )
+        >>> combine_batches(eq5.newton(), 256, evidence, 1e-6, 1000)[0].tolist()
+        [[0.25, 0.25, 0.25, 0.25]]
+    """
+
+    def one(arrays: tuple[Array, ...]) -> tuple[Array, Array]:
+        until = jnp.asarray(tolerance), jnp.asarray(max_passes)
+        return eq5.solve(eq5.pose(*arrays), method, *until)
+
+    return jax.lax.map(one, tuple(evidence), batch_size=batch_size)
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "read"))
-def _read(
+def read_logits(
     apply: Callable[..., Array],
     read: Callable[[Array, Array, ArrayLike], Array],
     one: tuple[Params, Array, Array],
     inputs: Array,
 ) -> Array:
-    """One specialist's corrected logits."""
+    """One specialist's corrected logits `[B, S + 1]`, as a program.
+
+    Args:
+        apply: its model's.
+        read: its head's.
+        one: its parameters, class set `[S]` and correction.
+        inputs: `[B, ...]`.
+
+    Examples:
+        >>> from distill_jax.specialists import heads
+        >>> one = {}, jnp.array([1]), jnp.float32(2.0)
+        >>> read_logits(lambda params, x: x, heads.UNIT.read, one, jnp.zeros((1, 2))).tolist()
+        [[0.0, 2.0]]
+    """
     params, class_set, correction = one
     return read(apply(params, inputs), class_set, correction)
 
@@ -341,20 +380,6 @@ def _batches(size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarra
     for start in range(0, size, batch_size):
         part = np.arange(start, min(start + batch_size, size))
         yield part, np.resize(part, batch_size)
-
-
-@functools.partial(jax.jit, static_argnames=("method", "batch_size"))
-def _combine(
-    evidence: Evidence,
-    tolerance: Array,
-    max_passes: Array,
-    method: eq5.Method,
-    batch_size: int,
-) -> tuple[Array, Array]:
-    def one(arrays: tuple[Array, ...]) -> tuple[Array, Array]:
-        return eq5.solve(eq5.pose(*arrays), method, tolerance, max_passes)
-
-    return jax.lax.map(one, tuple(evidence), batch_size=batch_size)
 
 
 def _check_run(

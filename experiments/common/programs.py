@@ -16,7 +16,7 @@ from distill_jax import ahead, nets
 from distill_jax.ahead import Shapes
 from distill_jax.data.augment import Views
 from distill_jax.data.images import Examples
-from distill_jax.models import Model
+from distill_jax.models import Model, parameter_count
 from distill_jax.recipe import PLAIN, Reader
 from distill_jax.soft_targets import ensemble, writer
 from distill_jax.soft_targets.views import logits_of_views
@@ -53,16 +53,17 @@ class Training(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Logits of frozen nets over examples, of which soft targets are made: on one device.
+    """What soft targets are made by, such as logits of frozen nets over examples: on one device.
 
-    name: of what is made. function: jitted, of the static arguments, then arrays: their shapes, of
-    which the first are the parameters.
+    name: of what is made. function: jitted, of the static arguments, then arrays, of which these are
+    the shapes. parameters: how many numbers nets have among them.
     """
 
     name: str
     function: Any
     static: tuple[Any, ...]
     arrays: tuple[Any, ...]
+    parameters: int
 
 
 Programs = Callable[[ConfigDict], Iterator[tuple[str, Training]]]
@@ -95,14 +96,15 @@ def logits_over(
     rows, *rest = inputs.shape
     size = min(ensemble.BATCH_SIZE, rows)
     batches = shape((-(-rows // size), size, *rest), inputs.dtype)
-    return Pass(name, ensemble.map_batches, (apply,), (params, batches))
+    arrays = params, batches
+    return Pass(name, ensemble.map_batches, (apply,), arrays, parameter_count(params))
 
 
 def of_views(name: str, apply: Callable[..., Any], params: Any, inputs: Any, views: Views) -> Pass:
     """The batches of `soft_targets.write_views`."""
     size = min(writer.BATCH_SIZE, inputs.shape[0])
     arrays = params, resized({"inputs": inputs}, size)["inputs"], shape((size,), np.int32)
-    return Pass(name, logits_of_views, (apply, views), arrays)
+    return Pass(name, logits_of_views, (apply, views), arrays, parameter_count(params))
 
 
 def resized(fields: Shapes, size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -86,8 +86,7 @@ def _tasks(
         yield from _of_training(names, one, mesh, evaluated)
     for names, made in passes.items():
         traced = ahead.trace_on_one(made.function, made.static, made.arrays, mesh=mesh)
-        parameters = models.parameter_count(made.arrays[0])
-        yield _Task("soft targets", names, traced, 1, parameters, devices=1)
+        yield _Task("soft targets", names, traced, 1, made.parameters, devices=1)
 
 
 def _compile(task: _Task, mesh: Any, target: Target) -> tuple[dict[str, Any], str]:

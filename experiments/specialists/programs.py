@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 
 from distill_jax import models, step_losses
 from distill_jax.ahead import Shapes
-from distill_jax.specialists import heads
+from distill_jax.specialists import eq5, heads, inference
 from distill_jax.specialists.heads import Head
 from experiments.common import programs as common
 from experiments.common.config import changed
-from experiments.common.programs import Pass, Training, resized, shape, shapes_of
+from experiments.common.programs import Pass, Training, logits, resized, shape, shapes_of
 from experiments.common.training import in_groups
 from experiments.specialists import generalists
 from experiments.specialists.data import BYTE, Data, load_data
@@ -47,7 +47,7 @@ def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
 
 
 def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
-    """A trunk's features of images, if it is frozen, and the generalist's logits."""
+    """A trunk's features of images, if it is frozen; the generalist's logits; q of Eq. 5."""
     data = load_data(config)
     size = len(data.train["id"])
     if config.specialists.frozen_trunk:
@@ -57,8 +57,33 @@ def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
         yield "generalist", common.logits_over("features", trunk.apply, params, images)
     size = min(config.clusters.examples or size, config.specialists.examples or size, size)
     inputs, net = _fed(config, data, size)[0]["inputs"], build_network(config, data.num_classes)
-    logits = common.logits_over("logits", net.apply, common.frozen(net, inputs), inputs)
-    yield "clusters", logits
+    params = common.frozen(net, inputs)
+    yield "clusters", common.logits_over("logits", net.apply, params, inputs)
+    for one in _combined(config, data):
+        yield "soft_targets", one
+
+
+def _combined(config: ConfigDict, data: Data) -> Iterator[Pass]:
+    """A specialist's logits, and Eq. 5 with as many specialists as could be active: all."""
+    sizes, classes = config.clusters, data.num_classes
+    head = heads.head_of(config.specialists.kind)
+    fed, size = _fed(config, data, config.distilled.examples)
+    net = build_network(config, head.outputs(sizes.size, classes))
+    params = common.frozen(net, fed["inputs"])
+    one = params, shape((sizes.size,), np.int32), shape((), np.float32)
+    arrays: tuple[Any, ...] = one, resized(fed, inference.BATCH_SIZE)["inputs"]
+    count = models.parameter_count(params)
+    yield Pass("a specialist", inference.read_logits, (net.apply, head.read), arrays, count)
+    rows, named = min(inference.ROWS, size), sizes.size if head.has_dustbin else classes
+    evidence: tuple[Any, ...] = (
+        logits(rows, classes),
+        logits(rows, sizes.count, named + 1),
+        shape((rows, sizes.count, named), np.int32),
+        shape((rows, sizes.count), np.bool_),
+    )
+    arrays = inference.Evidence(*evidence), shape((), np.float32), shape((), np.int32)
+    how = eq5.newton(), inference.BATCH_SIZE
+    yield Pass("q of Eq. 5", inference.combine_batches, how, arrays, 0)
 
 
 def _specialists(

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from distill_jax import soft_targets, step_losses, train_step
 from distill_jax.ahead import Shapes
+from distill_jax.models import parameter_count
 from distill_jax.soft_targets.writer import BATCH_SIZE
 from experiments.common import programs as common
 from experiments.common.config import changed
@@ -61,8 +62,9 @@ def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
     net = build_model(config.ensemble, data.num_classes, data.byte)
     windows = shape((BATCH_SIZE, frames.WINDOW, frames.FEATURES), np.uint8)
     for name, members in (("ensemble", len(config.ensemble.members)), ("one", 1)):
-        arrays = common.frozen(net, windows, members), windows
-        yield "soft_targets", Pass(name, member_logits, (net,), arrays)
+        params = common.frozen(net, windows, members)
+        count = parameter_count(params)
+        yield "soft_targets", Pass(name, member_logits, (net,), (params, windows), count)
 
 
 def _compression(config: ConfigDict, data: Data, whole: Shapes) -> Iterator[tuple[str, Training]]:

@@ -117,7 +117,7 @@ def test_predictions_are_of_corrected_heads_in_parts_as_at_once(head, monkeypatc
     corrections = random.standard_normal(6).astype(np.float32)
     specialists = linear(weights, sets, head=head)._replace(corrections=corrections)
     found = inference.predict(specialists, generalist, inputs, n=2)
-    monkeypatch.setattr(inference, "_ROWS", 17)
+    monkeypatch.setattr(inference, "ROWS", 17)
     parts = inference.predict(specialists, generalist, inputs, n=2)
     np.testing.assert_allclose(parts, found, atol=1e-6)
     ids, active, _ = inference.active_specialists(jnp.asarray(generalist), sets, 6, n=2)

@@ -39,6 +39,11 @@ def test_the_teachers_pass_over_the_training_set():
         ),
         ("speech", ("soft_targets",), ["soft_targets: ensemble", "soft_targets: one"]),
         ("specialists", ("clusters",), ["clusters: logits"]),
+        (
+            "specialists",
+            ("soft_targets",),
+            ["soft_targets: a specialist", "soft_targets: q of Eq. 5"],
+        ),
     ],
 )
 def test_other_passes(study, stages, names):
@@ -61,7 +66,7 @@ def test_what_can_not_be_compiled(capsys, message, fits, verdict):
     traced = types.SimpleNamespace(lower=lambda: types.SimpleNamespace(compile=fail))
     program = types.SimpleNamespace(trace=lambda params: traced)
     config = importlib.import_module("experiments.mnist.config").get_config("smoke")
-    listed = [("teacher", Pass("logits", program, (), (np.float32(0),)))]
+    listed = [("teacher", Pass("logits", program, (), (np.float32(0),), 1))]
     (record,) = check.check(config, lambda _: iter(()), lambda _: iter(listed), CPUS)
     assert record["fits"] is fits and record["error"] == message
     assert f"soft targets teacher: logits: {verdict}: {message}\n" in capsys.readouterr().out
