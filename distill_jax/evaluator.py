@@ -40,6 +40,7 @@ def compile_errors(
     def of_batch(variables: Any, examples: Batch, rows: Array) -> Array:
         batch = reader.gather_evaluated(examples, rows)
         if shard is not None and len(rows) % devices == 0:
+            # The rest follows them; a field may be of something else than examples.
             batch |= shard({"inputs": inputs_of(batch)})
         return reader.count_errors(model, variables, batch)
 

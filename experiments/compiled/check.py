@@ -121,7 +121,8 @@ def _of_training(
 ) -> Iterator[_Task]:
     """The programs of a training: its epochs, and what counts errors on its largest set.
 
-    That only once for nets and sets that are alike: `evaluated` has those that were. None: never.
+    That only once for nets, sets and batches that are alike: `evaluated` has those that were. None:
+    never.
     """
     recipe = make_recipe(one.net, one.passes, one.transforms)
     fields = [one.fields]
@@ -136,7 +137,7 @@ def _of_training(
     yield _Task("training", names, traced, steps, parameters, devices=mesh.size)
     if one.evaluation and evaluated is not None:
         largest = max(one.evaluation.values(), key=lambda part: part["label"].shape[0])
-        kind = f"{one.model.description} {one.members} {largest}"
+        kind = f"{one.model.description} {one.members} {largest} {recipe.rows_at_once}"
         if kind in evaluated:
             return
         evaluated.add(kind)

@@ -283,3 +283,7 @@ def test_counted_errors_are_numpy_s(batch_size):
         wrong &= examples["label"] >= 0
         assert 0 < wrong.sum() < N
         assert counted[member] == wrong.sum()
+    alone = count(jax.tree.map(lambda leaf: leaf[None], params), {}, on_device(examples))
+    known = np.count_nonzero(examples["label"] >= 0)
+    assert alone.tolist() == [wrong.sum()]
+    assert nets.known_frames(examples) == known
