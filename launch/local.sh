@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment (once) and runs a study on this machine, whatever devices it has.
 #
-#   launch/local.sh mnist                        about 17 minutes on two CPU cores; report in runs/mnist
+#   launch/local.sh mnist                        about 15 minutes on two CPU cores; report in runs/mnist
 #   launch/local.sh mnist smoke                  about a minute
 #   launch/local.sh speech                       under 20 minutes; sections 4 and 6 on recorded speech
 #   launch/local.sh speech full                  some hours; first python -m experiments.speech.prepare --out=runs/debian

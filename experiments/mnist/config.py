@@ -2,7 +2,7 @@
 
     python -m launch.main --config=experiments/mnist/config.py:default --workdir=runs/mnist
 
-`smoke` takes about a minute and shows that everything works; `default` about 17 minutes on two CPU
+`smoke` takes about a minute and shows that everything works; `default` about 15 minutes on two CPU
 cores, one seed; `full`, three seeds and some hours on two cores, is what is published; `paper` is sized
 for one accelerator: 5 seeds, the whole grid. Any field can be set: --config.distilled.temperature=8
 """
