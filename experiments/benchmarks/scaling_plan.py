@@ -105,13 +105,16 @@ def reduced_values(layers: Sequence[int], model: int) -> int:
     return total
 
 
-def step_bytes(layers: Sequence[int], batch: int, data: int, model: int) -> float:
+def step_bytes(
+    layers: Sequence[int], batch: int, data: int, model: int, activation: int = FLOAT32
+) -> float:
     """Bytes that each device sends in a step: gradients over "data", activations over "model".
 
-    Only one of the two sizes is above 1; all in float32, one reduction in a ring.
+    In rings; gradients in float32, activations of `activation` bytes each. If both sizes are above 1,
+    all parameters are taken to be split over "model".
     """
-    gradients = ring_bytes("all-reduce", FLOAT32 * parameter_count(layers), data)
-    activations = FLOAT32 * batch * reduced_values(layers, model)
+    gradients = ring_bytes("all-reduce", FLOAT32 * parameter_count(layers) / model, data)
+    activations = activation * batch / data * reduced_values(layers, model)
     return gradients + ring_bytes("all-reduce", activations, model)
 
 

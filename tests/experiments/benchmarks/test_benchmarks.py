@@ -6,8 +6,9 @@ import jax
 import pytest
 from command import benchmark
 
-from experiments.benchmarks import scaling_plan
+from experiments.benchmarks import scaling_compiled, scaling_plan
 from experiments.benchmarks.mnist_epoch_jax import flops_per_example
+from experiments.compiled import targets
 
 
 def test_mnist_epoch_ends_with_its_result():
@@ -88,6 +89,22 @@ def test_bytes_on_paper():
     assert (
         scaling_plan.step_bytes(scaling_plan.ACOUSTIC, 1024, 1, 8) == 2 * 7 / 8 * 4 * 1024 * 20480
     )
+    # Over two pairs: half of the parameters' gradients, and half of the batch's activations.
+    both = 4 * 84_412_080 / 2 + 2 * 512 * 20480
+    assert scaling_plan.step_bytes(scaling_plan.ACOUSTIC, 1024, 2, 2, activation=2) == both
+
+
+def test_a_compiled_step_sends_about_what_the_plan_says():
+    layers = (64, 128, 128, 64)
+    (machine,) = targets.parse(["cpu:4"])
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        found = scaling_compiled.compile_step(layers, 64, 2, 2, machine)
+    plan = scaling_plan.Plan(1, 2, 2, 0.001, 1.0, 1.0, 1.0)
+    row = scaling_compiled.compare(found, layers, 64, plan)
+    # A CPU's activations travel in float32; biases are not split.
+    assert 1.0 < row["sent_mb"] / row["planned_mb"] < 1.5
+    assert row["memory_mb"] > 3 * 4 * scaling_plan.parameter_count(layers) / 2 / 1e6
+    assert scaling_compiled.target_name(scaling_plan.CLUSTERS[0], 16) == "v5e:4x4"
 
 
 def test_a_plan_loses_what_chips_idle_and_communication_takes():
