@@ -253,7 +253,7 @@ def _full(config: ConfigDict) -> ConfigDict:
     config.clusters.update(method="greedy", both_methods=True)
     config.mixture.update(epochs=1, scratch_epochs=4)
     config.soft.update(epochs=40, report_every=2, examples=50_000)
-    config.distilled.update(epochs=12, scratch_epochs=12)
+    config.distilled.epochs = 12
     return config
 
 
