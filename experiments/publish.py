@@ -2,10 +2,11 @@
 
     python -m experiments.publish runs/mnist-full --device="2 cores of an AMD EPYC"
 
-Writes reference.json, history.json and published/ into the study's folder, for
-`python -m experiments.check_published`.
+Writes reference.json, history.json, published/ and the figures of its README into the study's folder,
+for `python -m experiments.check_published`.
 """
 
+import importlib
 from pathlib import Path
 
 from absl import flags
@@ -26,6 +27,8 @@ def main(workdir: str) -> None:
     module = extras.import_study(config["study"])
     study = Path(str(module.__file__)).parent
     published.publish(path, study, module.STUDY.published, _DEVICE.value)
+    figures = importlib.import_module(f"{module.__package__}.figures")
+    published.draw(study, figures.published_figures)
     size = sum(file.stat().st_size for file in study.glob("published/*/*"))
     print(f"{study}: reference.json, history.json and {size / 1e6:.1f} MB of nets")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 Row = Mapping[str, Any]
 
@@ -112,6 +112,30 @@ def make_panels(
     for axes in grid[count:]:
         axes.remove()
     return figure, list(grid[:count])
+
+
+def draw_curves(curves: Mapping[str, Any], names: Sequence[str]) -> Figure | None:
+    """Test errors by epoch, a panel for each net: the seeds' mean in a band from lowest to highest.
+
+    Args:
+        curves: by net `{"epoch": [E], "test_errors": [E][seeds]}`.
+        names: of the nets to draw, where they are there.
+    """
+    names = [name for name in names if name in curves]
+    if not names:
+        return None
+    figure, panels = make_panels(len(names), height=2.0, sharey=True)
+    for index, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        epochs, errors = curves[name]["epoch"], np.array(curves[name]["test_errors"], float)
+        mean, low, high = errors.mean(axis=1), errors.min(axis=1), errors.max(axis=1)
+        axes.fill_between(epochs, low, high, color=OURS, alpha=0.3, linewidth=0)
+        marker = "o" if len(epochs) == 1 else ""
+        axes.plot(epochs, mean, color=OURS, linewidth=1.5, marker=marker, markersize=3.5)
+        title = f"{name.replace('_', ' ').replace('/', ' ')}, ends at {mean[-1]:.0f}"
+        tidy(axes, title, "epoch", "" if index % 3 else "test errors")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        log_axis(axes, "y")
+    return figure
 
 
 def tidy(axes: Axes, title: str, xlabel: str, ylabel: str, grid: str = "y") -> None:

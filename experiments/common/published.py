@@ -4,6 +4,7 @@ A study's folder then holds
 
     reference.json          the rows, with the name of the machine
     history.json            the errors of its nets by epoch
+    *.png                   the figures of its README
     published/NAME/         one trained net of each kind that is small enough
 """
 
@@ -40,6 +41,10 @@ class Published(NamedTuple):
     measure: Callable[[Net], float]
     within: float = 0.0
     beside: Sequence[str] = ()
+
+
+Figures = Callable[[Sequence[Row], Mapping[str, Any]], Mapping[str, Any]]
+"""`(rows, history) -> {name: Figure, or None where rows are missing}`."""
 
 
 class Checked(NamedTuple):
@@ -79,16 +84,30 @@ def publish(workdir: Path, study: Path, published: Mapping[str, Published], devi
 def history(workdir: Path) -> dict[str, Any]:
     """The epochs and the errors of each training and member: up to `_RECORDS` of its reports."""
     found = {}
-    for path in sorted(workdir.glob("stages/*/*/net.json")):
-        columns = curve(nets.read_meta(path.parent)["history"])
+    folders = sorted(path.parent for path in workdir.glob("stages/*/*/net.json"))
+    names = [folder.name for folder in folders]
+    for folder in folders:
+        columns = curve(nets.read_meta(folder)["history"])
         size = len(columns["epoch"])
         kept = sorted({round(x) for x in np.linspace(0, size - 1, min(size, _RECORDS))})
-        found[path.parent.name] = {
+        # Trainings of two stages may have the same name.
+        alone = names.count(folder.name) == 1
+        found[folder.name if alone else f"{folder.parent.name}/{folder.name}"] = {
             name: [column[i] for i in kept]
             for name, column in columns.items()
             if name == "epoch" or "errors" in name
         }
     return found
+
+
+def draw(study: Path, figures: Figures) -> None:
+    """Draws the figures of the study's README from its published rows and history."""
+    drawn = figures(load_rows(study / "reference.json"), files.read_json(study / "history.json"))
+    for name, figure in drawn.items():
+        if figure is None:
+            raise UserError(f"{study / 'reference.json'} has no rows for the figure {name}")
+        path = study / f"{name}.png"
+        figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
 
 
 def check(study: Path, published: Mapping[str, Published]) -> list[Checked]:

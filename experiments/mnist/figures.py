@@ -8,15 +8,13 @@ backgrounds are left empty, so that a report can show them on a light and on a d
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
-from distill_jax.files import read_json
 from experiments.common.plots import (
     OTHER,
     OURS,
@@ -25,6 +23,7 @@ from experiments.common.plots import (
     WIDTH,
     Row,
     draw_bars,
+    draw_curves,
     draw_line,
     log_axis,
     make_panels,
@@ -32,7 +31,6 @@ from experiments.common.plots import (
     spreads,
     tidy,
 )
-from experiments.common.report import load_rows
 
 # Section 3: temperatures in this range worked best for 30 units, and all above this one gave fairly
 # similar results for 300 units or more.
@@ -75,7 +73,7 @@ def all_figures(
         "temperature": temperature(rows),
         "bias_shift": bias_shift(rows),
         "fractions": fractions(rows),
-        "curves": curves(curve_data),
+        "curves": draw_curves(curve_data, _CURVES),
         "digits": digits(digit_data),
     }
     return [(name, _CAPTIONS[name], figure) for name, figure in drawn.items() if figure is not None]
@@ -197,29 +195,6 @@ def fractions(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def curves(curves: Mapping[str, Any]) -> Figure | None:
-    """Test errors by epoch, a panel for each net: the seeds' mean in a band from lowest to highest.
-
-    Args:
-        curves: by net `{"epoch": [E], "test_errors": [E][seeds]}`; drawn are those of `_CURVES`.
-    """
-    names = [name for name in _CURVES if name in curves]
-    if not names:
-        return None
-    figure, panels = make_panels(len(names), height=2.0, sharey=True)
-    for index, (axes, name) in enumerate(zip(panels, names, strict=True)):
-        epochs, errors = curves[name]["epoch"], np.array(curves[name]["test_errors"], float)
-        mean, low, high = errors.mean(axis=1), errors.min(axis=1), errors.max(axis=1)
-        axes.fill_between(epochs, low, high, color=OURS, alpha=0.3, linewidth=0)
-        marker = "o" if len(epochs) == 1 else ""
-        axes.plot(epochs, mean, color=OURS, linewidth=1.5, marker=marker, markersize=3.5)
-        title = f"{name.replace('_', ' ')}, ends at {mean[-1]:.0f}"
-        tidy(axes, title, "epoch", "" if index % 3 else "test errors")
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        log_axis(axes, "y")
-    return figure
-
-
 def digits(digits: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Digits, each above its soft targets as bars, a row of panels for each temperature.
 
@@ -275,16 +250,11 @@ def _bias_label(row: Row, shift: Row | None) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":  # draws the figures of the READMEs from the published run
-    here = Path(__file__).parent
-    published = load_rows(here / "reference.json")
-    figures = {
-        "errors": errors(published),
-        "fractions": fractions(published),
-        "temperature": temperature(published),
-        "curves": curves(read_json(here / "history.json")),
+def published_figures(rows: Sequence[Row], history: Mapping[str, Any]) -> dict[str, Figure | None]:
+    """Those of the READMEs, from the published run."""
+    return {
+        "errors": errors(rows),
+        "fractions": fractions(rows),
+        "temperature": temperature(rows),
+        "curves": draw_curves(history, _CURVES),
     }
-    for name, drawn in figures.items():
-        assert drawn is not None
-        path = here / f"{name}.png"
-        drawn.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})

@@ -21,6 +21,7 @@ from experiments.common.plots import (
     SMALL,
     Row,
     draw_bars,
+    draw_curves,
     draw_line,
     make_panels,
     note,
@@ -31,6 +32,9 @@ from experiments.common.plots import (
 )
 from experiments.common.report import NamedFigure
 from experiments.specialists import pictures
+
+_CURVES = ("generalist", "longer", "distilled/from_generalist", "labels")
+"""The nets whose curves the README has."""
 
 _CAPTIONS = {
     "table3": "Accuracy of the generalist, of the generalist with its specialists and of controls that "
@@ -88,6 +92,11 @@ def all_figures(
         "distilled": distilled(rows),
     }
     return [(name, _CAPTIONS[name], figure) for name, figure in drawn.items() if figure is not None]
+
+
+def published_figures(rows: Sequence[Row], history: Mapping[str, Any]) -> dict[str, Figure | None]:
+    """Those of the README, from the published run."""
+    return {"comparison": comparison(rows), "curves": draw_curves(history, _CURVES)}
 
 
 def table3(rows: Sequence[Row]) -> Figure | None:

@@ -22,6 +22,7 @@ from experiments.common.plots import (
     TEXT,
     Row,
     draw_bars,
+    draw_curves,
     draw_levels,
     draw_line,
     log_axis,
@@ -44,6 +45,9 @@ _UTTERANCE_WIDTH = 9.2
 _ENERGY = LinearSegmentedColormap.from_list(
     "energy", ["#141c33", "#1d3f72", "#3f86c9", "#a9d0ee", "#eef7fd"]
 )
+
+_CURVES = ("member_0", "distilled", "control")
+"""The nets whose curves the README has."""
 
 _CAPTIONS = {
     "temperature": "Frame accuracy of nets distilled from the ensemble at each temperature. The "
@@ -94,6 +98,11 @@ def all_figures(
         "confusions": confused_phones(confusions or []),
     }
     return [(name, _CAPTIONS[name], figure) for name, figure in drawn.items() if figure is not None]
+
+
+def published_figures(rows: Sequence[Row], history: Mapping[str, Any]) -> dict[str, Figure | None]:
+    """Those of the README, from the published run."""
+    return {"temperature": temperature(rows), "curves": draw_curves(history, _CURVES)}
 
 
 def temperature(rows: Sequence[Row]) -> Figure | None:

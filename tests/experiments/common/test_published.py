@@ -1,19 +1,24 @@
 """A finished run is copied into a study's folder, and its nets are measured again."""
 
+import importlib
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import experiments
 from distill_jax import models, nets
 from distill_jax.errors import UserError
 from experiments import publish
-from experiments.common.published import Published, check
+from experiments.common.published import Published, check, draw, history
 from experiments.common.published import publish as copy
 from experiments.common.study import make_row
 
+EXPERIMENTS = Path(experiments.__file__).parent
 ROW = ("table", "small", "sum")
 CONFIG = ConfigDict({"selection": "last", "preset": "full", "data": {"source": "embedded"}})
 
@@ -56,6 +61,25 @@ def test_what_was_copied_is_measured_to_be_what_was_published(workdir, tmp_path)
     assert found.measured == found.published == row["values"][0]
     assert nets.load(study / "published/small").members == 1
     assert (study / "published/small/classes.json").read_text() == "[0, 1, 1]"
+
+
+def test_trainings_of_two_stages_may_have_the_same_name(workdir):
+    other = workdir / "stages/again/small"
+    shutil.copytree(workdir / "stages/train/small", other)
+    assert list(history(workdir)) == ["again/small", "train/small"]
+
+
+@pytest.mark.parametrize("study", [path.parent for path in EXPERIMENTS.glob("*/history.json")])
+def test_figures_are_drawn_of_what_was_published(study, tmp_path):
+    figures = importlib.import_module(f"experiments.{study.name}.figures").published_figures
+    for name in ("reference.json", "history.json"):
+        shutil.copy(study / name, tmp_path)
+    draw(tmp_path, figures)
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert "curves.png" in names and names == {path.name for path in study.glob("*.png")}
+    (tmp_path / "reference.json").write_text("[]")
+    with pytest.raises(UserError, match="has no rows for the figure"):
+        draw(tmp_path, figures)
 
 
 def test_a_net_that_is_not_the_published_one_is_found(workdir, tmp_path):

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from distill_jax.errors import UserError
 from experiments.common import report
+from experiments.common.plots import draw_curves
 from experiments.mnist import figures
 
 DASH, DAGGER, PLUS_MINUS = "\u2013", "\u2020", "\u00b1"
@@ -381,7 +382,7 @@ def test_fractions_has_a_line_for_hard_and_for_soft_targets():
 
 
 def test_curves_show_the_listed_nets_means_in_a_band_of_the_seeds():
-    one, several = figures.curves(make_curves()).axes
+    one, several = draw_curves(make_curves(), ("teacher", "absent", "shifts_soft")).axes
     assert one.get_title(loc="left") == "teacher, ends at 300"
     assert several.get_title(loc="left") == "shifts soft, ends at 155"
     assert several.lines[0].get_ydata().tolist() == [460.0, 155.0]
