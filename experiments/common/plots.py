@@ -125,8 +125,10 @@ def draw_curves(curves: Mapping[str, Any], names: Sequence[str]) -> Figure | Non
     if not names:
         return None
     figure, panels = make_panels(len(names), height=2.0, sharey=True)
+    every = [np.array(curves[name]["test_errors"], float) for name in names]
+    steep = max(each.max() for each in every) > 3 * min(each.min() for each in every)
     for index, (axes, name) in enumerate(zip(panels, names, strict=True)):
-        epochs, errors = curves[name]["epoch"], np.array(curves[name]["test_errors"], float)
+        epochs, errors = curves[name]["epoch"], every[index]
         mean, low, high = errors.mean(axis=1), errors.min(axis=1), errors.max(axis=1)
         axes.fill_between(epochs, low, high, color=OURS, alpha=0.3, linewidth=0)
         marker = "o" if len(epochs) == 1 else ""
@@ -134,7 +136,8 @@ def draw_curves(curves: Mapping[str, Any], names: Sequence[str]) -> Figure | Non
         title = f"{name.replace('_', ' ').replace('/', ' ')}, ends at {mean[-1]:.0f}"
         tidy(axes, title, "epoch", "" if index % 3 else "test errors")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        log_axis(axes, "y")
+        if steep:
+            log_axis(axes, "y")
     return figure
 
 

@@ -3,7 +3,7 @@
     python -m launch.main --config=experiments/specialists/config.py:default --workdir=runs/specialists
 
 `smoke` takes a minute and shows that everything works; `default` under 20 minutes on two CPU cores, on
-the glyphs that are in the project; `full`, about two and a half hours there, has five seeds and all
+the glyphs that are in the project; `full`, about two hours there, has five seeds and all
 comparisons; `paper` has the paper's 61 specialists of 300 classes, for an accelerator and a set of
 2,965 characters (python -m experiments.specialists.prepare --characters=2965): --config.data.source=DIR.
 Any field can be set: --config.data.difficulty=1.5
