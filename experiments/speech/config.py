@@ -209,7 +209,7 @@ def _full(config: ConfigDict) -> ConfigDict:
     net = {"hidden": (384, 384, 384), "batch_size": 512}
     config.data.update(source="runs/debian", min_frames=600)
     config.ensemble.update(net, report_every=1)
-    config.distilled.update(net, report_every=2)
+    config.distilled.update(net, epochs=6, report_every=2)
     config.temperature.update(seeds=3, epochs=2)
     config.fractions.update(hidden=net["hidden"], epochs=24, report_every=6)
     config.compression.update(hidden=net["hidden"], percent=1.2)
