@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from distill_jax import files, nets
@@ -24,6 +25,7 @@ from experiments.common.report import Row, load_rows
 from experiments.common.training import curve
 
 _RECORDS = 50
+_INPUTS = 16  # kept with a net, to compare exported forms on
 
 PRESET = "full"
 """The preset whose results are published."""
@@ -71,7 +73,7 @@ def publish(workdir: Path, study: Path, published: Mapping[str, Published], devi
     for name, one in published.items():
         folder = workdir / "stages" / one.training
         net = nets.load(folder)
-        inputs = nets.load_inputs(folder)
+        inputs = jax.tree.map(lambda field: field[:_INPUTS], nets.load_inputs(folder))
         first = net if net.members is None else net.member(0)
         first = first._replace(history=first.history[-1:])
         kept = study / "published" / name
