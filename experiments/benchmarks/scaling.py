@@ -23,7 +23,6 @@ only its part of the weights. The last line is the result as JSON.
 import functools
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -48,6 +47,7 @@ from experiments.benchmarks.command import Ask
 from experiments.common.config import changed, net_section
 from experiments.common.training import build_model, make_recipe
 from experiments.compiled.collectives import collectives
+from experiments.compiled.program import sent_bytes
 from experiments.mnist.config import get_config
 
 _NETS = flags.DEFINE_list("nets", ["mnist", "acoustic"], "What to train; none: only the plan.")
@@ -298,10 +298,7 @@ def _program(case: Case) -> tuple[Callable[[], None], float]:
         jax.block_until_ready((state, metrics))
 
     run()
-    sent = 0.0
-    for kind, size, axes in collectives(compiled.as_text(), mesh):
-        sent += scaling_plan.ring_bytes(kind, size, math.prod(mesh.shape[axis] for axis in axes))
-    return run, sent
+    return run, sent_bytes(collectives(compiled.as_text(), mesh), mesh)
 
 
 def _draw(net: Net, size: int) -> dict[str, np.ndarray]:

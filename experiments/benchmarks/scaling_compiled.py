@@ -10,24 +10,28 @@ Needs the extras aot_tpu and aot_gpu. The last line is the result as JSON.
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from distill_jax import step_losses
 from distill_jax.command import run
 from experiments.benchmarks import scaling_plan
 from experiments.benchmarks.scaling_plan import ACOUSTIC, BFLOAT16, CLUSTERS, JOBS, Cluster, Plan
 from experiments.common.config import net_section
+from experiments.common.programs import Training
+from experiments.common.training import build_model
 from experiments.compiled import targets
+from experiments.compiled.check import check
+from experiments.compiled.program import Figures
 
 _SLICES = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}  # of a v5e
 
 
 def main() -> None:
-    """Compiles each plan, and prints the table and the JSON line."""
+    """Compiles each plan, and prints its figures and the JSON line."""
     planned = [
         (cluster, job, scaling_plan.plans(job, cluster)[0])
         for cluster in CLUSTERS
@@ -53,15 +57,8 @@ def target_name(cluster: Cluster, chips: int) -> str:
 
 def compile_step(
     layers: Sequence[int], batch: int, data: int, model: int, machine: targets.Target
-) -> dict[str, Any]:
-    """The record of `compiled.check` of a plain net's step, in bfloat16 by Adam."""
-    import jax
-
-    from distill_jax import step_losses
-    from experiments.common.programs import Training
-    from experiments.common.training import build_model
-    from experiments.compiled.check import check
-
+) -> Figures:
+    """What a plain net's step takes, in bfloat16 by Adam."""
     sizes = dict(hidden=tuple(layers[1:-1]), batch_size=batch, epochs=1, report_every=1)
     net = ConfigDict(net_section(**sizes, dtype="bfloat16"))
     examples = 2 * batch
@@ -77,26 +74,18 @@ def compile_step(
 
     config = ConfigDict({"mesh": {"member": 1, "data": data, "model": model}})
     (record,) = check(config, listed, lambda _: iter(()), [machine])
-    return record
+    return Figures(**{name: record[name] for name in Figures._fields})
 
 
-def compare(
-    found: dict[str, Any], layers: Sequence[int], batch: int, plan: Plan
-) -> dict[str, float]:
+def compare(found: Figures, layers: Sequence[int], batch: int, plan: Plan) -> dict[str, float]:
     """A row: what was compiled, and the plan's figures."""
-    sizes = {"member": 1, "data": plan.data, "model": plan.model}
-    sent = sum(
-        scaling_plan.ring_bytes(kind, size, math.prod(sizes[axis] for axis in axes.split(" x ")))
-        for kind, axes, _, size in found["sent"]
-    )
-    least = max(found[name] or 0 for name in ("compute", "memory", "links"))
     return {
         "data": plan.data,
         "model": plan.model,
-        "memory_mb": (found["arguments"] + found["temporary"] + found["output"]) / 1e6,
-        "sent_mb": sent / 1e6,
+        "memory_mb": found.total / 1e6,
+        "sent_mb": found.sent_bytes / 1e6,
         "planned_mb": scaling_plan.step_bytes(layers, batch, plan.data, plan.model, BFLOAT16) / 1e6,
-        "least_ms": 1e3 * least,
+        "least_ms": 1e3 * max(found.bounds.values(), default=0.0),
         "planned_ms": 1e3 * plan.step,
     }
 

@@ -8,7 +8,6 @@ A study's folder then holds
     published/NAME/         one trained net of each kind that is small enough
 """
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -90,9 +89,7 @@ def history(workdir: Path) -> dict[str, Any]:
     folders = sorted(path.parent for path in workdir.glob("stages/*/*/net.json"))
     names = [folder.name for folder in folders]
     for folder in folders:
-        columns = _columns(folder)
-        if "epoch" not in columns:
-            continue
+        columns = curve(nets.read_meta(folder)["history"])
         size = len(columns["epoch"])
         kept = sorted({round(x) for x in np.linspace(0, size - 1, min(size, _RECORDS))})
         # Trainings of two stages may have the same name.
@@ -103,26 +100,6 @@ def history(workdir: Path) -> dict[str, Any]:
             if name == "epoch" or "errors" in name
         }
     return found
-
-
-def _columns(folder: Path) -> dict[str, list[Any]]:
-    """A training's history; of seeds that were trained in groups, all groups' side by side."""
-    groups = sorted(
-        folder.glob("seeds_*/net.json"), key=lambda path: int(path.parts[-2].split("_")[1])
-    )
-    each = [curve(nets.read_meta(path.parent)["history"]) for path in groups]
-    if not each:
-        return curve(nets.read_meta(folder)["history"])
-    return {
-        name: first if name == "epoch" else _side_by_side([one[name] for one in each])
-        for name, first in each[0].items()
-        if name == "epoch" or "errors" in name
-    }
-
-
-def _side_by_side(groups: Sequence[Sequence[Sequence[Any]]]) -> list[list[Any]]:
-    """All groups' values of each epoch: of some seeds `[E][seeds]`, of all."""
-    return [list(itertools.chain(*of_epoch)) for of_epoch in zip(*groups, strict=True)]
 
 
 def draw(study: Path, figures: Figures) -> None:

@@ -190,11 +190,10 @@ def _line(names: str, found: Figures, target: Target) -> str:
             for kind, axes, count, size in found.sent
         ),
     ]
-    bounds = {"compute": found.compute, "memory": found.memory, "links": found.links}
-    known = {name: 1e3 * seconds for name, seconds in bounds.items() if seconds}
-    if known:
-        largest = max(known, key=lambda name: known[name])
-        parts.append(f"at least {known[largest]:.3f} ms ({largest})")
+    bounds = found.bounds
+    if bounds:
+        largest = max(bounds, key=lambda name: bounds[name])
+        parts.append(f"at least {1e3 * bounds[largest]:.3f} ms ({largest})")
     first, *others = names.split(", ")
     alike = f" (and {len(others)} alike)" if others else ""
     return f"{first}{alike}: {'; '.join(parts)}: {verdict}"

@@ -15,7 +15,8 @@ class Figures(NamedTuple):
     """A compiled program's figures; of one device, and those of time and operations of one step.
 
     parameters: of all members. arguments, temporary, output: bytes. flops: of matrix products and
-    convolutions. moved: bytes read and written, where the compiler says. sent: by kind, axis and number.
+    convolutions. moved: bytes read and written, where the compiler says. sent: by kind, axis and number;
+    sent_bytes: in all, in rings.
     compute, memory, links: seconds, none shorter by the chip's figures; None where these aren't known.
     """
 
@@ -26,6 +27,7 @@ class Figures(NamedTuple):
     flops: float
     moved: float | None
     sent: list[tuple[str, str, int, int]]
+    sent_bytes: float
     compute: float | None
     memory: float | None
     links: float | None
@@ -34,6 +36,12 @@ class Figures(NamedTuple):
     def total(self) -> int:
         """Bytes of memory."""
         return self.arguments + self.temporary + self.output
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds, none shorter, by what takes them; without those that aren't known, or 0."""
+        every = {"compute": self.compute, "memory": self.memory, "links": self.links}
+        return {name: seconds for name, seconds in every.items() if seconds}
 
 
 def measure(
@@ -53,7 +61,7 @@ def measure(
     flops = count_flops(traced.jaxpr.jaxpr) / steps / devices
     moved = cost.get("bytes accessed")  # XLA counts a loop's body once: a step
     found = collectives(compiled.as_text(), mesh)
-    sent = sum(ring_bytes(c.kind, c.bytes, math.prod(mesh.shape[a] for a in c.axes)) for c in found)
+    sent = sent_bytes(found, mesh)
     known = not math.isnan(chip.flops)
     return Figures(
         parameters,
@@ -64,10 +72,16 @@ def measure(
         flops,
         moved,
         _by_kind(found),
+        sent,
         flops / chip.flops if known else None,
         moved / chip.bandwidth if known and moved else None,
         sent / chip.links if known else None,
     )
+
+
+def sent_bytes(found: list[Collective], mesh: Any) -> float:
+    """Bytes that a device sends for some collectives, in rings."""
+    return sum(ring_bytes(c.kind, c.bytes, math.prod(mesh.shape[a] for a in c.axes)) for c in found)
 
 
 def _by_kind(found: list[Collective]) -> list[tuple[str, str, int, int]]:

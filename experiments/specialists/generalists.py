@@ -78,7 +78,7 @@ def train(
     """Trains whole nets, one per seed, in the stage's folder `name`; counts errors on all sets.
 
     In groups of `net.at_once` seeds as one program; each group is resumed by itself. The folder then
-    holds the nets of all seeds, for `nets.load`; their history is the last record.
+    holds the nets of all seeds, for `nets.load`.
     """
     data, config = load_data(context.config), context.config
     evaluation = {f"{split}_errors": part for split, part in data.evaluation().items()}
@@ -103,13 +103,23 @@ def train(
                 start=jax.tree.map(lambda leaf, group=group: leaf[group], start),
             )
         )
-    trained = nets.stack(parts)
+    records = zip(*(part.history for part in parts), strict=True)
+    trained = nets.stack(parts)._replace(history=[_of_all_seeds(each) for each in records])
     about = {**trained.about, "config": {**trained.about["config"], "seeds": list(config.seeds)}}
     inputs = nets.load_inputs(folders[0])
     nets.save(
         context.directory / name, trained._replace(about=about), inputs=inputs, overwrite=True
     )
     return trained
+
+
+def _of_all_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The groups' records of one report as one: all seeds' values, and what else is the same."""
+    return {
+        name: [x for one in records for x in one[name]] if isinstance(value, list) else value
+        for name, value in records[0].items()
+        if isinstance(value, list) or all(one[name] == value for one in records)
+    }
 
 
 def seed_groups(config: ConfigDict, net: ConfigDict) -> list[tuple[str, tuple[int, ...]]]:

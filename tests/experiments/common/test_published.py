@@ -63,16 +63,6 @@ def test_what_was_copied_is_measured_to_be_what_was_published(workdir, tmp_path)
     assert (study / "published/small/classes.json").read_text() == "[0, 1, 1]"
 
 
-def test_groups_of_seeds_stand_side_by_side(workdir):
-    folder = workdir / "stages/train/small"
-    for seed in (2, 10):
-        shutil.copytree(folder, folder / f"seeds_{seed}_to_{seed}")
-    whole = nets.read_meta(folder)["history"]
-    found = history(workdir)["small"]
-    assert found["epoch"] == [1, 2]
-    assert found["test_errors"] == [2 * record["test_errors"] for record in whole]
-
-
 def test_trainings_of_two_stages_may_have_the_same_name(workdir):
     other = workdir / "stages/again/small"
     shutil.copytree(workdir / "stages/train/small", other)

@@ -18,7 +18,7 @@ from tfds_sets import prepare_tiny
 
 from distill_jax import nets
 from distill_jax.specialists import store
-from experiments.common import report
+from experiments.common import published, report
 from experiments.specialists import glyphs
 from experiments.specialists.config import get_config
 from experiments.specialists.programs import programs
@@ -58,6 +58,17 @@ def workdir(tmp_path_factory):
 
 def test_the_listed_programs_are_those_that_are_run(workdir):
     training_notes.check(workdir, programs, CONFIG)
+
+
+def test_curves_are_of_all_seeds_that_were_trained_in_turn(workdir):
+    whole = published.history(workdir)["generalist"]
+    assert whole["epoch"] == [2, 4, 6]
+    folders = sorted((workdir / "stages/generalist/generalist").glob("seeds_*"))
+    each = [nets.read_meta(folder)["history"] for folder in folders]
+    assert whole["test_errors"] == [
+        [x for record in records for x in record["test_errors"]]
+        for records in zip(*each, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
