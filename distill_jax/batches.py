@@ -63,6 +63,23 @@ def count_rows(inputs: Any, name: str = "inputs") -> int:
     return shapes.check(**arrays)["N"]
 
 
+def rows_of(field: Any, rows: Array) -> Any:
+    """The rows `[B]` of a field `[N, ...]`: `[B, ...]`.
+
+    As rows of a matrix: of an image's last axes a TPU makes a tile of 128 lanes, so that images of
+    32x32 bytes would be copied to four times their size before any is taken.
+
+    Examples:
+        >>> import numpy as np
+        >>> from distill_jax import batches
+        >>> batches.rows_of(np.arange(12).reshape(3, 2, 2), np.array([2, 0])).tolist()
+        [[[8, 9], [10, 11]], [[0, 1], [2, 3]]]
+    """
+    if field.ndim < 3:
+        return field[rows]
+    return field.reshape(len(field), -1)[rows].reshape(*rows.shape, *field.shape[1:])
+
+
 def weights(batch: Any) -> Array | None:
     """The batch's "weight" float32 `[B]` or `[B, T]`; None if all weigh the same.
 

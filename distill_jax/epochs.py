@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from distill_jax import ranges
-from distill_jax.batches import check_rows, count_rows
+from distill_jax.batches import check_rows, count_rows, rows_of
 from distill_jax.errors import UserError
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
@@ -43,7 +43,9 @@ def take_rows(examples: Batch, rows: Array) -> Batch:
         UserError: for a field of another length.
     """
     check_rows(examples, count_examples(examples), "a set of")
-    return {name: jax.tree.map(lambda x: x[rows], field) for name, field in examples.items()}
+    return {
+        name: jax.tree.map(lambda x: rows_of(x, rows), field) for name, field in examples.items()
+    }
 
 
 def count_examples(examples: Mapping[str, Any]) -> int:

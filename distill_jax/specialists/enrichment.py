@@ -25,7 +25,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from distill_jax import ranges, shapes, trainer
-from distill_jax.batches import check_rows
+from distill_jax.batches import check_rows, rows_of
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.specialists.clustering import pad_sets
@@ -219,7 +219,7 @@ def dustbin_correction(num_special: ArrayLike, num_other: ArrayLike) -> Array:
 
 
 def _take_rows(examples: Mapping[str, Array], rows: Array) -> dict[str, Array]:
-    return {name: examples[name][rows] for name in ("inputs", "label")}
+    return {name: rows_of(examples[name], rows) for name in ("inputs", "label")}
 
 
 READER = trainer.PLAIN._replace(

@@ -14,6 +14,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from distill_jax import models, nets, sharding, train_step, trainer
+from distill_jax.batches import rows_of
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net
 from distill_jax.specialists import enrichment, heads, inference, store
@@ -205,7 +206,10 @@ def count_errors(model: models.Model, params: models.Params, examples: train_ste
 
 def take_counted(examples: train_step.Batch, rows: Array) -> train_step.Batch:
     """A batch for `count_errors`; "allowed" is of the outputs, all else of the examples."""
-    return {name: field if name == "allowed" else field[rows] for name, field in examples.items()}
+    return {
+        name: field if name == "allowed" else rows_of(field, rows)
+        for name, field in examples.items()
+    }
 
 
 READER = enrichment.READER._replace(count_errors=count_errors, gather_evaluated=take_counted)

@@ -2,11 +2,14 @@
 
 import importlib
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from compiled_nets import CLASSES, WEIGHTS, compiled
 
-from distill_jax import step_losses
+from distill_jax import ahead, models, sharding, step_losses
+from distill_jax.recipe import Recipe
 from experiments.compiled import targets
 from experiments.compiled.check import check
 from experiments.compiled.collectives import collectives
@@ -32,6 +35,20 @@ def test_a_step_of_each_study_sends_its_gradients_and_nothing_else(study, stage)
     numbers = size - 4 * training["parameters"]
     assert 0 <= numbers < 10_000  # losses, errors and counts, of each step
     assert training["flops"] > 0 and training["moved"] > 0
+
+
+def test_images_are_not_copied_to_larger_tiles():
+    count, side = 40_000, 32
+    fields = {
+        "inputs": jax.ShapeDtypeStruct((count, side, side), np.uint8),
+        "label": jax.ShapeDtypeStruct((count,), np.int32),
+    }
+    model, recipe = models.conv_trunk((8,), (2,)), Recipe(epochs=1, batch_size=512)
+    net = models.chain(model, models.mlp((16,), 8))
+    mesh = sharding.make_mesh(devices=targets.devices(TARGET))
+    traced = ahead.trace_training(net, fields, step_losses.label_loss, recipe, members=2, mesh=mesh)
+    memory = traced.lower().compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.5 * count * side**2  # 4 times that with 128 lanes for 32
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
