@@ -37,6 +37,7 @@ _NETS = (
     "fractions",
     "unlabelled",
     "shifts",
+    "moved_omissions",
     "distorted",
 )
 _SMALL = 0.3
@@ -133,6 +134,13 @@ def get_config(preset: str = "default") -> ConfigDict:
         "hard_weight": 0.0,
         "epochs": 6,
     }
+    config.moved_omissions = {  # the same for the transfer sets without some digits
+        **student,
+        "temperature": 20.0,
+        "hard_weight": 0.0,
+        "epochs": 6,
+        "only_7_8_epochs": 20,
+    }
     config.distorted = {  # nets on labels of distorted images; students of their ensemble
         **student,
         "members": (0, 1),  # seeds
@@ -152,6 +160,7 @@ ALLOWED = {
     "sweep.times": several(count()),
     "sweep.temperatures": WEIGHTS,
     "omissions.only_7_8_epochs": count(),
+    "moved_omissions.only_7_8_epochs": count(),
     "fractions.percentages": several(between(1e-3, 100), distinct=True),
     "unlabelled.teacher_epochs": count(),
     "unlabelled.labels_known": between(1e-3, 1),
@@ -170,6 +179,7 @@ def conflicts(config: ConfigDict) -> Iterator[str]:
         [
             *((f"{net}.epochs", f"{net}.report_every") for net in _NETS),
             ("omissions.only_7_8_epochs", "omissions.report_every"),
+            ("moved_omissions.only_7_8_epochs", "moved_omissions.report_every"),
             ("distorted.student_epochs", "distorted.report_every"),
             ("unlabelled.teacher_epochs", "teacher.report_every"),
         ],
@@ -239,6 +249,7 @@ def _smoke(config: ConfigDict) -> ConfigDict:
     config.fractions.update(small, epochs=8, percentages=(100.0, 3.0))
     config.unlabelled.update(small, epochs=12, teacher_epochs=12)
     config.shifts.update(small, pixels=1, epochs=12)
+    config.moved_omissions.update(small, epochs=12, only_7_8_epochs=24)
     config.distorted.update(small, epochs=8, views=4, student_epochs=8)
     return config
 
@@ -257,6 +268,7 @@ def _full(config: ConfigDict) -> ConfigDict:
     config.fractions.update(epochs=8)
     config.unlabelled.update(init_scale=_SMALL, epochs=40, teacher_epochs=80)
     config.shifts.update(epochs=100)
+    config.moved_omissions.update(epochs=100, only_7_8_epochs=200)
     config.distorted.update(members=(0, 1, 2), epochs=150, views=32, student_epochs=60)
     return config
 
@@ -289,6 +301,7 @@ def _paper(config: ConfigDict) -> ConfigDict:
     config.fractions.update(student, epochs=50)
     config.unlabelled.update(student, epochs=500, teacher_epochs=1000)
     config.shifts.update(student, epochs=500)
+    config.moved_omissions.update(student, epochs=500, only_7_8_epochs=1000)
     config.distorted.update(
         student, members=(0, 1, 2, 3, 4), epochs=1000, views=100, student_epochs=500
     )

@@ -107,6 +107,16 @@ def _views(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]:
     yield "shifts", on_shifts._replace(own=(views.field,))
     yield "shifts", _on_targets(data, "shifts_averaged", net, taught, seeds)
 
+    net, labels = config.moved_omissions, data.train["label"]
+    for name, kept, epochs in (
+        ("moved_without_3", ~np.isin(labels, WITHOUT_3.classes), net.epochs),
+        ("moved_only_7_8", np.isin(labels, ONLY_7_8.classes), net.only_7_8_epochs),
+    ):
+        fields = resized(of_all, int(kept.sum()))
+        own = _fitting(changed(net, epochs=epochs), fields)
+        student = _on_targets(data, name, own, fields, seeds, transforms=show)
+        yield "moved_omissions", student._replace(own=(views.field,))
+
     net, members = config.distorted, len(config.distorted.members)
     show = (augment.random_view(new_distortions(config)),)
     on_labels = _on_labels(data, "distorted_labels", net, images, members)

@@ -25,7 +25,8 @@ CAPTIONS = {
     "mnist_temperature": "With 300 or more units in each hidden layer all temperatures above 8 gave "
     "fairly similar results; with 30 units, 2.5 to 4 worked significantly better.",
     "mnist_without_3": "Distilled without any example of a 3. Most errors come from its bias, which "
-    "is much too low: with the right bias, a digit that was never seen is mostly right.",
+    "is much too low: with the right bias, a digit that was never seen is mostly right. Beyond the "
+    "paper: students that see shifted images with the teacher's logits of the same shift.",
     "mnist_only_7_8": "Distilled from the 7s and 8s alone, and with their biases lowered.",
     "mnist_fraction": "The introduction's claim: soft targets carry so much per example that the small "
     "net can be trained on much less data.",
@@ -105,6 +106,14 @@ STAGES = (
     ),
     Stage("shift_targets", views.shift_targets, ("teacher",), ("shifts",), number=12),
     Stage("shifts", views.shifts, ("shift_targets",), ("distilled",), number=13),
+    Stage(
+        "moved_omissions",
+        transfer_sets.moved,
+        ("shift_targets",),
+        ("moved_omissions",),
+        number=17,
+        extends=True,
+    ),
     Stage("distorted", views.distorted, (), (*_DATA, "distorted"), number=14, extends=True),
     Stage("distorted_targets", views.distorted_targets, ("distorted",), number=15),
     Stage("distorted_students", views.distorted_students, ("distorted_targets",), number=16),

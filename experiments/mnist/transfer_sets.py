@@ -1,6 +1,6 @@
 """Transfer sets that lack classes, most examples or labels; biases put right afterwards (section 3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,11 +10,12 @@ from distill_jax import processes, step_losses
 from distill_jax.data import transfer
 from distill_jax.data.images import Examples
 from distill_jax.nets import Net
+from distill_jax.train_step import Transform
 from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row
-from experiments.mnist import bias
+from experiments.mnist import bias, views
 from experiments.mnist.data import load_data, with_soft_targets
-from experiments.mnist.nets import error_row, errors_by_variant, of_mnist, train
+from experiments.mnist.nets import error_row, errors_by_variant, of_images, of_mnist, train
 
 
 class Omission(NamedTuple):
@@ -30,7 +31,7 @@ class Omission(NamedTuple):
     shifted: str
     classes: tuple[int, ...]
     shifts: np.ndarray
-    published: dict[str, tuple[float | None, float | None]]
+    published: Mapping[str, tuple[float | None, float | None]]
 
 
 WITHOUT_3 = Omission(
@@ -67,6 +68,36 @@ def only_7_8(context: Context) -> list[Row]:
     net = changed(net, epochs=net.only_7_8_epochs)
     nets = _train_on_some(context, ONLY_7_8, transfer.only_classes, net)
     return _omission_rows(context, ONLY_7_8, nets)
+
+
+def moved(context: Context) -> list[Row]:
+    """Both of shifted images, with the teacher's logits of the same shift: beyond the paper."""
+    if not of_images(context, "transfer sets of shifted images without some digits"):
+        return []
+    net = context.config.moved_omissions
+    rows = []
+    for number, (what, select, epochs) in enumerate(
+        (
+            (WITHOUT_3, transfer.without_classes, net.epochs),
+            (ONLY_7_8, transfer.only_classes, net.only_7_8_epochs),
+        )
+    ):
+        if not _has_classes(context, what):
+            continue
+        examples, show = views.with_shifts(context)
+        nets = _train_on(
+            context,
+            f"moved_{what.table.removeprefix('mnist_')}",
+            [select(fields, what.classes) for fields in examples],
+            changed(net, epochs=epochs),
+            transforms=[show],
+            number=number,
+        )
+        # The paper's images are not moved.
+        published = dict.fromkeys(what.published, (None, None))
+        row = f"{what.row}, {views.moved_by(context.config)}"
+        rows += _omission_rows(context, what._replace(row=row, published=published), nets)
+    return rows
 
 
 def fractions(context: Context) -> list[Row]:
@@ -162,14 +193,28 @@ def _train_on_some(
     net: ConfigDict,
 ) -> Net:
     whole = with_soft_targets(context, load_data(context.config).train, net.temperature)
-    examples = [select(fields, what.classes) for fields in whole]
+    return _train_on(context, "student", [select(fields, what.classes) for fields in whole], net)
+
+
+def _train_on(
+    context: Context,
+    name: str,
+    examples: Sequence[Examples],
+    net: ConfigDict,
+    *,
+    transforms: Sequence[Transform] = (),
+    number: int = 0,
+) -> Net:
+    """Students of such examples, in batches that are no larger than the set."""
     return train(
         context,
-        "student",
+        name,
         changed(net, batch_size=min(net.batch_size, len(examples[0]["id"]))),
         examples,
         step_losses.distillation_loss,
         variants=[{"temperature": net.temperature, "hard_weight": net.hard_weight}],
+        transforms=transforms,
+        number=number,
     )
 
 

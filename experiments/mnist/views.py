@@ -18,6 +18,7 @@ from distill_jax.data.augment import Views
 from distill_jax.data.images import Examples
 from distill_jax.models import Model, Params
 from distill_jax.nets import Net, load
+from distill_jax.train_step import Transform
 from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row
 from experiments.mnist.data import load_data
@@ -38,19 +39,18 @@ def shifts(context: Context) -> list[Row]:
     """The small net on shifted images with the teacher's logits of each; controls on labels."""
     if not of_images(context, "students of shifted images"):
         return []
-    config, views, train_set = context.config, _shifts(context), load_data(context.config).train
+    config, train_set = context.config, load_data(context.config).train
     net, warm = config.shifts, config.distilled.temperature
-    stores = [context.inputs["shift_targets"] / f"seed_{seed}" for seed in config.seeds]
-    joined = [_attach(train_set, store, views) for store in stores]
-    averaged = [_averaged(fields, views, net.pixels) for fields in joined]
-    show, soft_loss = [augment.random_view(views)], step_losses.distillation_loss
+    joined, moving = with_shifts(context)
+    averaged = [_averaged(fields, _shifts(context), net.pixels) for fields in joined]
+    show, soft_loss = [moving], step_losses.distillation_loss
     numbers = {"temperature": net.temperature, "hard_weight": net.hard_weight}
-    moved = f"images moved by up to {net.pixels} pixels"
+    moved = moved_by(config)
     on_labels = train(
         context,
         "shifts_labels",
         net,
-        [train_set] * len(stores),
+        [train_set] * len(joined),
         step_losses.label_loss,
         transforms=show,
     )
@@ -66,6 +66,18 @@ def shifts(context: Context) -> list[Row]:
         f"{small}, T={warm:g}, logits averaged over shifts": on_means,
     }
     return [error_row(context, "mnist_shifts", row, trained) for row, trained in rows.items()]
+
+
+def with_shifts(context: Context) -> tuple[list[Examples], Transform]:
+    """Every seed's examples with the teacher's logits of all shifts, and what shows one at random."""
+    train_set, views = load_data(context.config).train, _shifts(context)
+    stores = [context.inputs["shift_targets"] / f"seed_{seed}" for seed in context.config.seeds]
+    return [_attach(train_set, store, views) for store in stores], augment.random_view(views)
+
+
+def moved_by(config: ConfigDict) -> str:
+    """How the images are moved, in a row's name."""
+    return f"images moved by up to {config.shifts.pixels} pixels"
 
 
 def distorted(context: Context) -> list[Row]:
