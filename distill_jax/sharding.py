@@ -20,7 +20,7 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from distill_jax import layers, layouts, processes
+from distill_jax import layers, layouts, members, processes
 from distill_jax.batches import check_rows, count_rows
 from distill_jax.epochs import Epoch
 from distill_jax.errors import UserError
@@ -182,7 +182,8 @@ def compile_epoch(
     ) -> tuple[TrainState, dict[str, Array]]:
         # An axis of one member makes no difference but in time: a tenth of a step on a CPU.
         if len(keys) > 1 and (vmapped or mesh.shape["member"] > 1):
-            return mapped(states, examples, keys, hyper, constants)
+            with members.spread(mesh.shape["member"] > 1):
+                return mapped(states, examples, keys, hyper, constants)
         found = []
         for m in range(len(keys)):
             state, key, numbers = jax.tree.map(lambda leaf, m=m: leaf[m], (states, keys, hyper))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from distill_jax import batches, fused_loss, layers, metrics, models, ramps, ranges
+from distill_jax import batches, fused_loss, layers, members, metrics, models, ramps, ranges
 from distill_jax.errors import UserError
 from distill_jax.models import Model, Params, Variables
 
@@ -359,11 +359,13 @@ def online_teacher(apply: Callable[[Params, Array], Any]) -> Transform:
             `model.activations`, which adds "teacher_activations" too.
     """
 
+    run = members.shared(apply)
+
     def add_logits(batch: Batch, key: Array, constants: Constants) -> Batch:
         (params,) = batches.take(
             constants, ("teacher",), "the constants have", "hand it to the step"
         )
-        found = jax.lax.stop_gradient(apply(params, batch["inputs"]))
+        found = run(*jax.lax.stop_gradient((params, batch["inputs"])))
         logits, named = found if isinstance(found, tuple) else (found, None)
         more = {} if named is None else {"teacher_activations": named}
         return {**batch, "teacher_logits": logits, **more}

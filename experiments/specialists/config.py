@@ -111,11 +111,12 @@ def get_config(preset: str = "default") -> ConfigDict:
         "warmup_epochs": 0,
     }
     config.distilled = {  # from the generalist
-        "epochs": 4,  # where these are the controls', their net is the control on labels
+        # Where these are the controls', at the generalist's rate, their net is the control on labels.
+        "epochs": 4,
         "examples": 0,  # of those that specialists are trained on; 0: all
         "k": 64,  # largest probabilities kept of each example
-        "hard_weight": 0.2,
-        "learning_rate": 3e-3,
+        "hard_weight": 0.8,
+        "learning_rate": 2e-3,
         "report_every": 4,
         "scratch_epochs": 4,
     }
@@ -253,7 +254,7 @@ def _full(config: ConfigDict) -> ConfigDict:
     config.clusters.update(method="greedy", both_methods=True)
     config.mixture.update(epochs=1, scratch_epochs=4)
     config.soft.update(epochs=40, report_every=2, examples=50_000)
-    config.distilled.epochs = 12
+    config.distilled.update(epochs=12, learning_rate=5e-3)
     return config
 
 
@@ -276,6 +277,6 @@ def _paper(config: ConfigDict) -> ConfigDict:
     )
     config.controls.update(epochs=5, report_every=5)
     config.soft.count = 61
-    config.distilled.update(epochs=5, learning_rate=1e-3, report_every=5, scratch_epochs=40)
+    config.distilled.update(epochs=5, report_every=5, scratch_epochs=40)
     config.inference.update(examples=1024, max_passes=5000)
     return config

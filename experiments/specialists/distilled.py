@@ -16,7 +16,6 @@ from distill_jax.models import Params
 from distill_jax.nets import Net
 from distill_jax.specialists import inference
 from experiments.common import costs
-from experiments.common.config import changed
 from experiments.common.study import Context, Row, make_row
 from experiments.specialists import comparison, generalists, training
 from experiments.specialists.comparison import DISTILLED, LABELS
@@ -128,6 +127,18 @@ def transfer_set(config: ConfigDict) -> tuple[Examples, np.ndarray]:
     return {**part, "id": np.arange(len(rows), dtype=np.int32)}, rows
 
 
+def recipe(config: ConfigDict, epochs: int) -> ConfigDict:
+    """Of the distilled nets and their control on labels: the generalist's but for what they have."""
+    both = {**config.generalist.to_dict(), **config.distilled.to_dict()}
+    return ConfigDict({**both, "epochs": epochs})
+
+
+def has_control(config: ConfigDict) -> bool:
+    """Whether the generalist that is trained on (`controls.longer`) is the control on labels."""
+    own, longer = config.distilled, config.controls
+    return (own.epochs, own.learning_rate) == (longer.epochs, config.generalist.learning_rate)
+
+
 def _train(
     context: Context,
     name: str,
@@ -137,11 +148,10 @@ def _train(
     start: Params | None = None,
 ) -> Net:
     config = context.config
-    recipe = {**config.generalist.to_dict(), **config.distilled.to_dict(), "epochs": epochs}
     return generalists.train(
         context,
         name,
-        ConfigDict(recipe),
+        recipe(config, epochs),
         examples,
         loss=step_losses.top_k_distillation_loss(),
         variant={"temperature": 1.0, "hard_weight": config.distilled.hard_weight},
@@ -150,15 +160,14 @@ def _train(
 
 
 def _trained_on_labels(context: Context, examples: Examples) -> Net:
-    """The generalist, trained on for as many epochs: the control of that length, or one of its own."""
+    """The generalist, trained on as the distilled net is."""
     config = context.config
-    if config.distilled.epochs == config.controls.epochs:
+    if has_control(config):
         return nets.load(context.inputs["longer"] / "longer")
-    own = config.distilled
     return generalists.train(
         context,
         "on_labels",
-        changed(config.generalist, epochs=own.epochs, report_every=own.report_every),
+        recipe(config, config.distilled.epochs),
         [examples] * len(config.seeds),
         start=generalists.load_all(context).params,
     )

@@ -20,7 +20,7 @@ from experiments.common import programs as common
 from experiments.common.config import changed
 from experiments.common.programs import Pass, Training, logits, resized, shape, shapes_of
 from experiments.common.training import in_groups
-from experiments.specialists import generalists
+from experiments.specialists import distilled, generalists
 from experiments.specialists.data import BYTE, Data, load_data
 from experiments.specialists.mixture import mixture
 from experiments.specialists.training import READER, build_network
@@ -181,13 +181,12 @@ def _distilled(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]
         "teacher_probabilities": shape((size, k), jnp.bfloat16),
         "teacher_tail": shape((size,), np.float32),
     }
-    net = ConfigDict({**config.generalist.to_dict(), **config.distilled.to_dict()})
     loss = step_losses.top_k_distillation_loss()
     for name, epochs in (
         ("from_generalist", config.distilled.epochs),
         ("from_scratch", config.distilled.scratch_epochs),
     ):
-        own = changed(net, epochs=epochs)
+        own = distilled.recipe(config, epochs)
         for group, seeds in generalists.seed_groups(config, own):
             one = _generalist(data, f"{name}/{group}", own, taught, len(seeds))
             targets = [field for field in taught if field not in train] if len(seeds) > 1 else []
@@ -199,9 +198,8 @@ def _distilled(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]
                     own=targets,
                 ),
             )
-    if config.distilled.epochs != config.controls.epochs:
-        own = config.distilled
-        net = changed(config.generalist, epochs=own.epochs, report_every=own.report_every)
+    if not distilled.has_control(config):
+        net = distilled.recipe(config, config.distilled.epochs)
         for group, seeds in generalists.seed_groups(config, net):
             at = f"on_labels/{group}"
             yield "distilled", _generalist(data, at, net, train, len(seeds))
