@@ -2,24 +2,36 @@
 
     python -m experiments.benchmarks.scaling_compiled
 
-One net of each acoustic job of `scaling_plan`, on the mesh that is best for it there, compiled for a
-part of the machine that has as many chips: memory of a device, bytes that it sends in a step, and the
-least time of a step by the chip's figures. The plan's bytes and time stand beside them: the plan takes
+One net of each job of `scaling_plan`, on the mesh that is best for it there, compiled for a part of the
+machine that has as many chips: memory of a device, bytes that it sends in a step, and the least time of
+a step by the chip's figures. The plan's bytes and time stand beside them: the plan takes
 half of the peak rate and adds its parts up, the least time takes the whole rate and the longest part.
 Needs the extras aot_tpu and aot_gpu. The last line is the result as JSON.
 """
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from jax import Array
 from ml_collections import ConfigDict
 
-from distill_jax import step_losses
+from distill_jax import models, step_losses
 from distill_jax.command import run
 from experiments.benchmarks import scaling_plan
-from experiments.benchmarks.scaling_plan import ACOUSTIC, BFLOAT16, CLUSTERS, JOBS, Cluster, Plan
+from experiments.benchmarks.scaling_plan import (
+    ACOUSTIC,
+    BFLOAT16,
+    CLUSTERS,
+    FLOAT32,
+    JOBS,
+    Cluster,
+    Plan,
+)
 from experiments.common.config import net_section
 from experiments.common.programs import Training
 from experiments.common.training import build_model
@@ -33,18 +45,20 @@ _SLICES = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x
 def main() -> None:
     """Compiles each plan, and prints its figures and the JSON line."""
     planned = [
-        (cluster, job, scaling_plan.plans(job, cluster)[0])
-        for cluster in CLUSTERS
-        for job in JOBS
-        if job.parameters == scaling_plan.parameter_count(ACOUSTIC)
+        (cluster, job, scaling_plan.plans(job, cluster)[0]) for cluster in CLUSTERS for job in JOBS
     ]
     names = [target_name(cluster, plan.data * plan.model) for cluster, _, plan in planned]
     machines = targets.parse(names)
     targets.prepare(machines)
     figures = {}
     for machine, (cluster, job, plan) in zip(machines, planned, strict=True):
-        found = compile_step(ACOUSTIC, job.batch, plan.data, plan.model, machine)
-        row = compare(found, ACOUSTIC, job.batch, plan)
+        if job.parameters == scaling_plan.parameter_count(ACOUSTIC):
+            net = acoustic(ACOUSTIC, job.batch)
+            size = scaling_plan.step_bytes(ACOUSTIC, job.batch, plan.data, plan.model, BFLOAT16)
+        else:
+            net = specialist(job.batch)
+            size = scaling_plan.ring_bytes("all-reduce", FLOAT32 * job.parameters, plan.data)
+        row = compare(compile_step(net, plan.data, plan.model, machine), size, plan)
         figures[f"{job.name}, {cluster.name}"] = row
         print("    " + "; ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     print(json.dumps({"benchmark": "scaling_compiled", "figures": figures}))
@@ -55,36 +69,86 @@ def target_name(cluster: Cluster, chips: int) -> str:
     return f"v5e:{_SLICES[chips]}" if "v5e" in cluster.name else f"h100:{chips}"
 
 
-def compile_step(
-    layers: Sequence[int], batch: int, data: int, model: int, machine: targets.Target
-) -> Figures:
-    """What a plain net's step takes, in bfloat16 by Adam."""
-    sizes = dict(hidden=tuple(layers[1:-1]), batch_size=batch, epochs=1, report_every=1)
-    net = ConfigDict(net_section(**sizes, dtype="bfloat16"))
-    examples = 2 * batch
+class Krizhevsky(nn.Module):
+    """The net of Krizhevsky et al. 2012 (reference [7]), for images of 227x227, in bfloat16.
+
+    Without dropout and the normalisation of responses, which hardly count in time or memory.
+    """
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Logits `[B, C]`."""
+        x = images.astype(jnp.bfloat16) / 128 - 1
+        for i, (channels, side, stride, groups) in enumerate(
+            [(96, 11, 4, 1), (256, 5, 1, 2), (384, 3, 1, 1), (384, 3, 1, 2), (256, 3, 1, 2)]
+        ):
+            x = nn.Conv(
+                channels,
+                (side, side),
+                stride,
+                "VALID" if i == 0 else "SAME",
+                feature_group_count=groups,
+                dtype=jnp.bfloat16,
+            )(x)
+            x = nn.relu(x)
+            if i in (0, 1, 4):
+                x = nn.max_pool(x, (3, 3), (2, 2))
+        x = x.reshape(len(x), -1)
+        for _ in range(2):
+            x = nn.relu(nn.Dense(4096, dtype=jnp.bfloat16)(x))
+        return nn.Dense(self.classes, dtype=jnp.bfloat16)(x)
+
+
+def acoustic(layers: Sequence[int], batch: int) -> Training:
+    """A plain net, by its units from inputs to classes."""
+    net = _section(batch, hidden=tuple(layers[1:-1]))
+    return _training(net, build_model(net, layers[-1]), (layers[0],))
+
+
+def specialist(batch: int) -> Training:
+    """A specialist of 300 classes and the dustbin, of the size of reference [7]'s net."""
+    return _training(_section(batch), models.from_linen(Krizhevsky(301)), (227, 227, 3))
+
+
+def _section(batch: int, **sizes: Any) -> ConfigDict:
+    """The config's section of a net: Adam, bfloat16."""
+    return ConfigDict(
+        net_section(**sizes, batch_size=batch, epochs=1, report_every=1, dtype="bfloat16")
+    )
+
+
+def _training(net: ConfigDict, model: models.Model, inputs: tuple[int, ...]) -> Training:
+    """An epoch of two batches on labels."""
+    examples = 2 * net.batch_size
     fields = {
         "id": jax.ShapeDtypeStruct((examples,), np.int32),
-        "inputs": jax.ShapeDtypeStruct((examples, layers[0]), np.uint8),
+        "inputs": jax.ShapeDtypeStruct((examples, *inputs), np.uint8),
         "label": jax.ShapeDtypeStruct((examples,), np.int32),
     }
+    return Training("net", net, model, step_losses.label_loss, fields, 1)
+
+
+def compile_step(training: Training, data: int, model: int, machine: targets.Target) -> Figures:
+    """What a step of a net on such a mesh takes."""
 
     def listed(_: ConfigDict) -> Iterator[tuple[str, Training]]:
-        built = build_model(net, layers[-1])
-        yield "acoustic", Training("net", net, built, step_losses.label_loss, fields, 1)
+        yield "net", training
 
     config = ConfigDict({"mesh": {"member": 1, "data": data, "model": model}})
     (record,) = check(config, listed, lambda _: iter(()), [machine])
     return Figures(**{name: record[name] for name in Figures._fields})
 
 
-def compare(found: Figures, layers: Sequence[int], batch: int, plan: Plan) -> dict[str, float]:
+def compare(found: Figures, planned_bytes: float, plan: Plan) -> dict[str, float]:
     """A row: what was compiled, and the plan's figures."""
     return {
         "data": plan.data,
         "model": plan.model,
         "memory_mb": found.total / 1e6,
         "sent_mb": found.sent_bytes / 1e6,
-        "planned_mb": scaling_plan.step_bytes(layers, batch, plan.data, plan.model, BFLOAT16) / 1e6,
+        "planned_mb": planned_bytes / 1e6,
         "least_ms": 1e3 * max(found.bounds.values(), default=0.0),
         "planned_ms": 1e3 * plan.step,
     }

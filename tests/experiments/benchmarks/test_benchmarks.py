@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 from command import benchmark
 
@@ -98,9 +99,17 @@ def test_a_compiled_step_sends_about_what_the_plan_says():
     layers = (64, 128, 128, 64)
     (machine,) = targets.parse(["cpu:4"])
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        found = scaling_compiled.compile_step(layers, 64, 2, 2, machine)
+        net = scaling_compiled.acoustic(layers, 64)
+        found = scaling_compiled.compile_step(net, 2, 2, machine)
+        specialist = jax.eval_shape(
+            lambda: scaling_compiled.Krizhevsky(301).init(
+                jax.random.key(0), jnp.zeros((1, 227, 227, 3), jnp.uint8)
+            )
+        )
+    assert 57.9e6 < sum(x.size for x in jax.tree.leaves(specialist)) < 58.2e6  # as planned
+    planned = scaling_plan.step_bytes(layers, 64, 2, 2, scaling_plan.BFLOAT16)
     plan = scaling_plan.Plan(1, 2, 2, 0.001, 1.0, 1.0, 1.0)
-    row = scaling_compiled.compare(found, layers, 64, plan)
+    row = scaling_compiled.compare(found, planned, plan)
     # A CPU's activations travel in float32; biases are not split.
     assert 1.0 < row["sent_mb"] / row["planned_mb"] < 1.5
     assert row["memory_mb"] > 3 * 4 * scaling_plan.parameter_count(layers) / 2 / 1e6
