@@ -170,24 +170,28 @@ class Convolution(nn.Module):
         inputs = 4 * self.stride**2 * x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (inputs, self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        y = convolve(self.stride, self.gradient_dtype, x.astype(self.dtype), kernel)
+        convolution = functools.partial(_of_patches, self.stride)
+        y = convolve(convolution, self.gradient_dtype, x.astype(self.dtype), kernel)
         return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def convolve(stride: int, gradient_dtype: Any, x: Array, kernel: Array) -> Array:
-    """`patches(x, stride) @ kernel`, in the dtype of x, as a convolution.
+def convolve(
+    convolution: Callable[[Array, Array], Array], gradient_dtype: Any, x: Array, kernel: Array
+) -> Array:
+    """A convolution in the dtype of x.
 
     Args:
-        stride: even, divides H and W.
+        convolution: `(x, kernel) -> y`, of one dtype; linear in both.
         gradient_dtype: that the gradient of the kernel is summed in.
         x: `[B, H, W, c]`.
-        kernel: `[4 * stride^2 * c, units]`.
+        kernel: as `convolution` takes it.
     """
-    return _convolution(stride, x, kernel.astype(x.dtype))
+    return convolution(x, kernel.astype(x.dtype))
 
 
-def _convolution(stride: int, x: Array, kernel: Array) -> Array:
+def _of_patches(stride: int, x: Array, kernel: Array) -> Array:
+    """`patches(x, stride) @ kernel` as a convolution."""
     shape = (2, 2, stride, stride, x.shape[-1], kernel.shape[-1])
     windows = kernel.reshape(shape).transpose(0, 2, 1, 3, 4, 5)
     margin = (stride // 2, stride // 2)
@@ -200,17 +204,17 @@ def _convolution(stride: int, x: Array, kernel: Array) -> Array:
     )
 
 
-def _convolve(stride: int, gradient_dtype: Any, x: Array, kernel: Array) -> tuple[Array, Any]:
-    return convolve(stride, gradient_dtype, x, kernel), (x, kernel)
+def _convolve(convolution: Any, gradient_dtype: Any, x: Array, kernel: Array) -> tuple[Array, Any]:
+    return convolve(convolution, gradient_dtype, x, kernel), (x, kernel)
 
 
 def _convolve_gradients(
-    stride: int, gradient_dtype: Any, kept: Any, cotangent: Array
+    convolution: Any, gradient_dtype: Any, kept: Any, cotangent: Array
 ) -> tuple[Array, ...]:
     x, kernel = kept
-    _, back = jax.vjp(lambda x: _convolution(stride, x, kernel.astype(x.dtype)), x)
+    _, back = jax.vjp(lambda x: convolution(x, kernel.astype(x.dtype)), x)
     wide = kernel.astype(gradient_dtype)
-    _, of_kernel = jax.vjp(lambda k: _convolution(stride, x.astype(gradient_dtype), k), wide)
+    _, of_kernel = jax.vjp(lambda k: convolution(x.astype(gradient_dtype), k), wide)
     (gradient,) = of_kernel(cotangent.astype(gradient_dtype))
     return *back(cotangent), gradient.astype(kernel.dtype)
 

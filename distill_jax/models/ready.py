@@ -140,6 +140,7 @@ def resnet(
     width: int = 16,
     dtype: Any = jnp.float32,
     scaling: tuple[float, float] = (0.0, 255.0),
+    gradient_dtype: Any = jnp.float32,
 ) -> Model:
     """A residual network with BatchNorm for small images (He et al. 2015, section 4.2).
 
@@ -152,6 +153,7 @@ def resnet(
         width: channels of the first stage.
         dtype: of the arithmetic; parameters, statistics and logits stay float32.
         scaling: as for `mlp`.
+        gradient_dtype: as for `mlp`.
 
     Returns:
         A model with state, of images `[B, H, W]` or `[B, H, W, colours]`; "hidden" are the means over
@@ -173,7 +175,14 @@ def resnet(
     ranges.check_value("width", width, ranges.count())
     ranges.check(num_classes=num_classes)
     return _as_model(
-        ResNet(int(depth), int(num_classes), int(width), jnp.dtype(dtype), _pair(scaling))
+        ResNet(
+            int(depth),
+            int(num_classes),
+            int(width),
+            jnp.dtype(dtype),
+            _pair(scaling),
+            jnp.dtype(gradient_dtype),
+        )
     )
 
 

@@ -86,6 +86,31 @@ def test_bfloat16_keeps_its_state_in_float32(key):
     }
 
 
+def test_gradients_of_bfloat16_arithmetic_are_float32_and_those_of_it():
+    images = jnp.asarray(RANDOM.integers(0, 256, (64, 5, 6), np.uint8))
+    start = MODEL.init(jax.random.key(0), images)
+
+    def gradients(**dtypes):
+        model = models.resnet(8, tiny.CLASSES, width=2, dtype=jnp.bfloat16, **dtypes)
+
+        def loss(params):
+            variables = models.join(params, start.state)
+            logits, _ = models.run(model, variables, images, jax.random.key(1), "apply")
+            return jnp.mean(jnp.square(logits))
+
+        with jax.numpy_dtype_promotion("standard"):  # Flax's BatchNorm promotes
+            return jax.grad(loss)(start.params)
+
+    rounded = gradients(gradient_dtype=jnp.bfloat16)
+    found = gradients()
+    assert jax.tree.structure(found) == jax.tree.structure(rounded)
+    for path, leaf in jax.tree.leaves_with_path(found):
+        if path[-1].key == "kernel":
+            own = np.asarray(leaf.astype(jnp.bfloat16).astype(jnp.float32))
+            assert (np.asarray(leaf) != own).any(), path
+    tiny.assert_close(found, rounded, rtol=0.05, atol=0.02)
+
+
 def test_training_step_by_step_is_the_same(tmp_path, monkeypatch):
     """One member after the other, each step a program, or vmapped and scanned."""
     examples = tiny.examples(16)
