@@ -25,8 +25,9 @@ def shared(apply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """The same function of parameters and inputs `[B, ...]`; vmapped over inputs alone it is one batch.
 
     JAX makes one batch `[M * B, ...]` of the inputs of M members to convolve them. If the examples are
-    split over devices, those of a device are not next to each other there: all are sent to all devices,
-    each of which then does all of the work. Here it is `[B * M, ...]`, cut as the examples are.
+    split over devices, those of a device are not next to each other there, and all are sent to all
+    devices. Here it is `[B * M, ...]`, cut as the examples are; where members are split over devices
+    (`spread`) it is JAX's.
     """
     run = jax.custom_batching.custom_vmap(apply)
 

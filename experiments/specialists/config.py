@@ -111,7 +111,8 @@ def get_config(preset: str = "default") -> ConfigDict:
         "warmup_epochs": 0,
     }
     config.distilled = {  # from the generalist
-        # Where these are the controls', at the generalist's rate, their net is the control on labels.
+        # Where these are the controls', at the generalist's rate, on all examples, their net is the
+        # control on labels.
         "epochs": 4,
         "examples": 0,  # of those that specialists are trained on; 0: all
         "k": 64,  # largest probabilities kept of each example

@@ -136,7 +136,9 @@ def recipe(config: ConfigDict, epochs: int) -> ConfigDict:
 def has_control(config: ConfigDict) -> bool:
     """Whether the generalist that is trained on (`controls.longer`) is the control on labels."""
     own, longer = config.distilled, config.controls
-    return (own.epochs, own.learning_rate) == (longer.epochs, config.generalist.learning_rate)
+    of_all = own.examples == config.specialists.examples == 0
+    alike = (own.epochs, own.learning_rate) == (longer.epochs, config.generalist.learning_rate)
+    return of_all and alike
 
 
 def _train(
