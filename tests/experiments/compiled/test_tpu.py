@@ -9,7 +9,7 @@ import pytest
 from compiled_nets import CLASSES, WEIGHTS, compiled
 
 from distill_jax import ahead, models, sharding, step_losses
-from distill_jax.recipe import Recipe
+from distill_jax.recipe import PLAIN, Recipe
 from experiments.compiled import targets
 from experiments.compiled.check import check
 from experiments.compiled.collectives import collectives
@@ -43,12 +43,21 @@ def test_images_are_not_copied_to_larger_tiles():
         "inputs": jax.ShapeDtypeStruct((count, side, side), np.uint8),
         "label": jax.ShapeDtypeStruct((count,), np.int32),
     }
-    model, recipe = models.conv_trunk((8,), (2,)), Recipe(epochs=1, batch_size=512)
-    net = models.chain(model, models.mlp((16,), 8))
-    mesh = sharding.make_mesh(devices=targets.devices(TARGET))
-    traced = ahead.trace_training(net, fields, step_losses.label_loss, recipe, members=2, mesh=mesh)
+    # In their order: to compile a shuffle of so many takes ten times as long.
+    reader = PLAIN._replace(
+        draw=lambda examples, key, steps, size: jnp.arange(steps * size).reshape(steps, size)
+    )
+    traced = ahead.trace_training(
+        models.mlp((), 8),
+        fields,
+        step_losses.label_loss,
+        Recipe(epochs=1, batch_size=512),
+        members=1,
+        mesh=sharding.make_mesh(devices=targets.devices(TARGET)),
+        reader=reader,
+    )
     memory = traced.lower().compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 1.5 * count * side**2  # 4 times that with 128 lanes for 32
+    assert memory.temp_size_in_bytes < 0.1 * count * side**2  # 4 times that with 128 lanes for 32
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
