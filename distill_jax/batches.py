@@ -66,16 +66,18 @@ def count_rows(inputs: Any, name: str = "inputs") -> int:
 def rows_of(field: Any, rows: Array) -> Any:
     """The rows `[B]` of a field `[N, ...]`: `[B, ...]`.
 
-    As rows of a matrix: of an image's last axes a TPU makes a tile of 128 lanes, so that images of
-    32x32 bytes would be copied to four times their size before any is taken.
+    Images of bytes are taken as rows of a matrix: of their last axes a TPU makes tiles of 128 lanes, and
+    it would copy many images of 32x32 to four times their size before it takes any. Arrays of wider
+    numbers, such as the logits of some views, it takes as they lie.
 
     Examples:
         >>> import numpy as np
         >>> from distill_jax import batches
-        >>> batches.rows_of(np.arange(12).reshape(3, 2, 2), np.array([2, 0])).tolist()
+        >>> images = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+        >>> batches.rows_of(images, np.array([2, 0])).tolist()
         [[[8, 9], [10, 11]], [[0, 1], [2, 3]]]
     """
-    if field.ndim < 3:
+    if field.ndim < 3 or field.dtype.itemsize > 1:
         return field[rows]
     return field.reshape(len(field), -1)[rows].reshape(*rows.shape, *field.shape[1:])
 
