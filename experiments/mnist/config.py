@@ -264,7 +264,7 @@ def _full(config: ConfigDict) -> ConfigDict:
     config.sweep.update(
         epochs=12, widths=(800, 300, 30), times=(1, 2, 10), temperatures=TEMPERATURES
     )
-    config.omissions.update(epochs=40, only_7_8_epochs=100)
+    config.omissions.update(epochs=100, only_7_8_epochs=300)
     config.fractions.update(epochs=8)
     config.unlabelled.update(init_scale=_SMALL, epochs=40, teacher_epochs=80)
     config.shifts.update(epochs=100)
