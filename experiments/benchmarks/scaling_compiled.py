@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax import Array
 from ml_collections import ConfigDict
 
@@ -69,36 +68,46 @@ def target_name(cluster: Cluster, chips: int) -> str:
     return f"v5e:{_SLICES[chips]}" if "v5e" in cluster.name else f"h100:{chips}"
 
 
-class Krizhevsky(nn.Module):
+def krizhevsky(classes: int) -> models.Model:
     """The net of Krizhevsky et al. 2012 (reference [7]), for images of 227x227, in bfloat16.
 
-    Without dropout and the normalisation of responses, which hardly count in time or memory.
+    Without dropout and the normalisation of responses, which hardly count in time or memory. It starts
+    at zeros: it is compiled, not trained.
     """
+    trunk = models.Model(_convolution_kernels, _features)
+    return models.chain(trunk, models.mlp((4096, 4096), classes, dtype=jnp.bfloat16))
 
-    classes: int
 
-    @nn.compact
-    def __call__(self, images: Array) -> Array:
-        """Logits `[B, C]`."""
-        x = images.astype(jnp.bfloat16) / 128 - 1
-        for i, (channels, side, stride, groups) in enumerate(
-            [(96, 11, 4, 1), (256, 5, 1, 2), (384, 3, 1, 1), (384, 3, 1, 2), (256, 3, 1, 2)]
-        ):
-            x = nn.Conv(
-                channels,
-                (side, side),
-                stride,
-                "VALID" if i == 0 else "SAME",
-                feature_group_count=groups,
-                dtype=jnp.bfloat16,
-            )(x)
-            x = nn.relu(x)
-            if i in (0, 1, 4):
-                x = nn.max_pool(x, (3, 3), (2, 2))
-        x = x.reshape(len(x), -1)
-        for _ in range(2):
-            x = nn.relu(nn.Dense(4096, dtype=jnp.bfloat16)(x))
-        return nn.Dense(self.classes, dtype=jnp.bfloat16)(x)
+_CONVOLUTIONS = ((96, 11, 4, 1), (256, 5, 1, 2), (384, 3, 1, 1), (384, 3, 1, 2), (256, 3, 1, 2))
+"""Channels, side, stride and groups of each; after the first, the second and the last is a maximum."""
+
+
+def _convolution_kernels(key: Array, images: Array) -> models.Params:
+    params, inputs = {}, images.shape[-1]
+    for i, (channels, side, _, groups) in enumerate(_CONVOLUTIONS):
+        kernel = jnp.zeros((side, side, inputs // groups, channels))
+        params[f"conv_{i}"] = {"kernel": kernel, "bias": jnp.zeros(channels)}
+        inputs = channels
+    return params
+
+
+def _features(params: models.Params, images: Array, dropout_key: Array | None = None) -> Array:
+    x = images.astype(jnp.bfloat16) / 128 - 1
+    for i, (_, _side, stride, groups) in enumerate(_CONVOLUTIONS):
+        kernel, bias = (params[f"conv_{i}"][name].astype(x.dtype) for name in ("kernel", "bias"))
+        x = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            "VALID" if i == 0 else "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+        x = jax.nn.relu(x + jnp.broadcast_to(bias, x.shape))
+        if i in (0, 1, 4):
+            window = (1, 3, 3, 1), (1, 2, 2, 1), "VALID"
+            x = jax.lax.reduce_window(x, np.asarray(-np.inf, x.dtype), jax.lax.max, *window)
+    return x.reshape(len(x), -1)
 
 
 def acoustic(layers: Sequence[int], batch: int) -> Training:
@@ -109,7 +118,7 @@ def acoustic(layers: Sequence[int], batch: int) -> Training:
 
 def specialist(batch: int) -> Training:
     """A specialist of 300 classes and the dustbin, of the size of reference [7]'s net."""
-    return _training(_section(batch), models.from_linen(Krizhevsky(301)), (227, 227, 3))
+    return _training(_section(batch), krizhevsky(301), (227, 227, 3))
 
 
 def _section(batch: int, **sizes: Any) -> ConfigDict:

@@ -131,7 +131,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(smoke, tmp_path):
     output = run(SMOKE, f"--workdir={tmp_path / 'run'}", f"--reuse={smoke}", other, "--dry-run")
     lines = output.splitlines()
     assert lines[0] == f"teacher: will be reused from {smoke}" and lines[6] == "sweep: will run"
-    assert len(lines) == 17 and not list(tmp_path.iterdir())
+    assert len(lines) == 18 and not list(tmp_path.iterdir())
 
 
 def test_stages_of_an_equal_config_are_reused(smoke, tmp_path):
