@@ -259,7 +259,7 @@ def _full(config: ConfigDict) -> ConfigDict:
     config.seeds = (0, 1, 2)
     config.teacher.update(max_norm=3.0, epochs=200, report_every=2)
     config.baseline.update(epochs=20)
-    config.distilled.update(epochs=300)
+    config.distilled.update(epochs=100)
     config.objectives.update(init_scale=_SMALL, epochs=15)
     config.sweep.update(
         epochs=12, widths=(800, 300, 30), times=(1, 2, 10), temperatures=TEMPERATURES
