@@ -33,13 +33,12 @@ def shared(apply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
     @run.def_vmap
     def vmapped(size: int, batched: Any, params: Any, inputs: Any) -> Any:
-        own_params, own_inputs = batched
-        of_params, of_inputs = jax.tree.leaves(own_params), jax.tree.leaves(own_inputs)
-        if any(of_params) or not all(of_inputs) or _SPREAD.get():
-            axes = jax.tree.map(lambda own: 0 if own else None, (own_params, own_inputs))
-            found = jax.vmap(apply, axes, spmd_axis_name="member" if _SPREAD.get() else None)(
-                params, inputs
-            )
+        own_params, own_inputs = map(jax.tree.leaves, batched)
+        over_devices = _SPREAD.get()
+        if any(own_params) or not all(own_inputs) or over_devices:
+            axes = jax.tree.map(lambda own: 0 if own else None, tuple(batched))
+            axis_name = "member" if over_devices else None
+            found = jax.vmap(apply, axes, spmd_axis_name=axis_name)(params, inputs)
         else:
             found = apply(params, jax.tree.map(_examples_first, inputs))
             found = jax.tree.map(lambda x: _members_first(x, size), found)

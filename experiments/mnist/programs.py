@@ -15,7 +15,7 @@ from experiments.common.programs import Pass, Training, logits, resized, shape, 
 from experiments.common.training import build_model
 from experiments.mnist.data import Data, load_data
 from experiments.mnist.objectives import OBJECTIVES
-from experiments.mnist.transfer_sets import ONLY_7_8, WITHOUT_3
+from experiments.mnist.transfer_sets import OMISSIONS
 from experiments.mnist.views import distortions, mean_logits, new_distortions
 
 _SOFT = ("temperature", "hard_weight")
@@ -65,15 +65,10 @@ def _of_several_seeds(config: ConfigDict) -> Iterator[tuple[str, Training]]:
 
 
 def _transfer_sets(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]:
-    seeds, size, labels = len(config.seeds), len(data.train["id"]), data.train["label"]
+    seeds, size = len(config.seeds), len(data.train["id"])
     images, taught = _fields(data)
-    last = changed(config.omissions, epochs=config.omissions.only_7_8_epochs)
-    for stage, net, kept in (
-        ("without_3", config.omissions, ~np.isin(labels, WITHOUT_3.classes)),
-        ("only_7_8", last, np.isin(labels, ONLY_7_8.classes)),
-    ):
-        fields = resized(taught, int(kept.sum()))
-        yield stage, _on_targets(data, "student", _fitting(net, fields), fields, seeds)
+    for stage, net, fields in _without_some(config.omissions, taught, data):
+        yield stage, _on_targets(data, "student", net, fields, seeds)
     for percent in config.fractions.percentages:
         fields = resized(taught, max(1, round(percent / 100 * size)))
         count = fields["id"].shape[0]
@@ -107,14 +102,8 @@ def _views(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]:
     yield "shifts", on_shifts._replace(own=(views.field,))
     yield "shifts", _on_targets(data, "shifts_averaged", net, taught, seeds)
 
-    net, labels = config.moved_omissions, data.train["label"]
-    for name, kept, epochs in (
-        ("moved_without_3", ~np.isin(labels, WITHOUT_3.classes), net.epochs),
-        ("moved_only_7_8", np.isin(labels, ONLY_7_8.classes), net.only_7_8_epochs),
-    ):
-        fields = resized(of_all, int(kept.sum()))
-        own = _fitting(changed(net, epochs=epochs), fields)
-        student = _on_targets(data, name, own, fields, seeds, transforms=show)
+    for name, net, fields in _without_some(config.moved_omissions, of_all, data):
+        student = _on_targets(data, f"moved_{name}", net, fields, seeds, transforms=show)
         yield "moved_omissions", student._replace(own=(views.field,))
 
     net, members = config.distorted, len(config.distorted.members)
@@ -127,6 +116,16 @@ def _views(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]:
     show = (augment.random_view(views),)
     student = _on_targets(data, "distorted_soft", net, of_all, seeds, transforms=show)
     yield "distorted_students", student._replace(own=())  # one ensemble teaches all
+
+
+def _without_some(
+    net: ConfigDict, fields: Shapes, data: Data
+) -> Iterator[tuple[str, ConfigDict, Shapes]]:
+    """Each transfer set without some classes: its name, its section, and its fields."""
+    for what in OMISSIONS:
+        left = what.select({"label": data.train["label"]}, what.classes)
+        some = resized(fields, len(left["label"]))
+        yield what.name, _fitting(changed(net, epochs=net[what.epochs]), some), some
 
 
 def _fields(data: Data) -> tuple[Shapes, Shapes]:

@@ -21,81 +21,79 @@ from experiments.mnist.nets import error_row, errors_by_variant, of_images, of_m
 class Omission(NamedTuple):
     """A transfer set without some classes, or without all others.
 
-    table, row, shifted: the table, its row, and what the row of shifted biases adds. classes: those
-    whose biases are shifted. shifts: that are tried. published: the paper's value of each metric as
-    learned, and with the bias that is best on the test set.
+    name: of its stage; row, shifted: its row, and what the row of shifted biases adds. select: makes
+    the set of all examples and the classes, whose biases are shifted. epochs: the field that says how
+    long. shifts: that are tried. published: the paper's value of each metric as learned, and with the
+    bias that is best on the test set.
     """
 
-    table: str
+    name: str
     row: str
     shifted: str
     classes: tuple[int, ...]
+    select: Callable[[Examples, Sequence[int]], Examples]
+    epochs: str
     shifts: np.ndarray
     published: Mapping[str, tuple[float | None, float | None]]
 
 
-WITHOUT_3 = Omission(
-    "mnist_without_3",
-    "without 3s",
-    "bias of 3 shifted",
-    (3,),
-    bias.SHIFTS,
-    {"test_errors": (206, 109), "errors_on_3": (133, 14), "bias_shift": (None, 3.5)},
-)
-ONLY_7_8 = Omission(
-    "mnist_only_7_8",
-    "only 7s and 8s",
-    "biases of 7 and 8 shifted",
-    (7, 8),
-    -bias.SHIFTS,
-    {"test_error_percent": (47.3, 13.2), "bias_shift": (None, -7.6)},
+OMISSIONS = (
+    Omission(
+        "without_3",
+        "without 3s",
+        "bias of 3 shifted",
+        (3,),
+        transfer.without_classes,
+        "epochs",
+        bias.SHIFTS,
+        {"test_errors": (206, 109), "errors_on_3": (133, 14), "bias_shift": (None, 3.5)},
+    ),
+    Omission(
+        "only_7_8",
+        "only 7s and 8s",
+        "biases of 7 and 8 shifted",
+        (7, 8),
+        transfer.only_classes,
+        "only_7_8_epochs",
+        -bias.SHIFTS,
+        {"test_error_percent": (47.3, 13.2), "bias_shift": (None, -7.6)},
+    ),
 )
 
 
 def without_3(context: Context) -> list[Row]:
     """Distilled without any 3, then with the bias of 3 raised."""
-    if not _has_classes(context, WITHOUT_3):
-        return []
-    nets = _train_on_some(context, WITHOUT_3, transfer.without_classes, context.config.omissions)
-    return _omission_rows(context, WITHOUT_3, nets)
+    return _as_they_are(context, OMISSIONS[0])
 
 
 def only_7_8(context: Context) -> list[Row]:
     """Distilled from 7s and 8s alone, then with both biases lowered."""
-    if not _has_classes(context, ONLY_7_8):
-        return []
-    net = context.config.omissions
-    net = changed(net, epochs=net.only_7_8_epochs)
-    nets = _train_on_some(context, ONLY_7_8, transfer.only_classes, net)
-    return _omission_rows(context, ONLY_7_8, nets)
+    return _as_they_are(context, OMISSIONS[1])
 
 
 def moved(context: Context) -> list[Row]:
     """Both of shifted images, with the teacher's logits of the same shift: beyond the paper."""
     if not of_images(context, "transfer sets of shifted images without some digits"):
         return []
-    net = context.config.moved_omissions
+    wanted = [each for each in enumerate(OMISSIONS) if _has_classes(context, each[1])]
+    if not wanted:
+        return []
+    config = context.config
+    examples, show = views.with_shifts(context)
     rows = []
-    for number, (what, select, epochs) in enumerate(
-        (
-            (WITHOUT_3, transfer.without_classes, net.epochs),
-            (ONLY_7_8, transfer.only_classes, net.only_7_8_epochs),
-        )
-    ):
-        if not _has_classes(context, what):
-            continue
-        examples, show = views.with_shifts(context)
+    for number, what in wanted:
         nets = _train_on(
             context,
-            f"moved_{what.table.removeprefix('mnist_')}",
-            [select(fields, what.classes) for fields in examples],
-            changed(net, epochs=epochs),
+            f"moved_{what.name}",
+            what,
+            examples,
+            config.moved_omissions,
             transforms=[show],
             number=number,
         )
         # The paper's images are not moved.
         published = dict.fromkeys(what.published, (None, None))
-        row = f"{what.row}, {views.moved_by(context.config)}"
+        row = f"{what.row}, {views.moved_by(config)}"
         rows += _omission_rows(context, what._replace(row=row, published=published), nets)
     return rows
 
@@ -186,31 +184,32 @@ def _has_classes(context: Context, what: Omission) -> bool:
     return has
 
 
-def _train_on_some(
-    context: Context,
-    what: Omission,
-    select: Callable[[Examples, Sequence[int]], Examples],
-    net: ConfigDict,
-) -> Net:
-    whole = with_soft_targets(context, load_data(context.config).train, net.temperature)
-    return _train_on(context, "student", [select(fields, what.classes) for fields in whole], net)
+def _as_they_are(context: Context, what: Omission) -> list[Row]:
+    """The rows of one of them, of images as they are."""
+    if not _has_classes(context, what):
+        return []
+    net = context.config.omissions
+    examples = with_soft_targets(context, load_data(context.config).train, net.temperature)
+    return _omission_rows(context, what, _train_on(context, "student", what, examples, net))
 
 
 def _train_on(
     context: Context,
     name: str,
+    what: Omission,
     examples: Sequence[Examples],
     net: ConfigDict,
     *,
     transforms: Sequence[Transform] = (),
     number: int = 0,
 ) -> Net:
-    """Students of such examples, in batches that are no larger than the set."""
+    """Students of what is left of all examples, in batches that are no larger than that."""
+    some = [what.select(fields, what.classes) for fields in examples]
     return train(
         context,
         name,
-        changed(net, batch_size=min(net.batch_size, len(examples[0]["id"]))),
-        examples,
+        changed(net, epochs=net[what.epochs], batch_size=min(net.batch_size, len(some[0]["id"]))),
+        some,
         step_losses.distillation_loss,
         variants=[{"temperature": net.temperature, "hard_weight": net.hard_weight}],
         transforms=transforms,
@@ -263,7 +262,7 @@ def _omission_rows(context: Context, what: Omission, nets: Net) -> list[Row]:
             rows.append(
                 make_row(
                     config,
-                    what.table,
+                    f"mnist_{what.name}",
                     row,
                     metric,
                     values,
