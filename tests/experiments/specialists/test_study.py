@@ -10,11 +10,10 @@ import jax
 import notebooks
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 import training_notes
 from command import fails, kill_when, run
+from result_rows import find
 from specialist_pictures import FIGURES
-from tfds_sets import prepare_tiny
 
 from distill_jax import nets
 from distill_jax.specialists import store
@@ -86,16 +85,6 @@ def one_by_one(workdir, tmp_path_factory):
 
 def alone(workdir):
     return SMOKE, TO_SPECIALISTS, f"--reuse={workdir}", "--config.specialists.at_once=1"
-
-
-def find(rows, table, name, metric, selection="last"):
-    (found,) = [
-        row
-        for row in rows
-        if (row["table"], row["row"], row["metric"], row["selection"])
-        == (table, name, metric, selection)
-    ]
-    return found
 
 
 def of_seeds(row):
@@ -406,46 +395,3 @@ def test_specialists_of_another_generalist_are_refused(workdir, tmp_path):
         f"error: the specialists in {first} are of another training: generalist is "
         f"'{other}' there and '{wanted}' now"
     )
-
-
-def coloured(count, seed):
-    """Squares of many sizes, with a pattern of 4 x 4 colours for each of 20 classes, and noise."""
-    patterns = np.random.default_rng(0).uniform(80, 180, (20, 4, 4, 3))
-    random, images = np.random.default_rng([1, seed]), []
-    labels = np.arange(count) % 20
-    for label in labels:
-        noisy = np.clip(patterns[label] + random.normal(0, 60, (4, 4, 3)), 0, 255)
-        scale = int(random.integers(4, 12))
-        images.append(noisy.astype(np.uint8).repeat(scale, 0).repeat(scale, 1))
-    return images, labels.tolist()
-
-
-def test_a_set_of_colour_images_that_tfds_prepared(tmp_path):
-    prepare_tiny(
-        tmp_path / "data",
-        {"train": coloured(400, 0), "test": coloured(100, 1)},
-        image_feature=tfds.features.Image(shape=(None, None, 3)),
-        label_feature=tfds.features.ClassLabel(num_classes=20),
-    )
-    run(
-        SMOKE,
-        f"{TO_SPECIALISTS},report",
-        f"--workdir={tmp_path}/run",
-        "--config.data.source=tfds:tiny",
-        f"--config.data.data_dir={tmp_path}/data",
-        "--config.data.side=32",
-        "--config.data.difficulty=0",
-        "--config.data.views=1",
-        "--config.data.classes=0",
-        "--config.seeds=(0,)",
-        "--config.generalist.batch_size=32",
-        "--config.clusters.size=6",
-    )
-    rows = report.load_rows(tmp_path / "run" / "results.json")
-    for name in ("generalist", FULL):
-        for metric in ("test_accuracy", "conditional_test_accuracy"):
-            assert 20 < find(rows, "specialists", name, metric)["value"] <= 100
-    assert find(rows, "specialists", FULL, "validation_relative_change_percent")
-    assert not [row for row in rows if "seen" in row["metric"]]
-    assert {(row["source"], row["seeds"], row["std"]) for row in rows} == {("tfds:tiny", 1, None)}
-    assert (tmp_path / "run/figures/clusters.png").exists()
