@@ -1,6 +1,6 @@
 """The fields of a batch, or of a set of examples: their leading axis, weights, labels, inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,9 +77,37 @@ def rows_of(field: Any, rows: Array) -> Any:
         >>> batches.rows_of(images, np.array([2, 0])).tolist()
         [[[8, 9], [10, 11]], [[0, 1], [2, 3]]]
     """
-    if field.ndim < 3 or field.dtype.itemsize > 1:
+    if not _are_images(field):
         return field[rows]
     return field.reshape(len(field), -1)[rows].reshape(*rows.shape, *field.shape[1:])
+
+
+def as_matrices(fields: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A tree of fields whose images of bytes are the rows of matrices, and what makes them images again.
+
+    For a loop that takes rows. What is made a matrix inside of it, a TPU copies in each round; what
+    makes images again belongs there, where it and `rows_of` cancel out.
+
+    Examples:
+        >>> import numpy as np
+        >>> from distill_jax import batches
+        >>> matrices, images = batches.as_matrices({"inputs": np.zeros((3, 2, 2), np.uint8)})
+        >>> matrices["inputs"].shape, images(matrices)["inputs"].shape
+        ((3, 4), (3, 2, 2))
+    """
+    leaves, tree = jax.tree.flatten(fields)
+    shaped = [leaf.shape for leaf in leaves]
+    flat = [leaf.reshape(len(leaf), -1) if _are_images(leaf) else leaf for leaf in leaves]
+
+    def images(flat: Any) -> Any:
+        found = zip(jax.tree.leaves(flat), shaped, strict=True)
+        return jax.tree.unflatten(tree, [leaf.reshape(shape) for leaf, shape in found])
+
+    return jax.tree.unflatten(tree, flat), images
+
+
+def _are_images(field: Any) -> bool:
+    return field.ndim > 2 and field.dtype.itemsize == 1
 
 
 def weights(batch: Any) -> Array | None:

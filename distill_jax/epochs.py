@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from distill_jax import ranges
-from distill_jax.batches import check_rows, count_rows, rows_of
+from distill_jax.batches import as_matrices, check_rows, count_rows, rows_of
 from distill_jax.errors import UserError
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
 
@@ -169,9 +169,11 @@ def make_steps(step: TrainStep, shard_batch: ShardBatch, gather: Gather) -> Any:
         constants: Constants,
     ) -> tuple[TrainState, dict[str, Array]]:
         examples, rows = examples_and_rows
+        matrices, images = as_matrices(examples)
 
         def one(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
-            return step(state, shard_batch(gather(examples, rows)), key, hyper, constants)
+            batch = gather(images(matrices), rows)
+            return step(state, shard_batch(batch), key, hyper, constants)
 
         return jax.lax.scan(one, state, rows)
 

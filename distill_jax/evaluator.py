@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from distill_jax import epochs, sharding
-from distill_jax.batches import inputs_of
+from distill_jax.batches import as_matrices, inputs_of
 from distill_jax.models import Model
 from distill_jax.recipe import Reader
 from distill_jax.train_step import Batch
@@ -47,9 +47,12 @@ def compile_errors(
     @jax.jit
     def count(variables: Any, own: Batch, shared: Batch) -> Array:
         def of_member(variables: Any, own: Batch) -> Array:
-            examples = {**own, **shared}
-            one = functools.partial(of_batch, variables, examples)
-            parts = _cut(epochs.count_examples(examples), batch_size, devices)
+            matrices, images = as_matrices({**own, **shared})
+
+            def one(rows: Array) -> Array:
+                return of_batch(variables, images(matrices), rows)
+
+            parts = _cut(epochs.count_examples(matrices), batch_size, devices)
             found = [jnp.sum(jax.lax.map(one, jnp.asarray(rows)), axis=0) for rows in parts]
             return functools.reduce(operator.add, found)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distill_jax import epochs, platforms, ramps, shapes, sharding, train_step
+from distill_jax import epochs, models, platforms, ramps, shapes, sharding, train_step
 from distill_jax.errors import UserError
 from distill_jax.models import Model
 from distill_jax.recipe import Examples, Reader, Recipe, Stream
@@ -44,8 +44,11 @@ def make(
     schedules: Mapping[str, ramps.Schedule],
 ) -> Program:
     """The program of a training of `steps` steps in an epoch, with C `classes`."""
-    optimizer = sharding.split_update(recipe.optimizer(steps, recipe.epochs), mesh)
     objective = _fuse(recipe, model, loss, classes, mesh)
+    # A sum over micro-batches or chunks of examples has more digits than its terms.
+    is_sum = recipe.micro_batches > 1 or isinstance(objective, train_step.Fused)
+    dtype = None if is_sum else models.gradient_dtype(model)
+    optimizer = sharding.split_update(recipe.optimizer(steps, recipe.epochs), mesh, dtype)
     step = train_step.make_train_step(
         model,
         optimizer,

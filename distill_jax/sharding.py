@@ -224,23 +224,33 @@ def keep_layout(step: TrainStep, mesh: Mesh) -> TrainStep:
 
 
 def split_update(
-    optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
+    optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh, dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer, whose updates are computed where `state_shardings` has its state.
 
     The gradients are made as their weights lie, and then cut. Left to itself XLA may make them where
     the update is, and send activations there; or send the weights for each of an update's operations.
+
+    Args:
+        optimizer: any.
+        mesh: from `make_mesh`.
+        dtype: that the gradients are made in, if it is narrower than their weights'. They are cut in it,
+            or the compiler of GPUs doesn't join the sum and the cut to a reduce-scatter.
     """
     if mesh.shape["data"] == 1:
         return optimizer
     put = jax.lax.with_sharding_constraint
+
+    def cut(gradient: Array, whole: NamedSharding, part: NamedSharding) -> Array:
+        made = gradient if dtype is None or part == whole else gradient.astype(dtype)
+        return put(put(made, whole), part).astype(gradient.dtype)
 
     def update(gradients: Any, state: Any, params: Any = None, **numbers: Any) -> Any:
         _, whole, parts, _ = state_shardings(
             TrainState(jnp.zeros(()), gradients, {"gradients": gradients}), mesh
         )
         parts = parts["gradients"]
-        gradients = put(put(gradients, whole), parts)
+        gradients = jax.tree.map(cut, gradients, whole, parts)
         params = None if params is None else put(params, parts)
         updates, state = optimizer.update(gradients, state, params, **numbers)
         return put(updates, parts), state

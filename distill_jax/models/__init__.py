@@ -21,5 +21,6 @@ from distill_jax.models.nnx import from_nnx as from_nnx
 from distill_jax.models.ready import ACTIVATIONS as ACTIVATIONS
 from distill_jax.models.ready import build as build
 from distill_jax.models.ready import conv_trunk as conv_trunk
+from distill_jax.models.ready import gradient_dtype as gradient_dtype
 from distill_jax.models.ready import mlp as mlp
 from distill_jax.models.ready import resnet as resnet

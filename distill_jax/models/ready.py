@@ -209,6 +209,21 @@ def build(description: str) -> Model:
     return _as_model(_KINDS[kind](**fixed))
 
 
+def gradient_dtype(model: Model) -> Any:
+    """The dtype that all layers' gradients have; None if they differ, and of a model of your own.
+
+    Examples:
+        >>> from distill_jax import models
+        >>> print(models.gradient_dtype(models.mlp((8,), 3)))
+        float32
+    """
+    fields = json.loads(model.description or "null")
+    if fields is None:
+        return None
+    found = {part.get("gradient_dtype", "float32") for part in fields.get("parts", [fields])}
+    return jnp.dtype(found.pop()) if len(found) == 1 else None
+
+
 @functools.cache
 def _as_model(net: MLP | Trunk | ResNet) -> Model:
     """The functions of a module: the same ones for equal modules, so that they are compiled once."""

@@ -184,7 +184,7 @@ def _line(names: str, found: Figures, target: Target) -> str:
         f"{found.arguments / 1e6:.0f} + {found.temporary / 1e6:.0f} + {found.output / 1e6:.0f} MB"
         + (f", {100 * share:.0f} %" if share else ""),
         f"{found.flops / 1e9:.2f} GFLOP",
-        *([f"{found.moved / 1e6:.0f} MB moved"] if found.moved else []),
+        f"{found.moved / 1e6:.0f} MB moved",
         *(
             f"{count} {kind} over {axes}, {size / 1e6:.2f} MB"
             for kind, axes, count, size in found.sent

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from experiments.compiled.hlo import SHAPE, bytes_of
+
 KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
 INSTRUCTION = re.compile(rf"= (?P<result>.*?) (?P<kind>{KINDS})(?P<start>-start)?\((?P<rest>.*)")
-SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 NAMED = re.compile(
@@ -51,10 +52,7 @@ def collectives(compiled_text: str, mesh: Mesh) -> list[Collective]:
 
 
 def _result_bytes(result: str, kind: str, starts: bool) -> int:
-    sizes = [
-        math.prod(_numbers(dimensions)) * max(int(bits or 8) // 8, 1)
-        for _, bits, dimensions in SHAPE.findall(result)
-    ]
+    sizes = [bytes_of(bits, dimensions) for _, bits, dimensions, _ in SHAPE.findall(result)]
     if starts and kind != "all-reduce":  # operands come first, then as many results
         sizes = sizes[len(sizes) // 2 :]
     return sum(sizes)

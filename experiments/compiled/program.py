@@ -9,14 +9,16 @@ import jax
 from experiments.benchmarks.scaling_plan import ring_bytes
 from experiments.compiled.collectives import Collective, collectives
 from experiments.compiled.targets import Chip
+from experiments.compiled.traffic import moved_bytes
 
 
 class Figures(NamedTuple):
     """A compiled program's figures; of one device, and those of time and operations of one step.
 
+    A program without steps, such as one that counts errors, is one step of so many rounds.
     parameters: of all members. arguments, temporary, output: bytes. flops: of matrix products and
-    convolutions. moved: bytes read and written, where the compiler says. sent: by kind, axis and number;
-    sent_bytes: in all, in rings.
+    convolutions. moved: bytes read from and written to memory, at least (`traffic`). sent: by kind, axis
+    and number, of one round; sent_bytes: in all, in rings.
     compute, memory, links: seconds, none shorter by the chip's figures; None where these aren't known.
     """
 
@@ -25,7 +27,7 @@ class Figures(NamedTuple):
     temporary: int
     output: int
     flops: float
-    moved: float | None
+    moved: float
     sent: list[tuple[str, str, int, int]]
     sent_bytes: float
     compute: float | None
@@ -56,11 +58,10 @@ def measure(
 ) -> Figures:
     """The figures of a program of so many steps, of which so many devices share the work."""
     memory = compiled.memory_analysis()
-    cost = compiled.cost_analysis() or {}
-    cost = cost[0] if isinstance(cost, list) else cost
+    text = compiled.as_text()
     flops = count_flops(traced.jaxpr.jaxpr) / steps / devices
-    moved = cost.get("bytes accessed")  # XLA counts a loop's body once: a step
-    found = collectives(compiled.as_text(), mesh)
+    moved = moved_bytes(text, chip.cache) / steps
+    found = collectives(text, mesh)
     sent = sent_bytes(found, mesh)
     known = not math.isnan(chip.flops)
     return Figures(
@@ -74,7 +75,7 @@ def measure(
         _by_kind(found),
         sent,
         flops / chip.flops if known else None,
-        moved / chip.bandwidth if known and moved else None,
+        moved / chip.bandwidth if known else None,
         sent / chip.links if known else None,
     )
 

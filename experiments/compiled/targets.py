@@ -18,7 +18,8 @@ class Chip(NamedTuple):
     """A device, by its maker's figures.
 
     memory: bytes. flops: dense bfloat16 ones a second. bandwidth: bytes a second of its memory. links:
-    bytes a second that it sends to others of its slice or host, over all its links together.
+    bytes a second that it sends to others of its slice or host, over all its links together. cache:
+    bytes that the hardware keeps near by itself; on a TPU the program says what is kept.
     """
 
     platform: str
@@ -26,6 +27,7 @@ class Chip(NamedTuple):
     flops: float
     bandwidth: float
     links: float
+    cache: int = 0
 
 
 # cloud.google.com/tpu/docs: v5e, v5p, v6e, "Key chip specifications". nvidia.com: H100 and H200 SXM, HGX
@@ -34,9 +36,9 @@ CHIPS = {
     "v5e": Chip("tpu", 16e9, 197e12, 819e9, 200e9),
     "v5p": Chip("tpu", 95e9, 459e12, 2765e9, 600e9),
     "v6e": Chip("tpu", 32e9, 918e12, 1640e9, 448e9),
-    "h100": Chip("gpu", 80e9, 989e12, 3.35e12, 450e9),
-    "h200": Chip("gpu", 141e9, 989e12, 4.8e12, 450e9),
-    "b200": Chip("gpu", 180e9, 2250e12, 7.7e12, 900e9),
+    "h100": Chip("gpu", 80e9, 989e12, 3.35e12, 450e9, 52428800),
+    "h200": Chip("gpu", 141e9, 989e12, 4.8e12, 450e9, 52428800),
+    "b200": Chip("gpu", 180e9, 2250e12, 7.7e12, 900e9, 132644864),
     "cpu": Chip("cpu", math.inf, math.nan, math.nan, math.nan),
 }
 _FORM = re.compile(r"(?P<chip>\w+):(?P<shape>\d+(x\d+)*)")
@@ -140,6 +142,7 @@ def _gpus(target: Target) -> Any:
         target_config=_DESCRIPTION.format(
             **_GPUS[target.name.partition(":")[0]],
             memory=int(target.chip.memory),
+            l2=target.chip.cache,
             bandwidth=int(target.chip.bandwidth),
         ),
         topology=f"1x1x{target.size}",
@@ -151,11 +154,10 @@ _GPUS = {
         "cores": 132,
         "clock": 1.98,
         "major": 9,
-        "l2": 52428800,
         "name": "NVIDIA H100 80GB HBM3",
     },
-    "h200": {"cores": 132, "clock": 1.98, "major": 9, "l2": 52428800, "name": "NVIDIA H200"},
-    "b200": {"cores": 148, "clock": 1.965, "major": 10, "l2": 132644864, "name": "NVIDIA B200"},
+    "h200": {"cores": 132, "clock": 1.98, "major": 9, "name": "NVIDIA H200"},
+    "b200": {"cores": 148, "clock": 1.965, "major": 10, "name": "NVIDIA B200"},
 }
 _DESCRIPTION = """gpu_device_info {{
   threads_per_block_limit: 1024

@@ -27,12 +27,16 @@ def test_a_step_of_a_study_fits_and_sends_its_gradients():
     assert {(kind, axes) for kind, axes, *_ in training["sent"]} == {("all-reduce", "data")}
 
 
-def test_each_replica_updates_its_part_of_the_large_weight():
-    program, mesh = compiled(TARGET, step_losses.label_loss, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_each_replica_updates_its_part_of_the_large_weight(dtype):
+    program, mesh = compiled(
+        TARGET, step_losses.label_loss, dtype=jnp.bfloat16, gradient_dtype=dtype
+    )
     found = collectives(program.as_text(), mesh)
     assert {one.axes for one in found} == {("data",)}
     bytes_of = {kind: max(x.bytes for x in found if x.kind == kind) for kind in KINDS}
-    assert bytes_of == {"reduce-scatter": 4 * LARGE // 4, "all-gather": 4 * LARGE}
+    size = jnp.dtype(dtype).itemsize
+    assert bytes_of == {"reduce-scatter": size * LARGE // 4, "all-gather": 4 * LARGE}
 
 
 def test_the_fused_loss_has_no_logits():

@@ -13,6 +13,7 @@ from distill_jax.recipe import PLAIN, Recipe
 from experiments.compiled import targets
 from experiments.compiled.check import check
 from experiments.compiled.collectives import collectives
+from experiments.compiled.traffic import moved_bytes
 
 pytest.importorskip("libtpu")
 TARGET = targets.Target("v5e:2x2", targets.CHIPS["v5e"], (2, 2))
@@ -37,7 +38,7 @@ def test_a_step_of_each_study_sends_its_gradients_and_nothing_else(study, stage)
     assert training["flops"] > 0 and training["moved"] > 0
 
 
-def test_images_are_not_copied_to_larger_tiles():
+def test_images_are_copied_once_and_not_to_larger_tiles():
     count, side = 40_000, 32
     fields = {
         "inputs": jax.ShapeDtypeStruct((count, side, side), np.uint8),
@@ -56,8 +57,11 @@ def test_images_are_not_copied_to_larger_tiles():
         mesh=sharding.make_mesh(devices=targets.devices(TARGET)),
         reader=reader,
     )
-    memory = traced.lower().compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 0.1 * count * side**2  # 4 times that with 128 lanes for 32
+    compiled = traced.lower().compile()
+    images = count * side**2
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * images  # 4 with 128 lanes for 32
+    moved = moved_bytes(compiled.as_text())
+    assert images < moved < 5 * images  # read and written once, not in each of 78 steps
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
