@@ -4,20 +4,33 @@
 """
 
 import types
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from distill_jax import evaluator, platforms, program, sharding, train_step, units
+from distill_jax import epochs, evaluator, platforms, program, sharding, train_step, units
 from distill_jax.models import Model
 from distill_jax.recipe import PLAIN, Reader, Recipe
 from distill_jax.train_step import Loss
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 """Fields of N examples `[N, ...]`."""
+
+
+class Blocks(NamedTuple):
+    """A set that is streamed (`recipe.Stream`), whose fields are those of one block.
+
+    make_run: as of the stream. steps: batches in a block. inputs: one input's shape and dtype.
+    batch_axis: of the block's fields, split over "data"; None: all devices have the whole block.
+    """
+
+    make_run: Callable[[train_step.TrainStep, epochs.ShardBatch], epochs.Epoch]
+    steps: int
+    inputs: jax.ShapeDtypeStruct
+    batch_axis: int | None = None
 
 
 def trace_training(
@@ -33,8 +46,9 @@ def trace_training(
     constants: Mapping[str, Any] = types.MappingProxyType({}),
     own_constants: Collection[str] = (),
     reader: Reader = PLAIN,
+    blocks: Blocks | None = None,
 ) -> jax.stages.Traced:
-    """One unit of `trainer.train`: `recipe.report_every` epochs of all members.
+    """One unit of `trainer.train`: `recipe.report_every` epochs of all members, or a block.
 
     Args:
         model, loss, recipe, reader: as for `trainer.train`.
@@ -45,36 +59,44 @@ def trace_training(
         numbers: the names of the traced numbers.
         constants: shapes for one member, such as {"teacher": parameters}.
         own_constants: those that each member has of its own.
+        blocks: how the set is streamed, if it is.
 
     Raises:
         UserError: for sizes that don't fit each other or the mesh.
     """
     with platforms.compiling_for(_platform(mesh)):
-        plan = program.cut(recipe, [examples], reader, "net")
-        sample = program.sample_input([examples], reader.gather)
+        steps, sample = cut(examples, recipe, reader, blocks)
         classes = program.num_classes(model, sample)
         made = program.make(
-            model, loss, recipe, steps=plan.steps, classes=classes, mesh=mesh, schedules={}
+            model, loss, recipe, steps=steps, classes=classes, mesh=mesh, schedules={}
         )
         keys = _keys(members)
         states = jax.eval_shape(
             jax.vmap(lambda key: train_step.init_state(model, made.optimizer, key, sample)), keys
         )
-        compiled: Any = units.compile_epochs(
-            recipe,
-            made.step,
-            mesh,
-            reader,
-            per_member=_which(examples, own),
-            own_constants=_which(constants, own_constants),
-        )
+        where = _which(examples, own), _which(constants, own_constants)
+        if blocks is None:
+            compiled: Any = units.compile_epochs(
+                recipe, made.step, mesh, reader, per_member=where[0], own_constants=where[1]
+            )
+        else:
+            run = blocks.make_run(made.step, sharding.shard_batch(mesh, recipe.batch_size))
+            compiled = sharding.compile_epoch(run, mesh, *where)
         return compiled.trace(
             _placed(states, sharding.state_shardings(states, mesh, "member")),
-            _of_members(examples, own, members, mesh),
+            _of_members(examples, own, members, mesh, blocks and blocks.batch_axis),
             keys,
             {name: jax.ShapeDtypeStruct((members,), jnp.float32) for name in numbers},
             _of_members(constants, own_constants, members, mesh),
         )
+
+
+def cut(examples: Shapes, recipe: Recipe, reader: Reader, blocks: Blocks | None) -> tuple[int, Any]:
+    """The steps of an epoch, or of a block; and an input `[1, ...]` of zeros."""
+    if blocks is None:
+        steps = program.cut(recipe, [examples], reader, "net").steps
+        return steps, program.sample_input([examples], reader.gather)
+    return blocks.steps, jnp.zeros((1, *blocks.inputs.shape), blocks.inputs.dtype)
 
 
 def trace_evaluation(
@@ -136,9 +158,16 @@ def _which(fields: Mapping[str, Any], own: Collection[str]) -> dict[str, bool]:
 
 
 def _of_members(
-    fields: Mapping[str, Any], own: Collection[str], members: int, mesh: Any
+    fields: Mapping[str, Any],
+    own: Collection[str],
+    members: int,
+    mesh: Any,
+    batch_axis: int | None = None,
 ) -> dict[str, Any]:
-    """All members' fields where `sharding.put_examples` puts them; their own have an axis of members."""
+    """All members' fields where `sharding.put_examples` puts them; their own have an axis of members.
+
+    With a `batch_axis`, where `put_rows` does.
+    """
 
     def with_axis(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype)
@@ -147,4 +176,7 @@ def _of_members(
         name: jax.tree.map(with_axis, field) if name in own else field
         for name, field in fields.items()
     }
-    return _placed(whole, sharding.example_shardings(mesh, _which(fields, own)))
+    where = sharding.example_shardings(mesh, _which(fields, own))
+    if batch_axis is not None:
+        where = {name: sharding.rows_sharding(mesh, batch_axis + (name in own)) for name in fields}
+    return _placed(whole, where)

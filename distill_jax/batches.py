@@ -64,7 +64,7 @@ def count_rows(inputs: Any, name: str = "inputs") -> int:
 
 
 def rows_of(field: Any, rows: Array) -> Any:
-    """The rows `[B]` of a field `[N, ...]`: `[B, ...]`.
+    """The rows `[B]` of a field `[N, ...]`: `[B, ...]`; or one of them, `[...]`.
 
     Images of bytes are taken as rows of a matrix: of their last axes a TPU makes tiles of 128 lanes, and
     it would copy many images of 32x32 to four times their size before it takes any. Arrays of wider
@@ -77,7 +77,7 @@ def rows_of(field: Any, rows: Array) -> Any:
         >>> batches.rows_of(images, np.array([2, 0])).tolist()
         [[[8, 9], [10, 11]], [[0, 1], [2, 3]]]
     """
-    if not _are_images(field):
+    if not (_are_images(field) and np.ndim(rows)):
         return field[rows]
     return field.reshape(len(field), -1)[rows].reshape(*rows.shape, *field.shape[1:])
 

@@ -90,14 +90,15 @@ def make_epoch(
     """
     ranges.check_value("passes", passes, ranges.count())
     order = make_order(batch_size, draw=draw, size=size)
-    run_steps = make_steps(step, shard_batch, gather)
 
     def one_pass(
         state: TrainState, examples: Batch, key: Array, hyper: Hyper, constants: Constants
     ) -> tuple[TrainState, dict[str, Array]]:
         state, rows = order(state, examples, key, hyper, constants)
         _, step_key = jax.random.split(key)
-        return run_steps(state, (examples, rows), step_key, hyper, constants)
+        matrices, images = as_matrices(examples)
+        run_steps = make_steps(step, shard_batch, lambda fields, rows: gather(images(fields), rows))
+        return run_steps(state, (matrices, rows), step_key, hyper, constants)
 
     def run_epoch(
         state: TrainState, examples: Batch, key: Array, hyper: Hyper, constants: Constants = None
@@ -169,11 +170,9 @@ def make_steps(step: TrainStep, shard_batch: ShardBatch, gather: Gather) -> Any:
         constants: Constants,
     ) -> tuple[TrainState, dict[str, Array]]:
         examples, rows = examples_and_rows
-        matrices, images = as_matrices(examples)
 
         def one(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
-            batch = gather(images(matrices), rows)
-            return step(state, shard_batch(batch), key, hyper, constants)
+            return step(state, shard_batch(gather(examples, rows)), key, hyper, constants)
 
         return jax.lax.scan(one, state, rows)
 

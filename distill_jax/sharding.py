@@ -337,10 +337,15 @@ def put_rows(fields: Mapping[str, Any], mesh: Mesh, batch_axis: int = 0) -> Batc
         mesh: as for `own_rows`.
         batch_axis: 0 for one batch `[B, ...]`, 1 for the batches of several steps `[steps, B, ...]`.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, "data"))
+    sharding = rows_sharding(mesh, batch_axis)
     return jax.tree.map(
         lambda field: jax.make_array_from_process_local_data(sharding, field), dict(fields)
     )
+
+
+def rows_sharding(mesh: Mesh, batch_axis: int) -> NamedSharding:
+    """Where `put_rows` puts a field: its axis `batch_axis` split over "data"."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, "data"))
 
 
 def shard_batch(mesh: Mesh, batch_size: int) -> Callable[[Batch], Batch]:

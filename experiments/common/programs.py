@@ -33,7 +33,8 @@ class Training(NamedTuple):
     name: of the training's folder. net: the config's section. fields: of one member. members: M.
     numbers: the traced ones beside "learning_rate". own, own_constants: what each member has of its
     own; all else is shared. passes: as for `experiments.common.training.train`; and so are transforms,
-    of which the section's own come last. evaluation: sets that errors are counted on.
+    of which the section's own come last. evaluation: sets that errors are counted on. blocks: how the
+    set is streamed, if it is; the fields are then those of a block.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Training(NamedTuple):
     own_constants: Sequence[str] = ()
     reader: Reader = PLAIN
     evaluation: Mapping[str, Shapes] = _NOTHING
+    blocks: ahead.Blocks | None = None
 
 
 class Pass(NamedTuple):
@@ -139,6 +141,7 @@ def trace(one: Training, mesh: Any) -> jax.stages.Traced:
         constants=one.constants,
         own_constants=one.own_constants,
         reader=one.reader,
+        blocks=one.blocks,
     )
 
 
@@ -152,6 +155,7 @@ def describe(one: Training) -> dict[str, Any]:
         "micro_batches": recipe.micro_batches,
         "report_every": recipe.report_every,
         "transforms": len(recipe.transforms),
+        **({"steps": one.blocks.steps} if one.blocks else {}),
         "numbers": sorted(["learning_rate", *one.numbers]),
         "fields": {
             name: [f"{np.dtype(x.dtype)}{list(x.shape)}", name in one.own]

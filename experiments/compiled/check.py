@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from distill_jax import ahead, models, program, sharding
+from distill_jax import ahead, models, sharding
 from distill_jax.errors import UserError
 from experiments.common import programs
 from experiments.common.programs import Pass, Passes, Programs, Training
@@ -26,7 +26,10 @@ LOG = Path(tempfile.gettempdir()) / "distill_jax_compilers.log"
 
 
 class _Task(NamedTuple):
-    """A program to compile: what it is and of which names; and how many devices share its work."""
+    """A program to compile: what it is and of which names; and how many devices share its work.
+
+    waiting: bytes on each device beside it.
+    """
 
     what: str
     names: str
@@ -34,6 +37,7 @@ class _Task(NamedTuple):
     steps: int
     parameters: int
     devices: int
+    waiting: int = 0
 
 
 def check(
@@ -108,6 +112,7 @@ def _compile(task: _Task, mesh: Any, target: Target) -> tuple[dict[str, Any], st
         steps=task.steps,
         parameters=task.parameters,
         devices=task.devices,
+        waiting=task.waiting,
     )
     found = figures._asdict() | {
         "fits": figures.total <= target.chip.memory,
@@ -125,16 +130,16 @@ def _of_training(
     never.
     """
     recipe = make_recipe(one.net, one.passes, one.transforms)
-    fields = [one.fields]
-    steps = program.cut(recipe, fields, one.reader, one.name).steps * recipe.report_every
-    sample = program.sample_input(fields, one.reader.gather)
+    steps, sample = ahead.cut(one.fields, recipe, one.reader, one.blocks)
+    steps *= 1 if one.blocks else recipe.report_every
     of_one = jax.eval_shape(lambda x: one.model.init(jax.random.key(0), x), sample)
     parameters = one.members * models.parameter_count(of_one)
     try:
         traced = programs.trace(one, mesh)
     except UserError as error:
         raise UserError(f"{names}: {error}") from error
-    yield _Task("training", names, traced, steps, parameters, devices=mesh.size)
+    waiting = _next_block(one, mesh) if one.blocks else 0
+    yield _Task("training", names, traced, steps, parameters, mesh.size, waiting)
     if one.evaluation and evaluated is not None:
         largest = max(one.evaluation.values(), key=lambda part: part["label"].shape[0])
         kind = f"{one.model.description} {one.members} {largest} {recipe.rows_at_once}"
@@ -145,6 +150,16 @@ def _of_training(
             one.model, largest, recipe, members=one.members, mesh=mesh, reader=one.reader
         )
         yield _Task("evaluation", names, traced, 1, parameters, devices=mesh.size)
+
+
+def _next_block(one: Training, mesh: Any) -> int:
+    """Bytes on each device of the block that is copied there while another is trained on."""
+    assert one.blocks is not None
+    split = 1 if one.blocks.batch_axis is None else mesh.shape["data"]
+    sizes = {name: field.size * field.dtype.itemsize for name, field in one.fields.items()}
+    return (
+        sum(size * (one.members if name in one.own else 1) for name, size in sizes.items()) // split
+    )
 
 
 def _of_processes(mesh: Any) -> str:

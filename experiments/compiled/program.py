@@ -55,8 +55,12 @@ def measure(
     steps: int,
     parameters: int,
     devices: int,
+    waiting: int = 0,
 ) -> Figures:
-    """The figures of a program of so many steps, of which so many devices share the work."""
+    """The figures of a program of so many steps, of which so many devices share the work.
+
+    Bytes that wait on each device for the next program count as arguments.
+    """
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     flops = count_flops(traced.jaxpr.jaxpr) / steps / devices
@@ -66,7 +70,7 @@ def measure(
     known = not math.isnan(chip.flops)
     return Figures(
         parameters,
-        memory.argument_size_in_bytes,
+        memory.argument_size_in_bytes + waiting,
         memory.temp_size_in_bytes,
         # What is donated is counted as an argument already.
         memory.output_size_in_bytes - memory.alias_size_in_bytes,

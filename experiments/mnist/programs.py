@@ -7,13 +7,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax import step_losses, train_step
-from distill_jax.ahead import Shapes
-from distill_jax.data import augment
+from distill_jax.ahead import Blocks, Shapes
+from distill_jax.data import augment, stream
 from experiments.common import programs as common
 from experiments.common.config import changed
 from experiments.common.programs import Pass, Training, logits, resized, shape, shapes_of
 from experiments.common.training import build_model
-from experiments.mnist.data import Data, load_data
+from experiments.mnist.data import Data, load_data, open_data
 from experiments.mnist.objectives import OBJECTIVES
 from experiments.mnist.transfer_sets import OMISSIONS
 from experiments.mnist.views import distortions, mean_logits, new_distortions
@@ -23,14 +23,20 @@ _TARGETS = "teacher_logits"
 
 
 def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
-    """All trainings, each with its stage."""
-    for stage, one in _of_several_seeds(config):
-        # What is each seed's own is shared where there is one.
-        yield stage, one if len(config.seeds) > 1 else one._replace(own=())
+    """All trainings, each with its stage; of a set that is left on disk, those that stream it."""
+    for stage, one in (
+        _in_blocks(config) if config.data.block_examples else _of_several_seeds(config)
+    ):
+        # What is each seed's own is shared where there is one, but in blocks.
+        shared = len(config.seeds) == 1 and not one.blocks
+        yield stage, one._replace(own=()) if shared else one
 
 
 def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
     """The passes of teachers over the training set or its views, one for all seeds."""
+    if config.data.block_examples:
+        yield from _over_blocks(config)
+        return
     data = load_data(config)
     whole = shapes_of(data.train)
     images, half = whole["inputs"], resized(whole, len(data.train["id"]) // 2)["inputs"]
@@ -46,9 +52,50 @@ def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
     yield "distorted_targets", common.of_views("logits", *own)
 
 
+def _over_blocks(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
+    """The teacher's pass over a part of a set that is left on disk."""
+    data = open_data(config)
+    assert data.streamed is not None
+    size = min(config.data.block_examples, data.streamed.size)
+    images = resized(shapes_of(data.streamed.read(np.arange(1))), size)["inputs"]
+    teacher = build_model(config.teacher, data.num_classes)
+    params = common.frozen(teacher, images)
+    yield "soft_targets", common.logits_over("logits", teacher.apply, params, images)
+
+
+def _in_blocks(config: ConfigDict) -> Iterator[tuple[str, Training]]:
+    """The trainings on blocks of a set that is left on disk."""
+    data = open_data(config)
+    assert data.streamed is not None
+    size, one_of_each = data.streamed.size, shapes_of(data.streamed.read(np.arange(1)))
+    for stage, one in _on_all(config, data, resized(one_of_each, size)):
+        batch_size = one.net.batch_size
+        steps = stream.cut(size, batch_size, config.data.block_examples).steps
+        fields = {
+            name: shape((steps, batch_size, *field.shape[1:]), field.dtype)
+            for name, field in one.fields.items()
+        }
+        image = shape(fields["inputs"].shape[2:], fields["inputs"].dtype)
+        blocks = Blocks(stream.make_block_epoch, steps, image, batch_axis=1)
+        yield stage, one._replace(fields=fields, blocks=blocks)
+
+
 def _of_several_seeds(config: ConfigDict) -> Iterator[tuple[str, Training]]:
     data, seeds = load_data(config), len(config.seeds)
-    images, taught = _fields(data)
+    _, taught = _fields(data)
+    yield from _on_all(config, data, shapes_of(data.train))
+    for width, times in zip(config.sweep.widths, config.sweep.times, strict=True):
+        net = changed(config.sweep, hidden=(width, width))
+        members = seeds * len(net.temperatures)
+        yield "sweep", _on_targets(data, f"width_{width}", net, taught, members, passes=times)
+    yield from _transfer_sets(config, data)
+    yield from _views(config, data)
+
+
+def _on_all(config: ConfigDict, data: Data, images: Shapes) -> Iterator[tuple[str, Training]]:
+    """The trainings that read the whole set in order, of which these are the images."""
+    seeds, size = len(config.seeds), images["id"].shape[0]
+    taught = {**images, _TARGETS: logits(size, data.num_classes)}
     yield "teacher", _on_labels(data, "teacher", config.teacher, images, seeds)
     yield "baseline", _on_labels(data, "baseline", config.baseline, images, seeds)
     yield "distilled", _on_targets(data, "distilled", config.distilled, taught, seeds)
@@ -56,12 +103,6 @@ def _of_several_seeds(config: ConfigDict) -> Iterator[tuple[str, Training]]:
         net, names = config.objectives, dict.fromkeys([*_SOFT, *one.numbers])
         trained = _on_targets(data, one.name, net, taught, seeds, loss=one.loss, numbers=(*names,))
         yield "objectives", trained
-    for width, times in zip(config.sweep.widths, config.sweep.times, strict=True):
-        net = changed(config.sweep, hidden=(width, width))
-        members = seeds * len(net.temperatures)
-        yield "sweep", _on_targets(data, f"width_{width}", net, taught, members, passes=times)
-    yield from _transfer_sets(config, data)
-    yield from _views(config, data)
 
 
 def _transfer_sets(config: ConfigDict, data: Data) -> Iterator[tuple[str, Training]]:

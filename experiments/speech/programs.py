@@ -1,6 +1,6 @@
 """The programs of the speech study's trainings, from shapes alone (`experiments.compiled`).
 
-A streamed set is taken to be one of its blocks, which is what lies on the devices.
+Of a streamed set the nets that see all of it are trained on its blocks.
 """
 
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distill_jax import soft_targets, step_losses, train_step
-from distill_jax.ahead import Shapes
+from distill_jax.ahead import Blocks, Shapes
 from distill_jax.models import parameter_count
 from distill_jax.soft_targets.writer import BATCH_SIZE
 from experiments.common import programs as common
@@ -28,8 +28,15 @@ _SOFT = ("temperature", "hard_weight")
 
 def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
     """All trainings, each with its stage."""
+    whole = _whole(load_data(config))["label"]
+    for stage, one in _of_resident_sets(config):
+        streamed = config.data.block_frames and one.fields["label"] == whole
+        yield stage, _in_blocks(config, one) if streamed else one
+
+
+def _of_resident_sets(config: ConfigDict) -> Iterator[tuple[str, Training]]:
     data, seeds = load_data(config), len(config.seeds)
-    whole, net = _whole(config, data), config.distilled
+    whole, net = _whole(data), config.distilled
     taught = {**whole, **_targets(config, data, _size(whole))}
     for name, members in member_groups(config):
         yield "ensemble", _training(data, name, config.ensemble, whole, len(members))
@@ -85,16 +92,44 @@ def _compression(config: ConfigDict, data: Data, whole: Shapes) -> Iterator[tupl
             yield "compression", drawn._replace(own=("teacher_ids",) if seeds > 1 else ())
 
 
-def _whole(config: ConfigDict, data: Data) -> dict[str, Any]:
-    """The fields of the training set, or of one block of it."""
-    if not config.data.block_frames:
-        return shapes_of(data.train)
-    sizes = stream.block_sizes(data.lengths, config.data.block_frames)
-    rows = sizes.most + (frames.LEFT + frames.RIGHT) * sizes.utterances
+def _whole(data: Data) -> dict[str, Any]:
+    """The fields of the training set."""
+    return _packed(int(data.lengths.sum()), len(data.lengths))
+
+
+def _packed(size: int, utterances: int) -> dict[str, Any]:
+    """The fields of `frames.pack`, of so many examples."""
+    rows = size + (frames.LEFT + frames.RIGHT) * utterances
     return {
         "frames": shape((rows, frames.FEATURES), np.uint8),
-        **{name: shape((sizes.most,), np.int32) for name in ("id", "position", "label")},
+        **{name: shape((size,), np.int32) for name in ("id", "position", "label", "utterance")},
     }
+
+
+def _in_blocks(config: ConfigDict, one: Training) -> Training:
+    """The training on blocks of the set (`training_set`)."""
+    lengths, size, batch_size = (
+        load_data(config).lengths,
+        config.data.block_frames,
+        one.net.batch_size,
+    )
+    sizes, steps = (
+        stream.block_sizes(lengths, size),
+        stream.steps_per_block(lengths, size, batch_size),
+    )
+    more = {
+        name: shape((sizes.most, *field.shape[1:]), field.dtype)
+        for name, field in one.fields.items()
+        if name != "frames"
+    }
+    return one._replace(
+        fields={**more, **_packed(sizes.most, sizes.utterances), "count": shape((), np.int32)},
+        blocks=Blocks(
+            lambda step, shard: stream.make_block_epoch(step, batch_size, steps, shard),
+            steps,
+            shape((frames.WINDOW, frames.FEATURES), np.uint8),
+        ),
+    )
 
 
 def _part(whole: Shapes, percent: float) -> dict[str, Any]:

@@ -11,15 +11,22 @@ import tiny
 from ml_collections import ConfigDict
 from tfds_sets import prepare_tiny
 
-from distill_jax import soft_targets
+from distill_jax import sharding, soft_targets
 from distill_jax.data import stream
 from distill_jax.nets import read_meta
 from experiments.common.run import run_study
-from experiments.common.study import read_json
+from experiments.common.study import Context, read_json
 from experiments.common.training import curve
-from experiments.mnist import study
+from experiments.compiled import targets
+from experiments.compiled.check import check
+from experiments.mnist import programs, study
 from experiments.mnist.config import get_config
-from experiments.mnist.data import load_data, open_data
+from experiments.mnist.data import (
+    load_data,
+    open_data,
+    training_set,
+    training_set_with_targets,
+)
 
 
 def config_of(data_dir, block_examples=70):
@@ -32,6 +39,8 @@ def config_of(data_dir, block_examples=70):
     small["learning_rate"] = 0.02
     config.teacher.update(small, jitter=1)
     config.distilled.update(small)
+    for net in (config.baseline, config.objectives):
+        net.batch_size = 16
     return config
 
 
@@ -85,6 +94,40 @@ def test_the_study_streams(data_dir, streamed):
     for seed in (0, 1):
         store = soft_targets.load(workdir / f"stages/soft_targets/seed_{seed}", num_classes=10)
         soft_targets.attach(whole.train, store, 20.0)  # made of the same images
+
+
+def test_the_programs_for_machines_that_are_not_there_are_of_blocks(data_dir, streamed):
+    workdir, _ = streamed
+    config = config_of(data_dir)
+    stores = {"soft_targets": workdir / "stages/soft_targets"}
+    context = Context(config, workdir, stores)
+    read = {
+        "teacher": training_set(config, config.teacher),
+        "distilled": training_set_with_targets(context, config.distilled),
+    }
+    mesh = sharding.make_mesh()
+    listed = {one.name: one for stage, one in programs.programs(config) if stage in read}
+    assert listed.keys() == read.keys()
+    for name, one in listed.items():
+        block = read[name].put(next(read[name].open_blocks(0)), mesh)
+        there = {field: (x.shape, x.dtype) for field, x in block.items()}
+        members = {field: (2,) if field in one.own else () for field in one.fields}
+        assert there == {f: ((*members[f], *x.shape), x.dtype) for f, x in one.fields.items()}
+        assert read[name].per_member == {field: field in one.own for field in one.fields}
+        assert (read[name].steps, read[name].inputs) == (one.blocks.steps, one.blocks.inputs)
+
+
+def test_they_compile_with_two_blocks_on_each_device(data_dir):
+    config, machines = config_of(data_dir), targets.parse(["cpu:2"])
+    with jax.numpy_dtype_promotion("standard"):
+        records = check(config, programs.programs, programs.passes, machines, STAGES)
+    teacher, distilled = (record for record in records if record["what"] == "training")
+    assert [record["program"] for record in records][-1] == "soft_targets: logits"
+    image, logits, numbers = 10 * 10, 2 * 10 * 4, 2 * 4
+    block = 3 * 16 // 2 * (image + numbers)  # three steps of 16, of which a device has half
+    own = 3 * 16 // 2 * logits
+    assert distilled["arguments"] - teacher["arguments"] == pytest.approx(2 * own, abs=100)
+    assert teacher["arguments"] > 2 * block and all(record["fits"] for record in records)
 
 
 class Killed(BaseException):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from speech_configs import config_of
 
-from distill_jax import soft_targets
+from distill_jax import sharding, soft_targets
 from distill_jax.errors import UserError
 from distill_jax.nets import Net
 from experiments.common import training
 from experiments.common.study import Context
-from experiments.speech import frames, nets, recognition, table1, training_set
+from experiments.speech import frames, nets, programs, recognition, table1, training_set
 from experiments.speech.data import load_data
 
 
@@ -48,6 +48,19 @@ def test_classes_priors_and_phones(resident):
     phones = np.array(data.corpus.metadata["phones"])
     for number in range(data.num_classes):
         assert len(set(phones[data.class_of_state == number])) == 1
+
+
+def test_the_programs_for_machines_that_are_not_there_are_of_blocks(streamed):
+    read = training_set.labelled(streamed, streamed.ensemble, 1)
+    block = read.put(next(read.open_blocks(0)), sharding.make_mesh())
+    listed = list(programs.programs(streamed))
+    one = next(one for stage, one in listed if stage == "ensemble")
+    assert {name: (x.shape, x.dtype) for name, x in block.items()} == {
+        name: (x.shape, x.dtype) for name, x in one.fields.items()
+    }
+    assert (read.steps, read.inputs) == (one.blocks.steps, one.blocks.inputs)
+    resident = {stage for stage, one in listed if not one.blocks}
+    assert resident == {"compression", "fractions"}
 
 
 def test_streamed_is_the_same_set(resident, streamed):
