@@ -212,10 +212,12 @@ def _convolve_gradients(
     convolution: Any, gradient_dtype: Any, kept: Any, cotangent: Array
 ) -> tuple[Array, ...]:
     x, kernel = kept
-    _, back = jax.vjp(lambda x: convolution(x, kernel.astype(x.dtype)), x)
-    wide = kernel.astype(gradient_dtype)
-    _, of_kernel = jax.vjp(lambda k: convolution(x.astype(gradient_dtype), k), wide)
-    (gradient,) = of_kernel(cotangent.astype(gradient_dtype))
+    # As transposes, which unlike `jax.vjp` have no forward pass for the compiler to take out again.
+    back = jax.linear_transpose(lambda x: convolution(x, kernel.astype(x.dtype)), x)
+    wide = functools.partial(convolution, x.astype(gradient_dtype))
+    (gradient,) = jax.linear_transpose(wide, kernel.astype(gradient_dtype))(
+        cotangent.astype(gradient_dtype)
+    )
     return *back(cotangent), gradient.astype(kernel.dtype)
 
 

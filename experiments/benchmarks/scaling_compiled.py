@@ -10,6 +10,7 @@ Needs the extras aot_tpu and aot_gpu. The last line is the result as JSON.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def target_name(cluster: Cluster, chips: int) -> str:
 
 
 def krizhevsky(classes: int) -> models.Model:
-    """The net of Krizhevsky et al. 2012 (reference [7]), for images of 227x227, in bfloat16.
+    """The net of Krizhevsky et al. 2012 (reference [7]), for images of 227x227 as rows, bfloat16.
 
     Without dropout and the normalisation of responses, which hardly count in time or memory. It starts
     at zeros: it is compiled, not trained.
@@ -78,12 +79,13 @@ def krizhevsky(classes: int) -> models.Model:
     return models.chain(trunk, models.mlp((4096, 4096), classes, dtype=jnp.bfloat16))
 
 
+_IMAGE = (227, 227, 3)
 _CONVOLUTIONS = ((96, 11, 4, 1), (256, 5, 1, 2), (384, 3, 1, 1), (384, 3, 1, 2), (256, 3, 1, 2))
 """Channels, side, stride and groups of each; after the first, the second and the last is a maximum."""
 
 
 def _convolution_kernels(key: Array, images: Array) -> models.Params:
-    params, inputs = {}, images.shape[-1]
+    params, inputs = {}, _IMAGE[-1]
     for i, (channels, side, _, groups) in enumerate(_CONVOLUTIONS):
         kernel = jnp.zeros((side, side, inputs // groups, channels))
         params[f"conv_{i}"] = {"kernel": kernel, "bias": jnp.zeros(channels)}
@@ -92,7 +94,7 @@ def _convolution_kernels(key: Array, images: Array) -> models.Params:
 
 
 def _features(params: models.Params, images: Array, dropout_key: Array | None = None) -> Array:
-    x = images.astype(jnp.bfloat16) / 128 - 1
+    x = images.reshape(-1, *_IMAGE).astype(jnp.bfloat16) / 128 - 1
     for i, (_, _side, stride, groups) in enumerate(_CONVOLUTIONS):
         kernel, bias = (params[f"conv_{i}"][name].astype(x.dtype) for name in ("kernel", "bias"))
         x = jax.lax.conv_general_dilated(
@@ -118,7 +120,7 @@ def acoustic(layers: Sequence[int], batch: int) -> Training:
 
 def specialist(batch: int) -> Training:
     """A specialist of 300 classes and the dustbin, of the size of reference [7]'s net."""
-    return _training(_section(batch), krizhevsky(301), (227, 227, 3))
+    return _training(_section(batch), krizhevsky(301), (math.prod(_IMAGE),))
 
 
 def _section(batch: int, **sizes: Any) -> ConfigDict:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from experiments.benchmarks.scaling_plan import ring_bytes
 from experiments.compiled.collectives import Collective, collectives
@@ -118,11 +119,31 @@ def count_flops(jaxpr: Any) -> float:
             shape = equation.invars[0].aval.shape
             total += 2.0 * size * math.prod(shape[i] for i in contracted)
         elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * size * math.prod(kernel) / outputs
+            total += _convolution_flops(equation)
         rounds = params["length"] if name == "scan" else 1
         total += rounds * sum(count_flops(inner) for inner in _inside(params))
+    return total
+
+
+def _convolution_flops(equation: Any) -> float:
+    """Of a convolution; zeros of padding, and those in the gradient of a strided one, don't count."""
+    params, (lhs, rhs) = equation.params, (x.aval.shape for x in equation.invars)
+    where, result = params["dimension_numbers"], equation.outvars[0].aval.shape
+    total = 2.0 * math.prod(result[i] for i in where.out_spec[:2]) * rhs[where.rhs_spec[1]]
+    for axis, (low, _) in enumerate(params["padding"]):
+        inputs, taps, outputs = (
+            shape[spec[2 + axis]]
+            for shape, spec in (
+                (lhs, where.lhs_spec),
+                (rhs, where.rhs_spec),
+                (result, where.out_spec),
+            )
+        )
+        starts = np.arange(outputs)[:, None] * params["window_strides"][axis] - low
+        places = starts + np.arange(taps) * params["rhs_dilation"][axis]
+        apart = params["lhs_dilation"][axis]
+        inside = (places >= 0) & (places <= (inputs - 1) * apart)
+        total *= np.count_nonzero(inside & (places % apart == 0))
     return total
 
 

@@ -101,7 +101,7 @@ def test_a_compiled_step_sends_about_what_the_plan_says():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         net = scaling_compiled.acoustic(layers, 64)
         found = scaling_compiled.compile_step(net, 2, 2, machine)
-        images = jnp.zeros((1, 227, 227, 3), jnp.uint8)
+        images = jnp.zeros((1, 227 * 227 * 3), jnp.uint8)
         specialist = jax.eval_shape(
             scaling_compiled.krizhevsky(301).init, jax.random.key(0), images
         )

@@ -46,3 +46,26 @@ def test_operations_of_a_loop_are_those_of_all_rounds():
         return jax.lax.scan(lambda _, x: (None, loss(params, inputs)), None, jnp.arange(3))[1]
 
     assert count_flops(jax.make_jaxpr(thrice)(params, inputs).jaxpr) == 3 * 2 * 5 * weights
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "places"),
+    # Windows of 4 on 16 places: all inside; the same, apart; one outside at each end, of 8 windows.
+    [(1, 0, 13 * 4), (4, 0, 4 * 4), (2, 1, 8 * 4 - 2)],
+)
+def test_a_convolution_counts_what_lies_inside_the_image(stride, padding, places):
+    def convolution(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            [(padding, padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    arguments = jnp.zeros((5, 16, 16, 3)), jnp.zeros((4, 4, 3, 7))
+    forward = 2 * 5 * 3 * 7 * places**2
+    assert count_flops(jax.make_jaxpr(convolution)(*arguments).jaxpr) == forward
+    # As many for the gradient of the images, and as many for that of the kernel.
+    gradient = jax.grad(lambda *both: jnp.sum(convolution(*both)), (0, 1))
+    assert count_flops(jax.make_jaxpr(gradient)(*arguments).jaxpr) == 3 * forward
