@@ -79,9 +79,10 @@ def _of_instruction(module: Module, own: Computation, one: Instruction, size: Si
     if one.kind == "conditional":
         return min(map(inside, one.branches))
     if one.kind.endswith("-done"):
-        return _of_done(own, one, size)
-    if one.kind == "fusion":
-        return _of_fusion(module, own, one, size)
+        return _of_done(module, own, one, size)
+    if one.kind.startswith("fusion"):
+        read = _read_by_fusion(module, own, one, size)
+        return read + (_given(module, one, one.result, size) if one.kind == "fusion" else 0.0)
     operands = [own[name] for name in one.operands]
     if one.kind.endswith("-start"):
         # What is copied is counted where it is done; a collective's operands are read.
@@ -105,11 +106,13 @@ def _of_plain(one: Instruction, operands: list[Instruction], size: Size) -> Iter
         yield from (size(array) for array in [*arrays, *one.result])
 
 
-def _of_done(own: Computation, done: Instruction, size: Size) -> float:
+def _of_done(module: Module, own: Computation, done: Instruction, size: Size) -> float:
     """The end of what runs beside other work: what it gives; of a copy, also what it is made of."""
     start = own[done.operands[0]]
     if done.kind == "async-done":
         return 0.0  # what ran was counted where it was started
+    if start.kind == "fusion-start":
+        return _given(module, start, done.result, size)
     written = sum(size(array) for array in done.result)
     if start.kind not in ("copy-start", "slice-start"):
         return written
@@ -117,15 +120,20 @@ def _of_done(own: Computation, done: Instruction, size: Size) -> float:
     return written + size(source, done.result[0].bytes)
 
 
-def _of_fusion(module: Module, own: Computation, one: Instruction, size: Size) -> float:
-    """What a fusion reads of its operands, and what it writes."""
+def _read_by_fusion(module: Module, own: Computation, one: Instruction, size: Size) -> float:
+    """What a fusion reads of its operands."""
     fused = module.computations[one.called("calls")]
-    read = 0.0
-    for place, name in enumerate(one.operands):
-        for array in own[name].result:
-            read += size(array, _read_of(module, fused, place, array.bytes))
-    written = _written_by(module, fused)
-    return read + sum(size(array, most) for array, most in zip(one.result, written, strict=True))
+    return sum(
+        size(array, _read_of(module, fused, place, array.bytes))
+        for place, name in enumerate(one.operands)
+        for array in own[name].result
+    )
+
+
+def _given(module: Module, one: Instruction, result: list[Array], size: Size) -> float:
+    """What a fusion writes."""
+    written = _written_by(module, module.computations[one.called("calls")])
+    return sum(size(array, most) for array, most in zip(result, written, strict=True))
 
 
 def _read_of(module: Module, fused: Computation, place: int, whole: float) -> float:

@@ -91,6 +91,37 @@ def test_what_lies_on_a_tpu_s_chip_is_not_memory():
     assert moved_bytes(HLO.replace("direction=LT", "direction=GT")) == 4 * (4 * 8)
 
 
+FUSED = """HloModule m, is_scheduled=true
+
+%replace (old: f32[100,8], row: f32[1,8], at: s32[]) -> f32[100,8] {
+  %old = f32[100,8]{1,0} parameter(0)
+  %row = f32[1,8]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %new = f32[100,8]{1,0} dynamic-update-slice(%old, %row, %at, %zero)
+}
+
+ENTRY %main (a: f32[100,8], b: f32[1,8], i: s32[]) -> f32[100,8] {
+  %a = f32[100,8]{1,0} parameter(0)
+  %b = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %result = f32[100,8]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%replace
+}
+"""
+
+
+def test_a_fusion_that_replaces_a_row_moves_the_row():
+    assert moved_bytes(FUSED) == 2 * 4 * 8 + 4  # and the place
+    begins = (
+        "%begun = ((f32[100,8]{1,0}, f32[1,8]{1,0}, s32[]), f32[100,8]{1,0}, u32[]) fusion-start("
+    )
+    beside = FUSED.replace("ROOT %result = f32[100,8]{1,0} fusion(", begins).replace(
+        "calls=%replace\n",
+        "calls=%replace\n  ROOT %result = f32[100,8]{1,0} fusion-done(%begun)\n",
+    )
+    assert moved_bytes(beside) == moved_bytes(FUSED)
+
+
 def test_text_that_ends_in_the_middle():
     with pytest.raises(ValueError, match="no end of the bracket"):
         parse(HLO.replace("parameter(0)", "parameter(0"))
