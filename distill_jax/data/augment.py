@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from distill_jax import ranges, shapes
+from distill_jax import platforms, ranges, shapes
 from distill_jax.data import distortion
 from distill_jax.data.images import Examples
 from distill_jax.errors import UserError
@@ -180,6 +180,8 @@ def random_view(views: Views) -> Transform:
 def _shift(images: Array, corners: Array, pixels: int) -> Array:
     """Images cut at corners `[B, 2]`, 0 to 2 * pixels, of themselves with margins of zeros."""
     margins = [(0, 0), (pixels, pixels), (pixels, pixels)] + [(0, 0)] * (images.ndim - 3)
+    if platforms.current() == "tpu":  # where slices are cut in a loop, one example after the other
+        return _shift_all(jnp.pad(images, margins), corners, pixels)
 
     # On a CPU dynamic_slice of padded uint8 was the fastest of eleven ways, 10x faster than roll.
     def crop(padded: Array, corner: Array) -> Array:
@@ -187,6 +189,19 @@ def _shift(images: Array, corners: Array, pixels: int) -> Array:
         return jax.lax.dynamic_slice(padded, start, images.shape[1:])
 
     return jax.vmap(crop)(jnp.pad(images, margins), corners)
+
+
+def _shift_all(padded: Array, corners: Array, pixels: int) -> Array:
+    """The same: along one axis, then the other, by all shifts, of which each image takes its own."""
+    for axis in (1, 2):
+        size = padded.shape[axis] - 2 * pixels
+        corner = corners[:, axis - 1].reshape(-1, *[1] * (padded.ndim - 1))
+        found = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+        for k in range(1, 2 * pixels + 1):
+            moved = jax.lax.slice_in_dim(padded, k, k + size, axis=axis)
+            found = jnp.where(corner == k, moved, found)
+        padded = found
+    return padded
 
 
 def _cached(fields: Any) -> list[str]:

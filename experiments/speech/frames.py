@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distill_jax import soft_targets
+from distill_jax import platforms, soft_targets
 from distill_jax.errors import UserError
 from distill_jax.models import Params
 from distill_jax.train_step import Batch
@@ -71,6 +71,8 @@ def pack(
 
 def cut(frames: Array, positions: Array) -> Array:
     """Cuts windows: frames `[R, 40]`, "position" int32 `[B]` of `pack` -> `[B, 26, 40]`."""
+    if platforms.current() == "tpu":  # where slices are cut in a loop, one example after the other
+        return frames[positions[:, None] + jnp.arange(-LEFT, RIGHT + 1)[None]]
     return jax.vmap(lambda position: jax.lax.dynamic_slice_in_dim(frames, position - LEFT, WINDOW))(
         positions
     )

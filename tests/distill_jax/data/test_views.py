@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import tiny
 
-from distill_jax import models, optimizers, soft_targets, step_losses, trainer, training_note
+from distill_jax import (
+    models,
+    optimizers,
+    platforms,
+    soft_targets,
+    step_losses,
+    trainer,
+    training_note,
+)
 from distill_jax.data import augment
 from distill_jax.errors import UserError
 
@@ -25,6 +33,17 @@ def written(folder, views, **options):
 
 def shown(views, batch, seed=0):
     return jax.jit(augment.random_view(views))(batch, jax.random.key(seed))
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (8, 8, 3)])
+@pytest.mark.parametrize("pixels", [0, 1, 3])
+def test_a_tpu_s_way_to_shift_gives_the_same_images(shape, pixels):
+    views, random = augment.shifts(pixels), np.random.default_rng(0)
+    images = jnp.asarray(random.integers(0, 256, (60, *shape), np.uint8))
+    numbers = jnp.asarray(random.integers(0, views.num_views, 60, np.int32))
+    with platforms.compiling_for("tpu"):
+        found = views.make(images, numbers, numbers)
+    tiny.assert_equal(found, views.make(images, numbers, numbers))
 
 
 def test_shifts_are_the_images_that_jitter_makes():

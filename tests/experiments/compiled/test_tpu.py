@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from compiled_nets import CLASSES, WEIGHTS, compiled
 
-from distill_jax import ahead, models, sharding, step_losses
+from distill_jax import ahead, models, platforms, sharding, step_losses
+from distill_jax.data import augment
 from distill_jax.recipe import PLAIN, Recipe
 from experiments.compiled import targets
 from experiments.compiled.check import check
 from experiments.compiled.collectives import collectives
 from experiments.compiled.traffic import moved_bytes
+from experiments.speech import frames
 
 pytest.importorskip("libtpu")
 TARGET = targets.Target("v5e:2x2", targets.CHIPS["v5e"], (2, 2))
@@ -62,6 +64,20 @@ def test_images_are_copied_once_and_not_to_larger_tiles():
     assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * images  # 4 with 128 lanes for 32
     moved = moved_bytes(compiled.as_text())
     assert images < moved < 5 * images  # read and written once, not in each of 78 steps
+
+
+def test_windows_and_shifted_images_are_not_cut_one_by_one():
+    where = jax.sharding.SingleDeviceSharding(targets.devices(TARGET)[0])
+
+    def shape(dtype, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
+
+    images, numbers = shape(np.uint8, 64, 28, 28), shape(np.int32, 64)
+    with platforms.compiling_for("tpu"):
+        shifted = jax.jit(augment.shifts(2).make).lower(images, numbers, numbers)
+        windows = jax.jit(frames.cut).lower(shape(np.uint8, 5000, 40), numbers)
+    for program in (shifted, windows):
+        assert "while(" not in program.compile().as_text()
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
