@@ -168,7 +168,8 @@ def distinct(trainings: Iterator[tuple[str, Training]]) -> dict[str, Training]:
     """One of each kind, by the names of all that are of the kind."""
 
     def kind(one: Training) -> str:
-        return json.dumps(describe(one)) + f"{one.loss} {one.net.optimizer} {one.net.max_norm}"
+        net = [one.net.get(name) for name in ("optimizer", "max_norm", "jitter")]
+        return f"{json.dumps(describe(one))} {one.loss} {one.transforms} {net}"
 
     return _by_names((kind(one), stage, one) for stage, one in trainings)
 

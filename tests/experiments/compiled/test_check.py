@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from distill_jax import sharding
+from experiments.common import programs
 from experiments.common.programs import Pass
 from experiments.compiled import check, targets
 
@@ -85,3 +86,14 @@ def test_the_part_of_each_process():
     )
     many = check._of_processes(mesh(1, 24, 1, each=4))
     assert many == "; 6 processes: data 0-3; data 4-7; data 8-11; ...; data 20-23"
+
+
+def test_trainings_with_other_transforms_are_other_programs():
+    config = importlib.import_module("experiments.mnist.config").get_config("smoke")
+    _, one = next(importlib.import_module("experiments.mnist.programs").programs(config))
+    shows = [lambda batch, key, constants: batch for _ in range(2)]
+    named = [
+        ("stage", one._replace(name=name, transforms=(shows[i],)))
+        for name, i in (("a", 0), ("b", 1), ("c", 0))
+    ]
+    assert list(programs.distinct(iter(named))) == ["stage: a, stage: c", "stage: b"]
