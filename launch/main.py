@@ -94,7 +94,8 @@ def compile_for(names: Sequence[str]) -> None:
     check_names(extras.import_study(config.study).STUDY.stages, only)
     study = extras.import_study(config.study.removesuffix("study") + "programs")
     records = check(config, study.programs, study.passes, machines, only)
-    print(f"{len(records)} programs; what the compilers said is in {LOG}")
+    count = f"{len(records)} program{'s' if len(records) != 1 else ''}"
+    print(f"{count}; what the compilers said is in {LOG}")
     if _JSON.value:
         files.write_json(files.local_path(_JSON.value), records)
     if not all(record["fits"] for record in records):

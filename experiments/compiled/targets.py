@@ -116,12 +116,23 @@ def devices(target: Target) -> list[Any]:
         return jax.devices("cpu")[: target.size]
     try:
         if target.chip.platform == "tpu":
-            found = topologies.get_topology_desc(target.name, platform="tpu")
+            found = topologies.get_topology_desc(platform="tpu", **_slice_of(target))
         else:
             found = _gpus(target)
     except (RuntimeError, ValueError) as error:  # JAX's own among them
         raise UserError(f"--compile_for={target.name}: {str(error).splitlines()[0]}") from error
     return list(found.devices)
+
+
+def _slice_of(target: Target) -> dict[str, Any]:
+    """A slice as the compiler is asked for it; one chip may be named without a shape, as "v5e:1"."""
+    if min(target.shape[:2]) > 1:
+        return {"topology_name": target.name}
+    chip = target.name.partition(":")[0]
+    sides = target.shape if target.size > 1 else (1,) * (3 if chip == "v5p" else 2)
+    hosts = [min(side, 2) for side in sides[:2]]  # of chips, where there aren't 2 x 2
+    name = f"{chip}:{'x'.join(map(str, sides))}"
+    return {"topology_name": name, "chips_per_host_bounds": (*hosts, 1)}
 
 
 def _gpus(target: Target) -> Any:

@@ -10,6 +10,7 @@ from compiled_nets import CLASSES, WEIGHTS, compiled
 
 from distill_jax import ahead, models, platforms, sharding, step_losses
 from distill_jax.data import augment
+from distill_jax.errors import UserError
 from distill_jax.recipe import PLAIN, Recipe
 from experiments.compiled import targets
 from experiments.compiled.check import check
@@ -38,6 +39,19 @@ def test_a_step_of_each_study_sends_its_gradients_and_nothing_else(study, stage)
     numbers = size - 4 * training["parameters"]
     assert 0 <= numbers < 10_000  # losses, errors and counts, of each step
     assert training["flops"] > 0 and training["moved"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("v5e:1", 1), ("v5e:1x1", 1), ("v5e:1x2", 2), ("v5p:1", 1), ("v6e:1", 1)]
+)
+def test_slices_smaller_than_a_host(name, size):
+    (target,) = targets.parse([name])
+    assert len(targets.devices(target)) == target.size == size
+
+
+def test_another_shape_is_refused():
+    with pytest.raises(UserError, match=r"--compile_for=v5e:5: .*Invalid topology layout"):
+        targets.devices(targets.parse(["v5e:5"])[0])
 
 
 def test_images_are_copied_once_and_not_to_larger_tiles():
