@@ -95,6 +95,16 @@ def test_bytes_on_paper():
     assert scaling_plan.step_bytes(scaling_plan.ACOUSTIC, 1024, 2, 2, activation=2) == both
 
 
+def test_large_output_compiled_times_a_cpu_and_compares_the_losses():
+    sizes = ("--machines=cpu:1", "--sizes=256x16x2000", "--dtype=float32", "--rounds=1")
+    result = benchmark("large_output_compiled", *sizes)
+    assert (result["benchmark"], result["dtype"]) == ("large_output_compiled", "float32")
+    dense, fused = (result["figures"][f"cpu:1 256x16x2000 {way}"] for way in ("dense", "fused"))
+    assert fused["temporary_bytes"] < dense["temporary_bytes"]
+    assert dense["output_bytes"] == fused["output_bytes"] > 4 * 16 * (256 + 2000)
+    assert fused["ms"] > 0 and fused["off_by"] < 1e-6 and dense["off_by"] < 1e-6
+
+
 def test_a_compiled_step_sends_about_what_the_plan_says():
     layers = (64, 128, 128, 64)
     (machine,) = targets.parse(["cpu:4"])
