@@ -153,7 +153,7 @@ def _read_by_users(module: Module, fused: Computation, name: str, whole: float) 
             if user.kind in PARTS and place == 0:
                 total += user.result[0].bytes
             elif user.kind in REPLACES and place == 0:
-                total += 0.0  # the rest stays where it is
+                continue  # the rest stays where it is
             elif user.kind == "bitcast":
                 total += _read_by_users(module, fused, user.name, whole)
             elif user.kind == "fusion":
