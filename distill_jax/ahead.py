@@ -74,14 +74,14 @@ def trace_training(
         states = jax.eval_shape(
             jax.vmap(lambda key: train_step.init_state(model, made.optimizer, key, sample)), keys
         )
-        where = _which(examples, own), _which(constants, own_constants)
+        per_member, of_constants = _which(examples, own), _which(constants, own_constants)
         if blocks is None:
             compiled: Any = units.compile_epochs(
-                recipe, made.step, mesh, reader, per_member=where[0], own_constants=where[1]
+                recipe, made.step, mesh, reader, per_member=per_member, own_constants=of_constants
             )
         else:
             run = blocks.make_run(made.step, sharding.shard_batch(mesh, recipe.batch_size))
-            compiled = sharding.compile_epoch(run, mesh, *where)
+            compiled = sharding.compile_epoch(run, mesh, per_member, of_constants)
         return compiled.trace(
             _placed(states, sharding.state_shardings(states, mesh, "member")),
             _of_members(examples, own, members, mesh, blocks and blocks.batch_axis),

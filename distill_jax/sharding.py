@@ -20,9 +20,9 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from distill_jax import layers, layouts, members, processes
+from distill_jax import layers, layouts, processes
 from distill_jax.batches import check_rows, count_rows
-from distill_jax.epochs import Epoch
+from distill_jax.epochs import Epoch, of_members
 from distill_jax.errors import UserError
 from distill_jax.fused_loss import on_one_device
 from distill_jax.train_step import Batch, Constants, Hyper, TrainState, TrainStep
@@ -173,24 +173,14 @@ def compile_epoch(
     Raises:
         UserError: when called, as `state_shardings` does.
     """
-    member = _split(mesh, "member")
-    in_axes = (0, _axes(per_member), 0, 0, _axes(constants_per_member))
-    mapped = jax.vmap(run_epoch, in_axes=in_axes, spmd_axis_name="member")
-
-    def run_members(
-        states: TrainState, examples: Batch, keys: Array, hyper: Hyper, constants: Batch
-    ) -> tuple[TrainState, dict[str, Array]]:
-        # An axis of one member makes no difference but in time: a tenth of a step on a CPU.
-        if len(keys) > 1 and (vmapped or mesh.shape["member"] > 1):
-            with members.spread(mesh.shape["member"] > 1):
-                return mapped(states, examples, keys, hyper, constants)
-        found = []
-        for m in range(len(keys)):
-            state, key, numbers = jax.tree.map(lambda leaf, m=m: leaf[m], (states, keys, hyper))
-            fields = _of_member(m, examples, per_member)
-            own_constants = _of_member(m, constants, constants_per_member)
-            found.append(run_epoch(state, fields, key, numbers, own_constants))
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+    member, over_devices = _split(mesh, "member"), mesh.shape["member"] > 1
+    run_members = of_members(
+        run_epoch,
+        per_member,
+        constants_per_member,
+        vmapped=vmapped or over_devices,
+        over_devices=over_devices,
+    )
 
     def run(states: TrainState, examples: Batch, keys: Array, hyper: Hyper, constants: Batch):
         states, metrics = run_members(_lay_out(states, mesh), examples, keys, hyper, constants)
@@ -430,18 +420,6 @@ def check_divides(number: int, parts: int, what: str, devices: str) -> None:
 @functools.cache
 def _compile_any(whole: NamedSharding) -> Callable[[Array], Array]:
     return jax.jit(jnp.any, out_shardings=whole)
-
-
-def _axes(per_member: Mapping[str, bool]) -> dict[str, int | None]:
-    return {name: 0 if own else None for name, own in per_member.items()}
-
-
-def _of_member(m: int, fields: Batch, per_member: Mapping[str, bool]) -> Batch:
-    """The fields of one member, where some have a member axis."""
-    return {
-        name: jax.tree.map(lambda leaf: leaf[m], field) if per_member[name] else field
-        for name, field in fields.items()
-    }
 
 
 def _lay_out(states: TrainState, mesh: Mesh) -> TrainState:

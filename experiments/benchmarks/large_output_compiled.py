@@ -133,7 +133,7 @@ def _timed(ways: dict[str, _Compiled], size: str) -> dict[str, dict[str, float]]
     hidden = jax.random.normal(keys[0], (examples, units)).astype(_DTYPE.value)
     kernel = (jax.random.normal(keys[1], (units, classes)) / units**0.5).astype(_DTYPE.value)
     labels = jax.random.randint(keys[2], (examples,), 0, classes)
-    exact = jax.jit(dict(_ways("cpu"))["fused"])(
+    exact = jax.jit(dict(_ways("cpu"))["dense"])(
         hidden.astype(jnp.float32), kernel.astype(jnp.float32), labels
     )
     runs = {

@@ -27,16 +27,16 @@ REPLACES = {"dynamic-update-slice": 1, "scatter": -1}
 """Instructions that replace a part of their first operand, and which operand has the part."""
 
 Size = Callable[..., float]
-"""What an access moves: `(array, bytes of it at most = all) -> bytes`."""
+"""Bytes transferred by one read or write: `(array, most = all of it) -> bytes`."""
 
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 def moved_bytes(text: str, cache: int = 0) -> float:
-    """No more than a run of the program reads from and writes to memory, all rounds of loops included.
+    """A lower bound of the bytes that a run of the program reads from and writes to memory.
 
-    Sizes are those of the numbers, without what a layout pads. A loop whose rounds aren't known is
-    counted once, and a conditional by its cheapest branch.
+    Loops count with their trip counts; once, if that isn't known. A conditional counts as its cheapest
+    branch. Sizes are those of the numbers, without the padding of a layout.
 
     Args:
         text: HLO, `compiled.as_text()`.
@@ -57,7 +57,7 @@ def moved_bytes(text: str, cache: int = 0) -> float:
 
 
 def _size(cache: int, array: Array, most: float = math.inf) -> float:
-    """What an access moves of an array, or of so many bytes of it."""
+    """Bytes that reading or writing an array transfers, if at most so many of its bytes are used."""
     return 0.0 if array.space else max(min(array.bytes, most) - cache, 0.0)
 
 
@@ -187,7 +187,7 @@ def _written(module: Module, fused: Computation, root: Instruction) -> list[floa
 
 
 def _trips(loop: Instruction, condition: Computation) -> int:
-    """The rounds of a loop: as XLA says, or by the number that its counter is compared with."""
+    """The trip count of a loop: as XLA says, or the number that its counter is compared with."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     (root,) = _roots(condition)

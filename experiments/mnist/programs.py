@@ -24,9 +24,8 @@ _TARGETS = "teacher_logits"
 
 def programs(config: ConfigDict) -> Iterator[tuple[str, Training]]:
     """All trainings, each with its stage; of a set that is left on disk, those that stream it."""
-    for stage, one in (
-        _in_blocks(config) if config.data.block_examples else _of_several_seeds(config)
-    ):
+    listed = _in_blocks if config.data.block_examples else _of_several_seeds
+    for stage, one in listed(config):
         # What is each seed's own is shared where there is one, but in blocks.
         shared = len(config.seeds) == 1 and not one.blocks
         yield stage, one._replace(own=()) if shared else one
@@ -54,10 +53,9 @@ def passes(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
 
 def _over_blocks(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
     """The teacher's pass over a part of a set that is left on disk."""
-    data = open_data(config)
-    assert data.streamed is not None
-    size = min(config.data.block_examples, data.streamed.size)
-    images = resized(shapes_of(data.streamed.read(np.arange(1))), size)["inputs"]
+    data, whole = _on_disk(config)
+    size = min(config.data.block_examples, whole["id"].shape[0])
+    images = resized(whole, size)["inputs"]
     teacher = build_model(config.teacher, data.num_classes)
     params = common.frozen(teacher, images)
     yield "soft_targets", common.logits_over("logits", teacher.apply, params, images)
@@ -65,11 +63,10 @@ def _over_blocks(config: ConfigDict) -> Iterator[tuple[str, Pass]]:
 
 def _in_blocks(config: ConfigDict) -> Iterator[tuple[str, Training]]:
     """The trainings on blocks of a set that is left on disk."""
-    data = open_data(config)
-    assert data.streamed is not None
-    size, one_of_each = data.streamed.size, shapes_of(data.streamed.read(np.arange(1)))
-    for stage, one in _on_all(config, data, resized(one_of_each, size)):
+    data, whole = _on_disk(config)
+    for stage, one in _on_all(config, data, whole):
         batch_size = one.net.batch_size
+        size = whole["id"].shape[0]
         steps = stream.cut(size, batch_size, config.data.block_examples).steps
         fields = {
             name: shape((steps, batch_size, *field.shape[1:]), field.dtype)
@@ -80,10 +77,17 @@ def _in_blocks(config: ConfigDict) -> Iterator[tuple[str, Training]]:
         yield stage, one._replace(fields=fields, blocks=blocks)
 
 
+def _on_disk(config: ConfigDict) -> tuple[Data, Shapes]:
+    """A set that is left on disk, and the fields of all its examples."""
+    data = open_data(config)
+    assert data.streamed is not None
+    return data, resized(shapes_of(data.streamed.read(np.arange(1))), data.streamed.size)
+
+
 def _of_several_seeds(config: ConfigDict) -> Iterator[tuple[str, Training]]:
     data, seeds = load_data(config), len(config.seeds)
-    _, taught = _fields(data)
-    yield from _on_all(config, data, shapes_of(data.train))
+    images, taught = _fields(data)
+    yield from _on_all(config, data, images)
     for width, times in zip(config.sweep.widths, config.sweep.times, strict=True):
         net = changed(config.sweep, hidden=(width, width))
         members = seeds * len(net.temperatures)
@@ -94,8 +98,7 @@ def _of_several_seeds(config: ConfigDict) -> Iterator[tuple[str, Training]]:
 
 def _on_all(config: ConfigDict, data: Data, images: Shapes) -> Iterator[tuple[str, Training]]:
     """The trainings that read the whole set in order, of which these are the images."""
-    seeds, size = len(config.seeds), images["id"].shape[0]
-    taught = {**images, _TARGETS: logits(size, data.num_classes)}
+    seeds, taught = len(config.seeds), _taught(images, data)
     yield "teacher", _on_labels(data, "teacher", config.teacher, images, seeds)
     yield "baseline", _on_labels(data, "baseline", config.baseline, images, seeds)
     yield "distilled", _on_targets(data, "distilled", config.distilled, taught, seeds)
@@ -172,7 +175,11 @@ def _without_some(
 def _fields(data: Data) -> tuple[Shapes, Shapes]:
     """The fields of the training set, and those with a teacher's logits."""
     images = shapes_of(data.train)
-    return images, {**images, _TARGETS: logits(len(data.train["id"]), data.num_classes)}
+    return images, _taught(images, data)
+
+
+def _taught(images: Shapes, data: Data) -> Shapes:
+    return {**images, _TARGETS: logits(images["id"].shape[0], data.num_classes)}
 
 
 def _fitting(net: ConfigDict, fields: Shapes) -> ConfigDict:

@@ -108,15 +108,9 @@ def _packed(size: int, utterances: int) -> dict[str, Any]:
 
 def _in_blocks(config: ConfigDict, one: Training) -> Training:
     """The training on blocks of the set (`training_set`)."""
-    lengths, size, batch_size = (
-        load_data(config).lengths,
-        config.data.block_frames,
-        one.net.batch_size,
-    )
-    sizes, steps = (
-        stream.block_sizes(lengths, size),
-        stream.steps_per_block(lengths, size, batch_size),
-    )
+    lengths, batch_size = load_data(config).lengths, one.net.batch_size
+    sizes = stream.block_sizes(lengths, config.data.block_frames)
+    steps = stream.steps_per_block(lengths, config.data.block_frames, batch_size)
     more = {
         name: shape((sizes.most, *field.shape[1:]), field.dtype)
         for name, field in one.fields.items()
